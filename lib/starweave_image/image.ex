@@ -1,0 +1,98 @@
+defmodule StarweaveImage.Image do
+  @moduledoc """
+  A finished image: the encoded file and everything that made it.
+
+  `data` is the file as it would lie on disk. `parameters` is the record that is also written into
+  the file (unless `metadata: false`), `timings` are milliseconds, and `notices` are sentences for
+  a person, such as that a word is not in the model's vocabulary.
+  """
+
+  @type format :: :png | :jpeg | :webp
+
+  @type t :: %__MODULE__{
+          id: String.t(),
+          index: non_neg_integer,
+          data: binary,
+          format: format,
+          width: pos_integer,
+          height: pos_integer,
+          sha256: String.t(),
+          model: String.t(),
+          prompt: String.t(),
+          negative_prompt: String.t() | nil,
+          seed: non_neg_integer,
+          steps: pos_integer,
+          guidance_scale: float,
+          scheduler: String.t() | nil,
+          parameters: map,
+          timings: %{optional(atom) => non_neg_integer},
+          notices: [String.t()],
+          attempts: pos_integer
+        }
+
+  @enforce_keys [:id, :data, :format, :width, :height, :sha256]
+  defstruct [
+    :id,
+    :data,
+    :format,
+    :width,
+    :height,
+    :sha256,
+    :model,
+    :prompt,
+    :negative_prompt,
+    :seed,
+    :steps,
+    :guidance_scale,
+    :scheduler,
+    index: 0,
+    parameters: %{},
+    timings: %{},
+    notices: [],
+    attempts: 1
+  ]
+
+  @doc """
+  Writes the image to `path`: first beside it, then renamed, so that a reader never sees half a file.
+
+      iex> image = %StarweaveImage.Image{id: "a", data: "file", format: :png, width: 8, height: 8, sha256: ""}
+      iex> path = Path.join(System.tmp_dir!(), "starweave_image_doctest.png")
+      iex> :ok = StarweaveImage.Image.save(image, path)
+      iex> {File.read!(path), File.rm!(path)}
+      {"file", :ok}
+  """
+  @spec save(t, Path.t()) :: :ok | {:error, File.posix()}
+  def save(%__MODULE__{data: data}, path) do
+    part = "#{path}.#{System.unique_integer([:positive])}.part"
+
+    with :ok <- File.write(part, data, [:sync]),
+         :ok <- File.rename(part, path) do
+      :ok
+    else
+      {:error, reason} ->
+        _ = File.rm(part)
+        {:error, reason}
+    end
+  end
+
+  @doc """
+  The image as a `data:` URI, for an HTML page.
+
+      iex> image = %StarweaveImage.Image{id: "a", data: "file", format: :jpeg, width: 8, height: 8, sha256: ""}
+      iex> StarweaveImage.Image.to_data_uri(image)
+      "data:image/jpeg;base64,ZmlsZQ=="
+  """
+  @spec to_data_uri(t) :: String.t()
+  def to_data_uri(%__MODULE__{data: data, format: format}) do
+    "data:image/#{format};base64,#{Base.encode64(data)}"
+  end
+
+  defimpl Inspect do
+    import Inspect.Algebra
+
+    def inspect(image, opts) do
+      shown = image |> Map.from_struct() |> Map.update!(:data, &{:bytes, byte_size(&1)})
+      concat(["#StarweaveImage.Image<", to_doc(Map.delete(shown, :parameters), opts), ">"])
+    end
+  end
+end

@@ -1,0 +1,34 @@
+defmodule StarweaveImage.Telemetry do
+  @moduledoc """
+  Telemetry events, emitted through `:telemetry` when the host application has it.
+
+  Durations are in native time units (`System.convert_time_unit/3`). Every event's metadata has
+  `instance`, the name of the running instance.
+
+  | Event | Measurements | Metadata |
+  |---|---|---|
+  | `[:starweave, :image, :request, :start]` | `system_time` | `id`, `model`, `user_id`, `priority` |
+  | `[:starweave, :image, :request, :stop]` | `duration`, `queue_duration`, `bytes`, `images` | `id`, `model`, `result` (`:ok` or the error's kind), `attempts` |
+  | `[:starweave, :image, :request, :progress]` | `step`, `steps` | `id`, `phase`, `image` |
+  | `[:starweave, :image, :queue, :rejected]` | `queued`, `bytes` | `id`, `kind` |
+  | `[:starweave, :image, :sidecar, :start]` | `system_time` | `index`, `generation`, `os_pid` |
+  | `[:starweave, :image, :sidecar, :ready]` | `duration` | `index`, `generation`, `os_pid`, `device`, `dtype` |
+  | `[:starweave, :image, :sidecar, :heartbeat]` | `rss`, `running`, `grant` | `index`, `generation`, `phase` |
+  | `[:starweave, :image, :sidecar, :stop]` | `duration` | `index`, `generation`, `os_pid`, `reason` |
+
+      :telemetry.attach("log", [:starweave, :image, :request, :stop], fn _, m, meta, _ ->
+        IO.inspect({meta.result, System.convert_time_unit(m.duration, :native, :millisecond)})
+      end, nil)
+  """
+
+  @doc false
+  @spec execute([atom], map, map) :: :ok
+  def execute(event, measurements, metadata) do
+    # `apply/3`: the host may not have :telemetry, and then this must still compile without warning.
+    if Code.ensure_loaded?(:telemetry) do
+      apply(:telemetry, :execute, [[:starweave, :image | event], measurements, metadata])
+    end
+
+    :ok
+  end
+end

@@ -1,0 +1,187 @@
+defmodule StarweaveImage.RequestTest do
+  use ExUnit.Case, async: true
+
+  alias StarweaveImage.{Error, Request}
+
+  doctest StarweaveImage.Request
+
+  # tests/contract has what both languages must agree on; here is what only Elixir knows.
+
+  defp refused(opts) do
+    assert {:error, %Error{kind: :invalid_request} = error} = Request.new("a red apple", opts)
+    {error.details.field, error.message}
+  end
+
+  defp accepted(opts) do
+    assert {:ok, request} = Request.new("a red apple", opts)
+    request
+  end
+
+  test "a prompt is enough" do
+    assert %Request{
+             model: nil,
+             width: nil,
+             steps: nil,
+             num_images: 1,
+             format: :png,
+             quality: 90,
+             metadata: true,
+             reproducible: false,
+             instance: StarweaveImage,
+             user_id: nil,
+             context: [],
+             priority: :normal,
+             timeout: 600_000
+           } = accepted([])
+  end
+
+  test "options may be a map, and of equal names the first counts" do
+    assert accepted(%{steps: 5}).steps == 5
+    assert accepted(steps: 5, steps: 9).steps == 5
+  end
+
+  test "options that are none" do
+    for opts <- [:steps, "steps", [1], [{"steps", 5}], nil, %URI{}] do
+      assert {nil, "options must be a keyword list or a map, got " <> _} = refused(opts)
+    end
+
+    assert refused(%{"steps" => 5}) == {"steps", ~S(unknown option "steps", did you mean :steps?)}
+    assert refused(%{1 => 5}) == {1, "unknown option 1"}
+  end
+
+  test "an unknown option names the nearest known one" do
+    for {slip, meant} <- [
+          guidance_scle: :guidance_scale,
+          widht: :width,
+          negativ_prompt: :negative_prompt,
+          number_of_images: :num_images,
+          time_out: :timeout
+        ] do
+      assert refused([{slip, 1}]) ==
+               {slip, "unknown option #{inspect(slip)}, did you mean #{inspect(meant)}?"}
+    end
+  end
+
+  test "200 fresh seeds are 200 seeds, all of them in range, and a given one stays" do
+    for opts <- [[], [seed: nil], [seed: -1]] do
+      seeds = for _ <- 1..200, do: accepted(opts).seed
+      assert Enum.all?(seeds, &(&1 in 0..0x7FFFFFFFFFFFFFFF))
+      assert length(Enum.uniq(seeds)) == 200
+    end
+
+    assert accepted(seed: 0).seed == 0
+  end
+
+  test "an id is drawn where none is given" do
+    ids = for _ <- 1..200, do: accepted([]).id
+    assert Enum.all?(ids, &(&1 =~ ~r/\A[0-9a-f]{32}\z/))
+    assert length(Enum.uniq(ids)) == 200
+    assert accepted(id: "mine").id == "mine"
+  end
+
+  test "numbers become floats and words become atoms" do
+    assert accepted(guidance_scale: 7).guidance_scale === 7.0
+
+    assert %{format: :webp, priority: :background} =
+             accepted(format: "webp", priority: "background")
+
+    assert %{format: :jpeg} = accepted(format: :jpeg)
+  end
+
+  test "the options that stay here" do
+    assert accepted(instance: MyApp.Images).instance == MyApp.Images
+    assert accepted(user_id: String.duplicate("é", 64)).user_id == String.duplicate("é", 64)
+
+    assert length(accepted(context: List.duplicate(String.duplicate("x", 8192), 64)).context) ==
+             64
+
+    for priority <- [:interactive, :normal, :background], do: accepted(priority: priority)
+    for timeout <- [1, 86_400_000], do: assert(accepted(timeout: timeout).timeout == timeout)
+
+    for {field, values} <- [
+          instance: ["StarweaveImage", true, 1],
+          user_id: ["", String.duplicate("x", 129), 7, <<0xFF>>, "a\0"],
+          context: [
+            "text",
+            List.duplicate("x", 65),
+            [String.duplicate("x", 8193)],
+            [1],
+            ["a" | "b"]
+          ],
+          priority: [:urgent, "urgent", 1],
+          timeout: [0, -1, 86_400_001, 1.0, :infinity]
+        ],
+        value <- values do
+      assert {^field, message} = refused([{field, value}])
+      assert String.starts_with?(message, "#{field} must be ")
+    end
+  end
+
+  test "a message repeats what is short and counts what is long" do
+    for {value, shown} <- [
+          {250, "250"},
+          {64.0, "64.0"},
+          {true, "true"},
+          {:nan, ":nan"},
+          {"wide", ~S("wide")},
+          {String.duplicate("x", 33), "33 bytes of text"},
+          {"a\0", "2 bytes of text"},
+          {<<0xFF, 0xFE>>, "2 bytes"},
+          {[64], "a list"},
+          {%{w: 64}, "a map"},
+          {{64, 64}, "something else"}
+        ] do
+      assert refused(width: value) ==
+               {:width, "width must be a multiple of 8 from 64 to 4096, got #{shown}"}
+    end
+  end
+
+  test "the wire gets what is set, and bytes as bytes" do
+    image = <<0xFF, 0xD8, 0xFF, 0::80>>
+    request = accepted(id: "r1", seed: 7, image: image, width: 64, user_id: "u", context: ["c"])
+
+    assert Request.to_wire(request, 1_500) == %{
+             t: :generate,
+             id: "r1",
+             prompt: "a red apple",
+             seed: 7,
+             width: 64,
+             image: {:bin, image},
+             num_images: 1,
+             format: :png,
+             quality: 90,
+             metadata: true,
+             reproducible: false,
+             preview: false,
+             timeout_ms: 1_500
+           }
+  end
+
+  test "bytes counts all that a request holds" do
+    image = <<0xFF, 0xD8, 0xFF, 0::80>>
+    assert Request.bytes(accepted([])) == 11
+
+    request =
+      accepted(
+        negative_prompt: "é",
+        style: "ink",
+        image: image,
+        mask: image,
+        context: ["a", "bc"]
+      )
+
+    assert Request.bytes(request) == 11 + 2 + 3 + 13 + 13 + 3
+  end
+
+  test "every option is in the docs" do
+    documented =
+      Regex.scan(~r/^  \* `:(\w+)` - /m, Request.options_docs(), capture: :all_but_first)
+
+    fields =
+      for field <- Map.keys(accepted([])),
+          field not in [:__struct__, :prompt],
+          do: [to_string(field)]
+
+    assert Enum.sort(documented) == Enum.sort(fields)
+  end
+end
