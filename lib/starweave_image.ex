@@ -1,0 +1,401 @@
+defmodule StarweaveImage do
+  @external_resource "README.md"
+
+  @moduledoc """
+  Image generation as a supervised part of an Elixir application.
+
+  A long-lived Python process, the *sidecar*, runs stock Hugging Face diffusers pipelines; this
+  library starts it, speaks with it over a port, watches its health, and owns every request until it
+  has its one answer.
+
+      children = [
+        MyApp.Repo,
+        {StarweaveImage, models: ["stabilityai/sdxl-turbo"], default_model: "stabilityai/sdxl-turbo"},
+        MyAppWeb.Endpoint
+      ]
+
+  and anywhere in the application
+
+      {:ok, image} = StarweaveImage.generate("a red apple", width: 256, height: 256)
+      :ok = StarweaveImage.Image.save(image, "apple.png")
+
+  Without any `:models` it works offline at once, on the small embedded model `starweave/tiny`. The
+  Python environment is made once by `mix image.setup`, or in a release by `setup/1`.
+
+  ## Options of an instance
+
+  Given in the child specification, or as `config :starweave_image, StarweaveImage, …` under the
+  instance's name:
+
+  #{StarweaveImage.Supervisor.options_docs()}
+
+  ## Options of a request
+
+  #{StarweaveImage.Request.options_docs()}
+
+  ## What is promised
+
+  An accepted request ends with its images or with one `StarweaveImage.Error`, whatever dies.
+  `generate/2`, `generate_many/3` and `stream/2` cancel the work when their caller dies; `submit/2` does not. When the
+  Python process dies, what it was running is sent again with the same seed, at most `:max_attempts`
+  times. No function here leaves a message in the caller's mailbox, but those that were asked for
+  with `subscribe/1`.
+  """
+
+  alias StarweaveImage.{Environment, Error, Image, Request}
+
+  @type id :: String.t()
+  @type event ::
+          {:queued, %{position: pos_integer, attempt: pos_integer}}
+          | {:progress, map}
+          | {:preview, map}
+          | {:image, Image.t()}
+          | {:error, Error.t()}
+
+  # How much later than a request's own deadline its answer may come before the queue counts as dead.
+  @slack_ms 5_000
+
+  @doc """
+  An instance as a child of a supervisor.
+
+      iex> StarweaveImage.child_spec(name: MyApp.Images).id
+      MyApp.Images
+  """
+  @spec child_spec(keyword) :: Supervisor.child_spec()
+  def child_spec(opts) do
+    %{
+      id: Keyword.get(opts, :name, __MODULE__),
+      start: {__MODULE__, :start_link, [opts]},
+      type: :supervisor
+    }
+  end
+
+  @doc """
+  Starts an instance and links it to the caller. Returns before Python is up: see `status/1`.
+
+  Raises `ArgumentError` on a wrong option.
+
+      iex> {:ok, pid} = StarweaveImage.start_link(name: MyApp.NoImages, enabled: false)
+      iex> StarweaveImage.status(MyApp.NoImages).state
+      :disabled
+      iex> Supervisor.stop(pid)
+      :ok
+  """
+  @spec start_link(keyword) :: Supervisor.on_start()
+  defdelegate start_link(opts \\ []), to: StarweaveImage.Supervisor
+
+  @doc """
+  Makes one image and waits for it.
+
+  The work is cancelled if the caller dies or `:timeout` passes. Options: see the module.
+
+      {:ok, image} = StarweaveImage.generate("a red apple", seed: 7)
+      image.seed #=> 7
+
+      iex> {:error, error} = StarweaveImage.generate("a red apple", steps: 0)
+      iex> {error.kind, error.details.field}
+      {:invalid_request, :steps}
+  """
+  @spec generate(String.t(), keyword | map) :: {:ok, Image.t()} | {:error, Error.t()}
+  def generate(prompt, opts \\ []) do
+    with {:ok, [image | _]} <- generate_images(prompt, opts), do: {:ok, image}
+  end
+
+  @doc """
+  As `generate/2`, but raises the `StarweaveImage.Error`.
+
+      image = StarweaveImage.generate!("a red apple")
+  """
+  @spec generate!(String.t(), keyword | map) :: Image.t()
+  def generate!(prompt, opts \\ []) do
+    case generate(prompt, opts) do
+      {:ok, image} -> image
+      {:error, error} -> raise error
+    end
+  end
+
+  @doc """
+  Makes `n` images (1 to 16) in one request, image k with seed `seed + k`.
+
+      {:ok, images} = StarweaveImage.generate_many("a red apple", 4, seed: 1)
+      Enum.map(images, & &1.seed) #=> [1, 2, 3, 4]
+
+      iex> {:error, error} = StarweaveImage.generate_many("a red apple", 0)
+      iex> error.message
+      "num_images must be an integer from 1 to 16, got 0"
+  """
+  @spec generate_many(String.t(), pos_integer, keyword | map) ::
+          {:ok, [Image.t()]} | {:error, Error.t()}
+  def generate_many(prompt, n, opts \\ []), do: generate_images(prompt, put(opts, :num_images, n))
+
+  defp generate_images(prompt, opts) do
+    with {:ok, request} <- Request.new(prompt, opts),
+         {:ok, answer} <-
+           call(request.instance, {:generate, request}, request.timeout + @slack_ms),
+         do: answer
+  end
+
+  @doc """
+  Hands a request in and returns once it is accepted. It outlives the caller: ask for the result
+  with `await/2`, from any process, or watch it with `subscribe/1`.
+
+  With `:id`, asking again for a request that is known does not start a second one.
+
+      {:ok, id} = StarweaveImage.submit("a red apple", id: "order-17")
+      {:ok, image} = StarweaveImage.await(id)
+  """
+  @spec submit(String.t(), keyword | map) :: {:ok, id} | {:error, Error.t()}
+  def submit(prompt, opts \\ []) do
+    with {:ok, request} <- Request.new(prompt, opts),
+         {:ok, answer} <- call(request.instance, {:submit, request, nil, nil}),
+         do: answer
+  end
+
+  @doc """
+  Waits up to `timeout` ms for a request that was submitted. A time-out here does not touch the work.
+
+  A request of several images gives its first; `await_many/3` gives all.
+  """
+  @spec await(id, timeout_ms :: pos_integer, instance :: atom) ::
+          {:ok, Image.t()} | {:error, Error.t()}
+  def await(id, timeout \\ 600_000, instance \\ __MODULE__) do
+    with {:ok, [image | _]} <- await_many(id, timeout, instance), do: {:ok, image}
+  end
+
+  @doc "As `await/3`, for all images of the request."
+  @spec await_many(id, timeout_ms :: pos_integer, instance :: atom) ::
+          {:ok, [Image.t()]} | {:error, Error.t()}
+  def await_many(id, timeout \\ 600_000, instance \\ __MODULE__) do
+    with {:ok, answer} <- call(instance, {:await, id}, timeout), do: answer
+  end
+
+  @doc """
+  A request as a lazy stream of its events, ending with `{:image, image}` (one for each) or
+  `{:error, error}`. Whoever consumes it owns the request: leaving the stream early cancels
+  it, unless somebody else waits for it too.
+
+      for event <- StarweaveImage.stream("a red apple") do
+        case event do
+          {:queued, %{position: n}} -> IO.puts("number \#{n} in the queue")
+          {:progress, p} -> IO.puts("\#{p.phase} \#{p.step}/\#{p.steps}")
+          {:image, image} -> StarweaveImage.Image.save(image, "apple.png")
+          {:error, error} -> IO.puts(error.message)
+        end
+      end
+  """
+  @spec stream(String.t(), keyword | map) :: Enumerable.t()
+  def stream(prompt, opts \\ []) do
+    Stream.resource(fn -> open_stream(prompt, opts) end, &next_event/1, &close_stream/1)
+  end
+
+  # An alias, not a pid: once it is taken back, no late event can reach the caller's mailbox.
+  defp open_stream(prompt, opts) do
+    with {:ok, request} <- Request.new(prompt, opts) do
+      reference = :erlang.alias()
+      monitor = Process.monitor(request.instance)
+
+      case call(request.instance, {:submit, request, self(), {:alias, reference}}) do
+        {:ok, {:ok, id}} -> {:open, request.instance, id, reference, monitor}
+        {:ok, {:error, error}} -> {:refused, error, reference, monitor}
+        {:error, error} -> {:refused, error, reference, monitor}
+      end
+    else
+      {:error, error} -> {:refused, error, nil, nil}
+    end
+  end
+
+  defp next_event({:refused, error, reference, monitor}),
+    do: {[{:error, error}], {:ended, reference, monitor}}
+
+  defp next_event({:ended, _reference, _monitor} = ended), do: {:halt, ended}
+
+  defp next_event({:open, _instance, _id, reference, monitor} = open) do
+    receive do
+      {^reference, :end} -> {:halt, {:ended, reference, monitor}}
+      {^reference, event} -> {[event], open}
+      {:DOWN, ^monitor, _, _, _} -> {[{:error, gone()}], {:ended, reference, monitor}}
+    end
+  end
+
+  defp close_stream({:open, instance, id, reference, monitor}) do
+    _ = call(instance, {:leave, id, self()})
+    close_stream({:ended, reference, monitor})
+  end
+
+  defp close_stream({_, _error, reference, monitor}),
+    do: close_stream({:ended, reference, monitor})
+
+  defp close_stream({:ended, nil, nil}), do: :ok
+
+  defp close_stream({:ended, reference, monitor}) do
+    :erlang.unalias(reference)
+    Process.demonitor(monitor, [:flush])
+    drop_events(reference)
+  end
+
+  defp drop_events(reference) do
+    receive do
+      {^reference, _event} -> drop_events(reference)
+    after
+      0 -> :ok
+    end
+  end
+
+  @doc """
+  Sends the events of a request to the calling process as `{:starweave_image, id, event}`, with the
+  same events as `stream/2`. A request that is done sends its last events at once.
+
+      iex> StarweaveImage.subscribe("no-such-request")
+      {:error, :not_found}
+  """
+  @spec subscribe(id, instance :: atom) :: :ok | {:error, :not_found}
+  def subscribe(id, instance \\ __MODULE__) do
+    case call(instance, {:subscribe, id, {:process, self()}}) do
+      {:ok, answer} -> answer
+      {:error, _not_running} -> {:error, :not_found}
+    end
+  end
+
+  @doc """
+  Ends `subscribe/1`; when it returns, no event of the request is in the mailbox or will come.
+
+      iex> StarweaveImage.unsubscribe("no-such-request")
+      :ok
+  """
+  @spec unsubscribe(id, instance :: atom) :: :ok
+  def unsubscribe(id, instance \\ __MODULE__) do
+    _ = call(instance, {:unsubscribe, id, {:process, self()}})
+    drop_subscribed(id)
+  end
+
+  defp drop_subscribed(id) do
+    receive do
+      {:starweave_image, ^id, _event} -> drop_subscribed(id)
+    after
+      0 -> :ok
+    end
+  end
+
+  @doc """
+  Cancels a request: its callers get `:cancelled` now, the device stops before its next denoise step.
+
+      iex> StarweaveImage.cancel("no-such-request")
+      {:error, :not_found}
+  """
+  @spec cancel(id, instance :: atom) :: :ok | {:error, :not_found | :finished}
+  def cancel(id, instance \\ __MODULE__) do
+    case call(instance, {:cancel, id}) do
+      {:ok, answer} -> answer
+      {:error, _not_running} -> {:error, :not_found}
+    end
+  end
+
+  @doc """
+  The models that the sidecar knows: id, name, description, aliases, tasks, defaults, limits,
+  licence, memory estimate, `state` and the `error` of the last load. Empty until it is ready.
+
+      [%{id: "starweave/tiny", state: :loaded} | _] = StarweaveImage.models()
+  """
+  @spec models(instance :: atom) :: [map]
+  def models(instance \\ __MODULE__) do
+    case call(instance, :models) do
+      {:ok, models} -> models
+      {:error, _not_running} -> []
+    end
+  end
+
+  @doc """
+  Loads a model into every sidecar, and waits for that.
+
+      :ok = StarweaveImage.load_model("starweave/tiny")
+  """
+  @spec load_model(String.t(), keyword) :: :ok | {:error, Error.t()}
+  def load_model(id, opts \\ []), do: operation("load_model", id, opts)
+
+  @doc """
+  Frees a loaded model; one in use is refused.
+
+      :ok = StarweaveImage.unload_model("starweave/tiny")
+  """
+  @spec unload_model(String.t(), keyword) :: :ok | {:error, Error.t()}
+  def unload_model(id, opts \\ []), do: operation("unload_model", id, opts)
+
+  defp operation(type, id, opts) do
+    instance = Keyword.get(opts, :instance, __MODULE__)
+    timeout = Keyword.get(opts, :timeout, 3_600_000)
+
+    with {:ok, model} <- model_id(id),
+         {:ok, answer} <- call(instance, {:operation, type, model}, timeout),
+         do: answer
+  end
+
+  defp model_id(id) do
+    case StarweaveImage.Options.check(:model, :model_id, id) do
+      {:ok, id} when id != nil -> {:ok, id}
+      {:ok, nil} -> {:error, Error.new(:invalid_request, "model is required", %{field: :model})}
+      {:error, field, message} -> {:error, Error.new(:invalid_request, message, %{field: field})}
+    end
+  end
+
+  @doc """
+  What the instance is doing. Answers within milliseconds, whatever runs.
+
+  `state` is one of `:starting :loading :ready :busy :stalled :down :disabled`; `error` says in one
+  sentence why a sidecar is down; `sidecars` and `queue` give the numbers.
+
+      %{state: :ready, error: nil, sidecars: [%{device: "cpu"}], queue: %{queued: 0, running: 0}} =
+        StarweaveImage.status()
+
+      iex> StarweaveImage.status(:no_such_instance).state
+      :down
+  """
+  @spec status(instance :: atom) :: map
+  def status(instance \\ __MODULE__) do
+    case call(instance, :status) do
+      {:ok, status} ->
+        status
+
+      {:error, error} ->
+        queue = %{queued: 0, running: 0, limit: 0, bytes: 0, max_bytes: 0}
+        %{state: :down, error: error.message, default_model: nil, sidecars: [], queue: queue}
+    end
+  end
+
+  @doc """
+  Whether a sidecar is up. Answers at once, whatever is running; false while it starts.
+
+      iex> StarweaveImage.available?(:no_such_instance)
+      false
+  """
+  @spec available?(instance :: atom) :: boolean
+  def available?(instance \\ __MODULE__), do: status(instance).state in [:ready, :busy, :loading]
+
+  @doc """
+  Makes the Python environment, where Mix is not to be had: the function for a release.
+
+  The same as `mix image.setup`; see `StarweaveImage.Environment.setup/1` for the options.
+
+      $ bin/my_app eval "StarweaveImage.setup()"
+  """
+  @spec setup(keyword) :: {:ok, map} | {:error, Error.t()}
+  defdelegate setup(opts \\ []), to: Environment
+
+  # Every answer comes as `{:ok, answer}`; a queue that is not there, or does not answer, is an error.
+  defp call(instance, message, timeout \\ @slack_ms) do
+    {:ok, GenServer.call(instance, message, timeout)}
+  catch
+    :exit, {:timeout, _} ->
+      {:error, Error.new(:timeout, "no answer within #{timeout} ms")}
+
+    :exit, _reason ->
+      {:error, gone()}
+  end
+
+  defp gone,
+    do:
+      Error.new(:unavailable, "image generation is not available: no instance runs by that name")
+
+  defp put(opts, key, value) when is_map(opts), do: Map.put(opts, key, value)
+  defp put(opts, key, value) when is_list(opts), do: Keyword.put(opts, key, value)
+  defp put(opts, _key, _value), do: opts
+end

@@ -1,0 +1,321 @@
+defmodule StarweaveImage.Client do
+  @moduledoc """
+  The image client of STARWEAVE, with its functions, shapes and error strings, on an instance of
+  `StarweaveImage`.
+
+      {:ok, _pid} = StarweaveImage.Client.start_link(enabled: true)
+
+      if StarweaveImage.Client.available?() do
+        {:ok, data, metadata} = StarweaveImage.Client.generate_image("a red apple", seed: 7)
+        File.write!("apple.png", data)
+        metadata.model #=> "starweave/tiny"
+      end
+
+  As a child of a supervisor, after `StarweaveImage` if the application has one of its own:
+
+      children = [StarweaveImage, {StarweaveImage.Client, enabled: true}]
+
+  Without one, the client starts and owns an instance. Callers go to the instance and not through the
+  client's process, so that none waits for another.
+
+  New code is better served by `StarweaveImage` itself: it has progress, cancellation and errors that
+  can be told apart.
+  """
+
+  use GenServer
+  require Logger
+
+  alias StarweaveImage.{Error, Image}
+
+  # What a caller of this interface gets who names no model. It has gone from the hub, so it must be
+  # answered for where nobody has a copy.
+  @default_model "runwayml/stable-diffusion-v1-5"
+  @defaults [width: 512, height: 512, steps: 20, guidance_scale: 7.5]
+
+  @disabled "Image generation is disabled"
+  @unavailable "Image generation service is not available"
+  @timed_out "Image generation timed out"
+  @failed "Image generation failed"
+
+  @start_wait_ms 60_000
+  @poll_ms 20
+
+  @type metadata :: %{
+          model: String.t(),
+          generation_time_ms: non_neg_integer,
+          seed: non_neg_integer,
+          generated_at: DateTime.t(),
+          debug_info: %{String.t() => String.t()}
+        }
+  @type model :: %{
+          id: String.t(),
+          name: String.t(),
+          description: String.t(),
+          capabilities: [String.t()],
+          parameters: %{String.t() => String.t()},
+          available: boolean
+        }
+
+  @doc """
+  The client as a child of a supervisor.
+
+      iex> StarweaveImage.Client.child_spec(enabled: false).id
+      StarweaveImage.Client
+  """
+  @spec child_spec(keyword) :: Supervisor.child_spec()
+  def child_spec(opts) do
+    # Stopping waits for the instance, which has its own limits.
+    %{id: __MODULE__, start: {__MODULE__, :start_link, [opts]}, shutdown: :infinity}
+  end
+
+  @doc """
+  Starts the client under its module's name.
+
+  `enabled: false` disables it, `instance:` names the instance to use (default `StarweaveImage`). If that
+  one is not running, it is started with the options that are left. `host:` and `port:` are accepted and
+  mean nothing: there is no server.
+
+      iex> {:ok, client} = StarweaveImage.Client.start_link(host: "localhost", port: 50051, enabled: false)
+      iex> StarweaveImage.Client.generate_image("a red apple")
+      {:error, "Image generation is disabled"}
+      iex> GenServer.stop(client)
+      :ok
+  """
+  @spec start_link(keyword) :: GenServer.on_start()
+  def start_link(opts \\ []), do: GenServer.start_link(__MODULE__, opts, name: __MODULE__)
+
+  @doc """
+  Makes one image: the file's bytes (PNG) and how it was made.
+
+  Options are those of `StarweaveImage.generate/2`; left out they are 512×512, 20 steps, guidance 7.5, a
+  random seed, and `"runwayml/stable-diffusion-v1-5"` unless the instance has a `:default_model` of its
+  own. Where that model is not on this machine the instance's default takes its place: `metadata.model`
+  is the one that ran, and `metadata.debug_info` says so under `"requested_model"` and `"notice"`.
+
+      iex> StarweaveImage.Client.generate_image("a red apple", width: 250)
+      {:error, "width must be a multiple of 8 from 64 to 4096, got 250"}
+  """
+  @spec generate_image(String.t(), keyword) ::
+          {:ok, binary, metadata} | {:error, String.t()}
+  def generate_image(prompt, opts \\ []) do
+    with {:ok, instance} <- instance(),
+         {:ok, image, debug_info} <- generate(prompt, settings(opts, instance)) do
+      {:ok, image.data, metadata(image, debug_info)}
+    else
+      {:error, error} -> {:error, sentence(error)}
+    end
+  end
+
+  @doc """
+  The models that are known, each with whether a request for it can work here.
+
+      {:ok, [%{id: "starweave/tiny", capabilities: ["text_to_image"], available: true} | _]} =
+        StarweaveImage.Client.list_models()
+
+      iex> StarweaveImage.Client.list_models()
+      {:error, "Image generation service is not available"}
+  """
+  @spec list_models() :: {:ok, [model]} | {:error, String.t()}
+  def list_models do
+    with {:ok, instance} <- instance(),
+         {:up, _status} <- await_start(instance, @start_wait_ms) do
+      {:ok, instance |> StarweaveImage.models() |> Enum.map(&model/1)}
+    else
+      {:down, %{state: :disabled}} -> {:ok, []}
+      {:error, %Error{kind: :disabled}} -> {:ok, []}
+      {:down, _status} -> {:error, @unavailable}
+    end
+  end
+
+  @doc """
+  Whether images can be made. Answers at once, also while one is made; while Python still starts, it
+  waits for the outcome (at most a minute).
+
+      iex> StarweaveImage.Client.available?()
+      false
+  """
+  @spec available?() :: boolean
+  def available? do
+    with {:ok, instance} <- instance(),
+         {:up, _status} <- await_start(instance, @start_wait_ms),
+         do: true,
+         else: (_ -> false)
+  end
+
+  @doc false
+  # What this interface tells of an image, besides its bytes.
+  @spec metadata(Image.t(), %{String.t() => String.t()}) :: metadata
+  def metadata(%Image{} = image, debug_info \\ %{}) do
+    facts = Map.take(image, [:width, :height, :steps, :guidance_scale, :scheduler, :attempts])
+    times = for {name, ms} <- image.timings, do: {"#{name}_ms", ms}
+    facts = for {name, value} <- facts, value != nil, do: {Atom.to_string(name), value}
+
+    %{
+      model: image.model,
+      generation_time_ms: Map.get(image.timings, :total, 0),
+      seed: image.seed,
+      generated_at: DateTime.utc_now(),
+      debug_info:
+        for({name, value} <- facts ++ times, into: %{}, do: {name, to_string(value)})
+        |> Map.put("request_id", image.id)
+        |> Map.merge(debug_info)
+    }
+  end
+
+  @doc false
+  # Whether an instance came up, as soon as that is known.
+  @spec await_start(instance :: atom, timeout_ms :: non_neg_integer) :: {:up | :down, map}
+  def await_start(instance, timeout_ms),
+    do: await_start_until(instance, System.monotonic_time(:millisecond) + timeout_ms)
+
+  defp await_start_until(instance, deadline) do
+    case StarweaveImage.status(instance) do
+      %{state: state} = status when state in [:down, :disabled] ->
+        {:down, status}
+
+      %{state: :starting} = status ->
+        if System.monotonic_time(:millisecond) < deadline do
+          Process.sleep(@poll_ms)
+          await_start_until(instance, deadline)
+        else
+          {:down, status}
+        end
+
+      status ->
+        {:up, status}
+    end
+  end
+
+  @impl true
+  def init(opts) do
+    # To end the instance before this process ends.
+    Process.flag(:trap_exit, true)
+    {enabled, opts} = Keyword.pop(opts, :enabled, true)
+    {instance, opts} = Keyword.pop(opts, :instance, StarweaveImage)
+    {server, opts} = Keyword.split(opts, [:host, :port])
+    if server != [], do: Logger.debug("host and port mean nothing here: there is no image server")
+
+    if enabled,
+      do: start_instance(instance, opts),
+      else: {:ok, %{answer: {:error, disabled()}, owned: nil}}
+  end
+
+  defp start_instance(instance, opts) do
+    case StarweaveImage.start_link([name: instance] ++ opts) do
+      {:ok, pid} -> {:ok, %{answer: {:ok, instance}, owned: pid}}
+      {:error, {:already_started, _pid}} -> {:ok, %{answer: {:ok, instance}, owned: nil}}
+      {:error, reason} -> {:stop, reason}
+    end
+  end
+
+  @impl true
+  def handle_call(:instance, _from, state), do: {:reply, state.answer, state}
+
+  @impl true
+  def handle_info({:EXIT, pid, reason}, %{owned: pid} = state),
+    do: {:stop, reason, %{state | owned: nil}}
+
+  def handle_info(_message, state), do: {:noreply, state}
+
+  @impl true
+  def terminate(_reason, %{owned: nil}), do: :ok
+  def terminate(_reason, %{owned: pid}), do: Supervisor.stop(pid, :shutdown)
+
+  # Without a client the instance still answers: what it says is then all there is to say.
+  defp instance do
+    GenServer.call(__MODULE__, :instance)
+  catch
+    :exit, _not_running -> {:ok, StarweaveImage}
+  end
+
+  # Empty strings are what unset fields were on the wire that this interface had.
+  defp settings(%{} = opts, instance) when not is_struct(opts),
+    do: settings(Map.to_list(opts), instance)
+
+  defp settings(opts, instance) do
+    if Keyword.keyword?(opts) do
+      @defaults
+      |> Keyword.merge(model: model_unless_configured(instance), instance: instance)
+      |> Keyword.merge(Enum.reject(opts, fn {_name, value} -> value in [nil, ""] end))
+    else
+      # Refused further on, with the reason.
+      opts
+    end
+  end
+
+  defp model_unless_configured(instance) do
+    case StarweaveImage.status(instance).default_model do
+      "starweave/tiny" -> @default_model
+      configured -> configured
+    end
+  end
+
+  defp generate(prompt, settings) do
+    started = System.monotonic_time(:millisecond)
+
+    with {:error, %Error{kind: :model_not_found} = error} <-
+           StarweaveImage.generate(prompt, settings) do
+      if settings[:model] == @default_model,
+        do: generate_with_default(prompt, settings, started),
+        else: {:error, error}
+    end
+    |> case do
+      {:ok, image} -> {:ok, image, %{}}
+      other -> other
+    end
+  end
+
+  defp generate_with_default(prompt, settings, started) do
+    spent = System.monotonic_time(:millisecond) - started
+    timeout = settings[:timeout] && max(settings[:timeout] - spent, 1)
+    settings = Keyword.merge(settings, model: nil, timeout: timeout)
+
+    with {:ok, image} <- StarweaveImage.generate(prompt, settings),
+         do: {:ok, image, substituted(image.model)}
+  end
+
+  defp substituted(model) do
+    %{
+      "requested_model" => @default_model,
+      "notice" => "#{@default_model} is not on this machine: #{model} took its place"
+    }
+  end
+
+  defp model(card) do
+    %{
+      id: card.id,
+      name: card.name,
+      description: card.description,
+      capabilities: card.tasks,
+      parameters: parameters(card),
+      available: card.state in [:loaded, :loading, :available, :remote]
+    }
+  end
+
+  defp parameters(card) do
+    defaults = for {name, value} <- card.defaults, value != nil, do: {"default_#{name}", value}
+    limits = for {name, value} <- card.limits, do: {Atom.to_string(name), value}
+
+    for {name, value} <- defaults ++ limits,
+        into: %{
+          "aliases" => Enum.join(card.aliases, ", "),
+          "licence" => card.licence,
+          "pipeline" => card.pipeline,
+          "state" => Atom.to_string(card.state)
+        },
+        do: {name, to_string(value)}
+  end
+
+  defp sentence(%Error{kind: :disabled}), do: @disabled
+  defp sentence(%Error{kind: :unavailable}), do: @unavailable
+  defp sentence(%Error{kind: :timeout}), do: @timed_out
+
+  defp sentence(%Error{kind: kind} = error) when kind in [:internal, :sidecar_crashed] do
+    Logger.error("#{@failed}: #{error.message}")
+    @failed
+  end
+
+  defp sentence(%Error{message: message}), do: message
+
+  defp disabled, do: Error.new(:disabled, @disabled)
+end

@@ -1,0 +1,194 @@
+defmodule StarweaveImage.Environment do
+  @schema [
+    torch:
+      {{:one_of, [:cpu, :cuda, :rocm]}, nil,
+       "Which build of PyTorch. Left out, an environment that is there stays as it is, and a new " <>
+         "one suits the device that is found."},
+    wheels:
+      {{:text, 1, 4096}, nil,
+       "A folder of wheels to install from: alone if it has all that is needed, else besides the " <>
+         "index. `STARWEAVE_IMAGE_WHEELS` says the same."},
+    base_python:
+      {{:text, 1, 4096}, nil,
+       "The Python to make the environment with. Left out, `python3`, or else the newest of " <>
+         "`python3.14` to `python3.10`."},
+    dev: {:boolean, false, "Also install what the tests of this library need."},
+    check: {:boolean, true, "Run `doctor/1` on it at the end."}
+  ]
+
+  @moduledoc """
+  The Python environment of the sidecar: finding it, making it, checking it.
+
+  `mix image.setup` calls `setup/1`. A release has no Mix tasks and calls the function itself, once on
+  each machine: `bin/my_app eval "StarweaveImage.setup()"`. A sidecar only looks for what is there, with
+  `python/1`: nothing is installed while an application runs.
+
+  ## What is used
+
+    1. the interpreter that the option `python:` of an instance names;
+    2. else the one that the variable `STARWEAVE_IMAGE_PYTHON` names;
+    3. else the environment that `setup/1` made in the cache folder of the user, which
+       `STARWEAVE_IMAGE_CACHE` moves. Each version of this library, and each set of pins, has a folder
+       of its own there; folders of versions that are no longer used may be deleted.
+
+  An interpreter of your own (1 and 2) is used as it is, and needs the packages that
+  `priv/python/requirements.txt` names.
+
+  ## Where packages come from
+
+  Versions are exact: `priv/python/constraints.txt`. PyTorch itself is taken from the first of
+
+    * a folder of wheels: `wheels:`, `STARWEAVE_IMAGE_WHEELS`, or the folders in `PIP_FIND_LINKS`;
+    * PyTorch's own index, where it can be reached (`STARWEAVE_IMAGE_TORCH_INDEX` names a mirror);
+    * PyPI, which has one build for each system. On Linux it is CUDA's, with gigabytes of libraries.
+
+  The rest comes from where `uv`, if it is installed, or else `pip` is configured to look.
+  """
+
+  alias StarweaveImage.Environment.Build
+  alias StarweaveImage.{Error, Options}
+
+  @type torch :: :cpu | :cuda | :rocm
+
+  @typedoc """
+  What was set up: the interpreter, its build of PyTorch (nil for an interpreter of your own) and what
+  the doctor says (nil with `check: false`).
+  """
+  @type report :: %{python: Path.t(), torch: torch | nil, doctor: String.t() | nil}
+
+  @doc """
+  The interpreter that a sidecar is started with, or a sentence about why there is none.
+
+  Looks at a few files and starts nothing.
+
+      iex> StarweaveImage.Environment.python(python: "no-such-python")
+      {:error, "the interpreter that the option `python` names is not an executable file"}
+  """
+  @spec python(keyword) :: {:ok, Path.t()} | {:error, String.t()}
+  def python(opts \\ []) do
+    cond do
+      name = opts[:python] ->
+        executable(name, "the option `python`")
+
+      name = Build.variable("STARWEAVE_IMAGE_PYTHON") ->
+        executable(name, "STARWEAVE_IMAGE_PYTHON")
+
+      kind = Build.current() ->
+        {:ok, Build.interpreter(kind)}
+
+      true ->
+        {:error,
+         "the Python environment is not set up: run `mix image.setup` (in a release: StarweaveImage.setup())"}
+    end
+  end
+
+  @doc """
+  The folder that `PYTHONPATH` must name for `python -m starweave_image` to work.
+
+      iex> StarweaveImage.Environment.pythonpath() |> Path.join("starweave_image") |> File.dir?()
+      true
+  """
+  @spec pythonpath() :: Path.t()
+  def pythonpath, do: Application.app_dir(:starweave_image, "priv/python")
+
+  @doc """
+  Makes the environment if it is not there, and checks it.
+
+  Takes minutes the first time and seconds later. Two at once do not disturb each other, and one that
+  was interrupted or got damaged is made again. `progress:` is a function that takes each line about how
+  it goes (default: `&IO.puts/1`).
+
+  #{Options.docs(@schema)}
+
+  ## Example
+
+      {:ok, report} = StarweaveImage.Environment.setup(torch: :cpu)
+      IO.puts(report.doctor)
+  """
+  @spec setup(keyword) :: {:ok, report} | {:error, Error.t()}
+  def setup(opts \\ []) do
+    {progress, opts} = Keyword.pop(opts, :progress, &IO.puts/1)
+
+    with {:ok, opts} <- validate(opts) do
+      if Build.variable("STARWEAVE_IMAGE_PYTHON"),
+        do: checked(nil, opts, progress),
+        else: made(opts, progress)
+    end
+  end
+
+  @doc """
+  Asks the environment for its versions, its device and what is wrong with it.
+
+  Takes the option `python:` of `python/1`. The text is for a person; an error has it too, as
+  `details.doctor`.
+
+      iex> {:error, error} = StarweaveImage.Environment.doctor(python: "no-such-python")
+      iex> error.kind
+      :unavailable
+  """
+  @spec doctor(keyword) :: {:ok, String.t()} | {:error, Error.t()}
+  def doctor(opts \\ []) do
+    with {:ok, python} <- unavailable(python(opts)) do
+      env = [{"PYTHONPATH", pythonpath()}, {"PYTHONHOME", nil}]
+      arguments = ["-m", "starweave_image", "doctor"]
+
+      case System.cmd(python, arguments, env: env, stderr_to_stdout: true) do
+        {text, 0} ->
+          {:ok, String.trim_trailing(text)}
+
+        {text, _status} ->
+          message = "the Python environment does not work, as the doctor's report says"
+          {:error, Error.new(:unavailable, message, %{doctor: String.trim_trailing(text)})}
+      end
+    end
+  end
+
+  defp validate(opts) do
+    with {:error, field, message} <- Options.validate(opts, @schema),
+         do: {:error, Error.new(:invalid_request, message, %{field: field})}
+  end
+
+  defp made(opts, progress) do
+    there = Build.current()
+    kind = opts.torch || there || Build.device()
+
+    if kind == there and opts.torch == nil and there == :cpu and Build.device() != :cpu do
+      progress.(
+        "This machine has a GPU that the environment does not use: choose `torch` #{Build.device()}."
+      )
+    end
+
+    with {:ok, news} <- Build.ensure(kind, opts, progress) do
+      result = checked(kind, opts, progress)
+
+      if news == :found and match?({:error, _}, result) and not Build.intact?(kind) do
+        progress.("The environment is damaged and is made again")
+        Build.remove(kind)
+        with {:ok, _} <- Build.ensure(kind, opts, progress), do: checked(kind, opts, progress)
+      else
+        result
+      end
+    end
+  end
+
+  defp checked(kind, opts, progress) do
+    with {:ok, python} <- unavailable(python()) do
+      if opts.check do
+        progress.("Checking the Python environment")
+        with {:ok, text} <- doctor(), do: {:ok, %{python: python, torch: kind, doctor: text}}
+      else
+        {:ok, %{python: python, torch: kind, doctor: nil}}
+      end
+    end
+  end
+
+  defp unavailable({:error, sentence}), do: {:error, Error.new(:unavailable, sentence)}
+  defp unavailable(ok), do: ok
+
+  defp executable(name, source) do
+    case System.find_executable(name) do
+      nil -> {:error, "the interpreter that #{source} names is not an executable file"}
+      path -> {:ok, path}
+    end
+  end
+end

@@ -1,0 +1,428 @@
+defmodule StarweaveImage.SidecarTest do
+  # One misbehaving Python process a test: who dies, who survives, and what the caller gets.
+  use ExUnit.Case, async: true
+
+  import ExUnit.CaptureLog
+  import StarweaveImage.TestInstance
+
+  import StarweaveImage.TestOSProcess,
+    only: [alive?: 1, await: 1, await_gone: 2, family: 1, signal: 2]
+
+  alias StarweaveImage.{Error, Image, Sidecar, SidecarLog}
+
+  # Everything below goes through this: the application goes on, with the same or with a new process.
+  defp assert_works(instance) do
+    assert {:ok, %Image{data: "an apple, seed 5", attempts: 1}} =
+             StarweaveImage.generate("an apple", seed: 5, instance: instance)
+  end
+
+  # The largest that a request may carry.
+  defp image, do: <<137, "PNG", 13, 10, 26, 10>> <> :binary.copy("x", 12 * 1024 * 1024 - 8)
+
+  # The request survives the death of the first process, which leaves nothing behind.
+  defp assert_replayed(fake, opts \\ [], request \\ []) do
+    instance = start_ready(fake, opts)
+    victim = os_pid(instance)
+    request = [seed: 41, instance: instance] ++ request
+
+    assert {:ok, %Image{data: "a pear, seed 41", seed: 41, attempts: attempts}} =
+             StarweaveImage.generate("a pear", request)
+
+    assert [] == await_gone([victim], 5_000)
+    assert %{generation: ^attempts, os_pid: survivor} = sidecar(instance)
+    assert alive?(survivor) and survivor != victim
+    assert_works(instance)
+    %{instance: instance, attempts: attempts, victim: victim}
+  end
+
+  describe "an honest process" do
+    test "sees its command line, descriptors 0 to 4 and nothing of the application's secrets" do
+      System.put_env("STARWEAVE_TEST_SECRET", "s3cret")
+      System.put_env("STARWEAVE_TEST_SHARED", "shared")
+      on_exit(fn -> Enum.each(~w(SECRET SHARED), &System.delete_env("STARWEAVE_TEST_#{&1}")) end)
+      instance = start_ready("honest", env: ["STARWEAVE_TEST_SHARED"])
+
+      report = report(instance)
+      assert report["descriptors"] == [0, 1, 2, 3, 4]
+      assert report["arguments"] == ["-m", "starweave_image", "port"]
+      assert "STARWEAVE_TEST_SHARED" in report["environment"]
+      assert "PATH" in report["environment"]
+      assert "PYTHONPATH" in report["environment"]
+      refute "STARWEAVE_TEST_SECRET" in report["environment"]
+      refute "MIX_ENV" in report["environment"]
+    end
+
+    test "is told its generation, which grows with each start" do
+      instance = start_ready("honest")
+      assert report(instance)["generation"] == 1
+
+      for generation <- 2..3 do
+        victim = os_pid(instance)
+        signal(victim, "KILL")
+        assert await(fn -> sidecar(instance)[:generation] == generation end)
+        await_state(instance, :ready)
+        assert report(instance)["generation"] == generation
+        refute alive?(victim)
+      end
+    end
+
+    test "ends with its instance, and by `shutdown`" do
+      instance = start_ready("honest")
+      pid = os_pid(instance)
+      assert :ok = stop_supervised(instance)
+      refute alive?(pid)
+      assert StarweaveImage.status(instance).state == :down
+    end
+
+    test "finishes within the grace period what runs when its instance stops" do
+      instance = start_ready("finishes_at_shutdown", shutdown_grace: 5_000)
+      id = "finishes-#{System.unique_integer([:positive])}"
+
+      caller =
+        Task.async(fn -> StarweaveImage.generate("hold", seed: 3, id: id, instance: instance) end)
+
+      await_running(instance, id)
+      assert :ok = stop_supervised(instance)
+      assert {:ok, %Image{data: "hold, seed 3"}} = Task.await(caller)
+    end
+
+    test "ends when its owner is killed, and the request goes to the next one" do
+      instance = start_ready("honest")
+      victim = os_pid(instance)
+      id = submit_running(instance, "hold")
+
+      Process.exit(owner(instance), :kill)
+      assert [] == await_gone([victim], 5_000)
+      await_running(instance, id)
+      assert os_pid(instance) != victim
+
+      assert_works(instance)
+      assert {:ok, _} = StarweaveImage.generate("release", instance: instance)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 10_000, instance)
+    end
+  end
+
+  describe "output" do
+    test "to stdout from Python, from C and from a child reaches Logger and not the frames" do
+      log =
+        capture_log(fn ->
+          instance = start_ready("prints")
+          pid = os_pid(instance)
+          assert_works(instance)
+          assert os_pid(instance) == pid
+          stop_supervised!(instance)
+        end)
+
+      for line <- ["stdout of Python", "stdout of C", "stdout of a child", "stderr of a child"],
+          do: assert(log =~ ~r/image sidecar 1 \| #{line}$/m)
+    end
+
+    test "that floods stderr neither blocks the process nor costs a line each" do
+      log =
+        capture_log(fn ->
+          instance = start_ready("floods_stderr")
+          pid = os_pid(instance)
+          assert_works(instance)
+          assert os_pid(instance) == pid
+          stop_supervised!(instance)
+        end)
+
+      assert log =~ ~r/more lines were dropped/
+      lines = log |> String.split("flood of forty-nine bytes") |> length()
+      assert lines > 100 and lines < 50_000
+    end
+  end
+
+  describe "an end" do
+    test "by kill in the middle of a request: it is sent again with the same seed" do
+      instance = start_ready("honest")
+      victim = os_pid(instance)
+      id = submit_running(instance, "hold", seed: 77)
+      :ok = StarweaveImage.subscribe(id, instance)
+
+      signal(victim, "KILL")
+      assert_receive {:starweave_image, ^id, {:queued, %{attempt: 2}}}, 10_000
+      assert_receive {:starweave_image, ^id, {:progress, %{attempt: 2}}}, 10_000
+      assert {:ok, _} = StarweaveImage.generate("release", instance: instance)
+
+      assert {:ok, %Image{data: "hold, seed 77", attempts: 2}} =
+               StarweaveImage.await(id, 10_000, instance)
+
+      refute alive?(victim)
+    end
+
+    test "in the middle of a frame" do
+      assert %{attempts: 2} = assert_replayed("dies_in_a_frame")
+    end
+
+    test "under a request once" do
+      instance = start_ready("crashes_on_poison")
+
+      assert {:ok, %Image{data: "once, seed 8", attempts: 2}} =
+               StarweaveImage.generate("once", seed: 8, instance: instance)
+    end
+
+    test "under a request every time: it is given up, and the next request works" do
+      instance = start_ready("crashes_on_poison", max_attempts: 3)
+      parent = self()
+      counter = fn -> send(parent, {:generation, sidecar(instance).generation}) end
+
+      assert {:error, %Error{kind: :sidecar_crashed, retryable?: false} = error} =
+               StarweaveImage.generate("poison", instance: instance)
+
+      assert error.message =~ "ended under this request 3 times"
+      assert_works(instance)
+      counter.()
+      assert_received {:generation, 4}
+    end
+
+    test "leaves no child of the process behind, with and without its frames" do
+      instance = start_ready("leaves_a_child", heartbeat_timeout: 3_000)
+      first = os_pid(instance)
+      assert {:ok, %Image{attempts: 3}} = StarweaveImage.generate("a pear", instance: instance)
+      assert family(first) == []
+      assert [only] = family(os_pid(instance))
+      assert only == os_pid(instance)
+      assert_works(instance)
+    end
+  end
+
+  describe "a process that" do
+    test "ignores SIGTERM and `shutdown` is killed when its instance stops" do
+      instance = start_ready("ignores_sigterm", shutdown_grace: 200)
+      pid = os_pid(instance)
+      {took, :ok} = :timer.tc(fn -> stop_supervised(instance) end)
+      refute alive?(pid)
+      assert took < 10_000_000
+    end
+
+    test "never speaks is killed, and the next one too, and callers are told at once" do
+      instance = start("never_speaks", heartbeat_timeout: 300, backoff_min: 10)
+      status = await_state(instance, :down)
+      assert status.error =~ "no heartbeat for"
+
+      assert {:error, %Error{kind: :unavailable}} =
+               StarweaveImage.generate("a", instance: instance)
+
+      assert await(fn -> sidecar(instance)[:generation] >= 3 end)
+    end
+
+    test "falls silent while it starts is left alone until the start timeout" do
+      instance = start_ready("silent_start", heartbeat_timeout: 500)
+      assert sidecar(instance).generation == 1
+      assert_works(instance)
+    end
+
+    test "never gets ready is killed at the start timeout, its heartbeat notwithstanding" do
+      instance = start("never_ready", start_timeout: 1_000)
+
+      assert await(fn -> os_pid(instance) end)
+      pid = os_pid(instance)
+      assert StarweaveImage.status(instance).state == :starting
+      refute StarweaveImage.available?(instance)
+
+      assert await_state(instance, :down).error == "it was not ready after 1000 ms"
+      assert [] == await_gone([pid], 5_000)
+    end
+
+    test "is stopped is killed, and its request replayed" do
+      assert %{attempts: 2} = assert_replayed("stops", heartbeat_timeout: 1_500)
+    end
+
+    test "makes no step is killed, its heartbeat notwithstanding" do
+      assert %{attempts: 2} = assert_replayed("makes_no_step", stall_timeout: 1_000)
+    end
+
+    test "loses a request is killed, its heartbeat notwithstanding" do
+      assert %{attempts: 2} = assert_replayed("loses_requests", heartbeat_timeout: 1_500)
+    end
+
+    test "answers twice is heard once" do
+      instance = start_ready("answers_twice")
+      pid = os_pid(instance)
+      assert_works(instance)
+      {:ok, id} = StarweaveImage.submit("a fig", seed: 2, instance: instance)
+      assert {:ok, %Image{data: "a fig, seed 2"}} = StarweaveImage.await(id, 10_000, instance)
+      assert_works(instance)
+      assert {:ok, [%Image{}]} = StarweaveImage.await_many(id, 10_000, instance)
+      assert os_pid(instance) == pid
+      assert StarweaveImage.status(instance).queue.running == 0
+      assert mailbox() == []
+    end
+
+    test "answers for ids and generations that are none is not heard" do
+      instance = start_ready("answers_for_nobody")
+      pid = os_pid(instance)
+      assert_works(instance)
+      assert {:error, :not_found} = StarweaveImage.subscribe("nobody", instance)
+      assert_works(instance)
+      assert os_pid(instance) == pid
+    end
+
+    test "sends what is no message is killed each time" do
+      assert %{attempts: 6} = assert_replayed("sends_junk", max_attempts: 6)
+    end
+
+    test "announces a frame over the limit, or of no bytes, is killed before it is read" do
+      assert %{attempts: 4} = assert_replayed("sends_wrong_sizes", max_attempts: 4)
+    end
+
+    test "sends an image with a wrong checksum is killed" do
+      assert %{attempts: 2} = assert_replayed("wrong_checksum")
+    end
+
+    test "sends the parts of an image out of order is killed" do
+      assert %{attempts: 2} = assert_replayed("wrong_order")
+    end
+
+    test "is of another version of the protocol is killed" do
+      instance = start("wrong_version")
+      assert await_state(instance, :down).error == "it speaks version 2 of the protocol"
+    end
+  end
+
+  describe "a process that reads nothing" do
+    test "freezes neither its owner nor the queue, and is killed" do
+      instance = start_ready("reads_nothing", heartbeat_timeout: 2_000)
+      victim = os_pid(instance)
+      owner = owner(instance)
+
+      {:ok, id} = StarweaveImage.submit("a pear", seed: 4, image: image(), instance: instance)
+      assert StarweaveImage.status(instance).queue.running == 1
+
+      for _ <- 1..20 do
+        {took, _} = :timer.tc(fn -> StarweaveImage.status(instance) end)
+        assert took < 500_000
+        {took, _} = :timer.tc(fn -> :sys.get_state(owner) end)
+        assert took < 500_000
+      end
+
+      assert alive?(victim)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 30_000, instance)
+      refute alive?(victim)
+      assert_works(instance)
+    end
+
+    test "and is killed by someone else, is replaced at once" do
+      instance = start_ready("reads_nothing", heartbeat_timeout: 60_000)
+      victim = os_pid(instance)
+      {:ok, id} = StarweaveImage.submit("a pear", image: image(), instance: instance)
+      # The queue casts before it replies, and the owner answers after what was cast.
+      _ = :sys.get_state(owner(instance))
+      signal(victim, "KILL")
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 30_000, instance)
+      assert_works(instance)
+    end
+
+    test "does not keep its instance from stopping" do
+      instance = start_ready("reads_nothing", shutdown_grace: 200, heartbeat_timeout: 60_000)
+      pid = os_pid(instance)
+      {:ok, _} = StarweaveImage.submit("a pear", image: image(), instance: instance)
+      {took, :ok} = :timer.tc(fn -> stop_supervised(instance) end)
+      assert took < 10_000_000
+      refute alive?(pid)
+    end
+  end
+
+  describe "an image of 12 MiB" do
+    test "arrives whole" do
+      instance = start_ready("honest")
+
+      assert {:ok, %Image{}} =
+               StarweaveImage.generate("a pear", image: image(), mask: image(), instance: instance)
+
+      assert_works(instance)
+    end
+  end
+
+  describe "the log socket" do
+    # Its owner, as a sidecar's owner is: it ends when it is told to.
+    defp log_reader do
+      test = self()
+
+      owner =
+        spawn(fn ->
+          send(test, {:reader, SidecarLog.start_link(__MODULE__, 3)})
+          receive do: (:end -> exit(:shutdown))
+        end)
+
+      assert_receive {:reader, {:ok, reader, path}}
+      %{owner: owner, reader: Process.monitor(reader), path: path}
+    end
+
+    test "takes every line to the last, also when its owner ends first" do
+      log =
+        capture_log(fn ->
+          %{owner: owner, reader: reader, path: path} = log_reader()
+          {:ok, socket} = :gen_tcp.connect({:local, path}, 0, [:binary])
+          :ok = :gen_tcp.send(socket, "the first line\n\xFF is no text\n")
+          assert await(fn -> not File.exists?(Path.dirname(path)) end)
+          send(owner, :end)
+          :ok = :gen_tcp.send(socket, "the line after\nthe last words\n")
+          :ok = :gen_tcp.close(socket)
+          assert_receive {:DOWN, ^reader, _, _, :normal}, 10_000
+        end)
+
+      for words <- [
+            "the first line",
+            inspect("\xFF is no text"),
+            "the line after",
+            "the last words"
+          ],
+          do: assert(log =~ "image sidecar 3 | " <> words)
+    end
+
+    test "is gone when nobody connected and its owner ends" do
+      %{owner: owner, reader: reader, path: path} = log_reader()
+      assert Bitwise.band(File.stat!(Path.dirname(path)).mode, 0o777) == 0o700
+      send(owner, :end)
+      assert_receive {:DOWN, ^reader, _, _, _}, 10_000
+      refute File.exists?(Path.dirname(path))
+    end
+  end
+
+  describe "pure parts" do
+    test "the pause between starts grows to its limit, half of it by chance" do
+      assert Sidecar.backoff(0, {500, 30_000}) == 0
+
+      for failures <- 1..200, first <- [1, 7, 500], most <- [1, 500, 30_000] do
+        full = min(most, first * Integer.pow(2, min(failures - 1, 20)))
+        pause = Sidecar.backoff(failures, {first, most})
+        assert pause in div(full, 2)..full
+      end
+
+      pauses = for _ <- 1..100, do: Sidecar.backoff(6, {500, 30_000})
+      assert length(Enum.uniq(pauses)) > 50
+    end
+
+    test "only what is on the list or named may be seen" do
+      names = [
+        "PATH",
+        "HF_TOKEN",
+        "LC_ALL",
+        "SECRET_KEY_BASE",
+        "DATABASE_URL",
+        "MINE",
+        "PYTHONPATH"
+      ]
+
+      assert Sidecar.allowed_env(names, ["MINE"]) == ["PATH", "HF_TOKEN", "LC_ALL", "MINE"]
+    end
+
+    test "one that moves is enough for all that take turns" do
+      config = [stall_timeout: 100, load_timeout: 1_000]
+      running = fn age, phase, step -> %{step_age_ms: age, phase: phase, step_ms: step} end
+      stuck = fn running -> Sidecar.stuck(%{running: running}, config) end
+
+      assert stuck.([]) == nil
+      assert stuck.([running.(99, "denoising", 5)]) == nil
+      assert stuck.([running.(101, "denoising", 5)]) =~ "no denoise step"
+      assert stuck.([running.(101, "denoising", 5), running.(0, "denoising", 5)]) == nil
+      assert stuck.([running.(101, "denoising", 50)]) == nil
+      assert stuck.([running.(501, "denoising", 50)]) =~ "no denoise step"
+      assert stuck.([running.(999, "loading", 0)]) == nil
+      assert stuck.([running.(1_001, "loading", 0)]) =~ "a model load took over"
+      assert stuck.([running.(999, "loading", 0), running.(101, "denoising", 5)]) == nil
+    end
+  end
+end

@@ -1,0 +1,150 @@
+defmodule StarweaveImageTest do
+  # One real sidecar with the embedded model serves all tests here.
+  use ExUnit.Case, async: false
+
+  alias StarweaveImage.{Error, Image}
+
+  doctest StarweaveImage
+  doctest StarweaveImage.Error
+  doctest StarweaveImage.Image
+
+  @small [width: 64, height: 64, steps: 4]
+
+  setup_all do
+    start_supervised!(StarweaveImage)
+    :ok = StarweaveImage.load_model("starweave/tiny", timeout: 120_000)
+  end
+
+  test "generate/2 gives a picture with all that made it" do
+    assert {:ok, %Image{} = image} = StarweaveImage.generate("a red apple", [seed: 7] ++ @small)
+    assert <<0x89, "PNG", _::binary>> = image.data
+    assert {image.width, image.height, image.format} == {64, 64, :png}
+    assert {image.seed, image.steps, image.model} == {7, 4, "starweave/tiny"}
+    assert image.sha256 == Base.encode16(:crypto.hash(:sha256, image.data), case: :lower)
+    assert image.parameters["prompt"] == "a red apple"
+    assert image.timings.total >= image.timings.denoise
+    refute_received _
+  end
+
+  test "the same seed gives the same bytes, no seed a fresh and reported one" do
+    {:ok, one} = StarweaveImage.generate("a red apple", [seed: 7] ++ @small)
+    {:ok, two} = StarweaveImage.generate("a red apple", [seed: 7] ++ @small)
+    assert one.data == two.data
+
+    {:ok, three} = StarweaveImage.generate("a red apple", [seed: -1] ++ @small)
+    {:ok, four} = StarweaveImage.generate("a red apple", @small)
+    assert three.seed != four.seed
+    {:ok, again} = StarweaveImage.generate("a red apple", [seed: four.seed] ++ @small)
+    assert again.data == four.data
+  end
+
+  test "generate_many/3 gives n seeds, each as a single request would" do
+    {:ok, images} = StarweaveImage.generate_many("a blue star", 3, [seed: 10] ++ @small)
+    assert Enum.map(images, & &1.seed) == [10, 11, 12]
+    assert Enum.map(images, & &1.index) == [0, 1, 2]
+    {:ok, single} = StarweaveImage.generate("a blue star", [seed: 12] ++ @small)
+    assert List.last(images).data == single.data
+  end
+
+  test "eight callers at once get the pictures that they would get alone" do
+    requests =
+      for n <- 1..8,
+          do: {"a #{Enum.at(~w(red blue green), rem(n, 3))} star", [seed: n, steps: 2 + n]}
+
+    make = fn {prompt, opts} ->
+      StarweaveImage.generate!(prompt, Keyword.merge(@small, opts)).sha256
+    end
+
+    alone = Enum.map(requests, make)
+
+    together =
+      requests
+      |> Task.async_stream(make, max_concurrency: 8, timeout: 120_000)
+      |> Enum.map(&elem(&1, 1))
+
+    assert together == alone
+  end
+
+  test "generate!/2 raises the error" do
+    assert %Image{} = StarweaveImage.generate!("a red apple", @small)
+
+    assert_raise Error, "width must be a multiple of 8 from 64 to 4096, got 250", fn ->
+      StarweaveImage.generate!("a red apple", width: 250)
+    end
+  end
+
+  test "submit/2 outlives its caller, and its result can be had twice" do
+    {:ok, id} = Task.await(Task.async(fn -> StarweaveImage.submit("a red apple", @small) end))
+    assert {:ok, %Image{id: ^id} = image} = StarweaveImage.await(id, 60_000)
+    assert {:ok, ^image} = StarweaveImage.await(id, 60_000)
+    assert {:error, :finished} = StarweaveImage.cancel(id)
+  end
+
+  test "stream/2 tells each step and ends with the image" do
+    events = Enum.to_list(StarweaveImage.stream("a red apple", [num_images: 2] ++ @small))
+    steps = for {:progress, %{phase: :denoising, image: i, step: s}} <- events, s > 0, do: {i, s}
+    assert steps == for(i <- 0..1, s <- 1..4, do: {i, s})
+    assert [{:image, %Image{index: 0}}, {:image, %Image{index: 1}}] = Enum.take(events, -2)
+    refute_received _
+  end
+
+  test "stream/2 of a bad request is one error" do
+    assert [{:error, %Error{kind: :invalid_request}}] =
+             Enum.to_list(StarweaveImage.stream("", []))
+  end
+
+  test "leaving a stream early cancels the request and leaves nothing behind" do
+    [{:progress, _}] =
+      "a red apple"
+      |> StarweaveImage.stream(width: 64, height: 64, steps: 200, id: "left-early")
+      |> Stream.filter(&match?({:progress, %{step: 2}}, &1))
+      |> Enum.take(1)
+
+    assert {:error, :not_found} = StarweaveImage.cancel("left-early")
+    refute_received _
+  end
+
+  test "a subscriber sees the same events, also when it comes late" do
+    {:ok, id} = StarweaveImage.submit("a red apple", @small)
+    {:ok, _} = StarweaveImage.await(id, 60_000)
+    :ok = StarweaveImage.subscribe(id)
+    assert_received {:starweave_image, ^id, {:image, %Image{}}}
+    :ok = StarweaveImage.unsubscribe(id)
+    refute_received _
+  end
+
+  test "status, models and availability are answered during a generation" do
+    {:ok, id} = StarweaveImage.submit("a red apple", width: 64, height: 64, steps: 200)
+    assert %{state: :busy, queue: %{running: 1}} = StarweaveImage.status()
+    assert StarweaveImage.available?()
+    assert %{state: :loaded, tasks: ["text_to_image" | _]} = tiny()
+    :ok = StarweaveImage.cancel(id)
+    assert {:error, %Error{kind: :cancelled}} = StarweaveImage.await(id, 1_000)
+  end
+
+  test "a model can be unloaded and comes back when it is asked for" do
+    :ok = StarweaveImage.unload_model("starweave/tiny")
+    assert {:ok, _} = StarweaveImage.generate("a red apple", @small)
+    assert :ok = StarweaveImage.load_model("starweave/tiny")
+    assert {:error, %Error{kind: :model_not_found}} = StarweaveImage.load_model("no/such-model")
+    assert {:error, %Error{kind: :invalid_request}} = StarweaveImage.load_model("../etc")
+  end
+
+  test "an unknown model is one clear error, before any device work" do
+    assert {:error, %Error{kind: :model_not_found} = error} =
+             StarweaveImage.generate("a red apple", model: "no/such-model")
+
+    assert error.message =~ "no/such-model"
+    refute error.message =~ "/priv"
+  end
+
+  test "every format is what it says" do
+    for {format, magic} <- [png: <<0x89, "PNG">>, jpeg: <<0xFF, 0xD8, 0xFF>>, webp: "RIFF"] do
+      {:ok, image} = StarweaveImage.generate("a red apple", [format: format] ++ @small)
+      assert String.starts_with?(image.data, magic)
+      assert StarweaveImage.Image.to_data_uri(image) =~ "data:image/#{format};base64,"
+    end
+  end
+
+  defp tiny, do: Enum.find(StarweaveImage.models(), &(&1.id == "starweave/tiny"))
+end
