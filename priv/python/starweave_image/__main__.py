@@ -1,0 +1,144 @@
+"""The command `starweave-image`, also as `python -m starweave_image`. Light until a command needs more."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import NoReturn
+
+from .errors import missing_package
+from .training import cli as training
+
+FAILED = 1
+USAGE = 2
+PORT_USAGE = 64
+UNAVAILABLE = 69
+
+_EXIT_CODES = """\
+exit codes:
+  0    done
+  1    the image could not be made, or doctor found something missing
+  2    wrong arguments
+  69   a Python package is missing or cannot be imported
+  130  interrupted
+"""
+
+
+def main() -> NoReturn:
+    code = _main(sys.argv[1:])
+    # Finalisation would wait for, or crash in, native threads of the engine.
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            pass
+    os._exit(code)
+
+
+def _main(argv: list[str]) -> int:
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as exit:
+        wrong = exit.code not in (None, 0)
+        return 0 if not wrong else PORT_USAGE if argv[:1] == ["port"] else USAGE
+    try:
+        code: int = args.run(args)
+    except ImportError as error:
+        print(f"starweave-image: {missing_package(error)}", file=sys.stderr)
+        code = UNAVAILABLE
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="starweave-image",
+        description="Make images with diffusion models.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="make an image from a text")
+    generate.set_defaults(run=_generate)
+    generate.add_argument("prompt")
+    generate.add_argument(
+        "--out", default="image.png", help="file to write; several images are numbered (default: %(default)s)"
+    )
+    for name, kind in (
+        ("--model", str),
+        ("--negative-prompt", str),
+        ("--width", int),
+        ("--height", int),
+        ("--steps", int),
+        ("--guidance-scale", float),
+        ("--seed", int),
+        ("--num-images", int),
+        ("--scheduler", str),
+        ("--style", str),
+        ("--quality", int),
+    ):
+        generate.add_argument(name, type=kind)
+    generate.add_argument("--format", help="png, jpeg or webp (default: what --out ends in)")
+    generate.add_argument("--no-metadata", dest="metadata", action="store_false", default=None)
+    _add_engine_options(generate)
+
+    models = commands.add_parser("models", help="list the models that can be used")
+    models.set_defaults(run=_models)
+    models.add_argument("--json", action="store_true")
+    _add_engine_options(models)
+
+    doctor = commands.add_parser("doctor", help="report what is installed and what is missing")
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--json", action="store_true")
+    _add_engine_options(doctor)
+
+    port = commands.add_parser("port", help="serve an Elixir application on descriptors 3 and 4")
+    port.set_defaults(run=_port)
+    port.add_argument("--log-socket", metavar="PATH", help="unix socket that takes what libraries print")
+
+    training.add_commands(commands)
+    return parser
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+
+
+def _port(args: argparse.Namespace) -> int:
+    from . import process
+
+    try:
+        process.prepare(args.log_socket)
+    except process.NotAPort as error:
+        print(f"starweave-image port: {error}", file=sys.stderr)
+        return PORT_USAGE
+    from .port import Port
+
+    return Port().run()
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from . import cli
+
+    return cli.generate(args)
+
+
+def _models(args: argparse.Namespace) -> int:
+    from . import cli
+
+    return cli.models(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from . import doctor
+
+    report = doctor.examine(args.device, args.dtype)
+    print(json.dumps(report) if args.json else doctor.describe(report))
+    return FAILED if report["problems"] else 0
+
+
+if __name__ == "__main__":
+    main()

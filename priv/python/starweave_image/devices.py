@@ -1,0 +1,156 @@
+"""Which device computes, and in which number format.
+
+The libraries read `CUDA_VISIBLE_DEVICES`, `HSA_OVERRIDE_GFX_VERSION`, `HCC_AMDGPU_TARGET` and `HF_HOME`
+themselves; none is set here. `TORCH_DTYPE` is ours to read, and wins over the configuration.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import wire
+from .errors import ImageError
+
+_logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "float32": "float32",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float16": "float16",
+    "fp16": "float16",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device of this machine. `auto_dtype` is the format when none is asked for, `why` its reason."""
+
+    id: str
+    name: str
+    auto_dtype: str
+    why: str
+    total_bytes: int
+
+    @property
+    def kind(self) -> str:
+        return self.id.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class Choice:
+    device: Device
+    dtype: str
+    reason: str
+
+    def memory(self) -> wire.DeviceMemory | None:
+        """Bytes that this process holds on the device, by its allocator, never the driver; None on a CPU."""
+        import torch
+
+        if self.device.kind == "cuda":
+            used = torch.cuda.memory_reserved(self.device.id)
+        elif self.device.kind == "xpu":
+            used = torch.xpu.memory_reserved(self.device.id)
+        elif self.device.kind == "mps":
+            used = torch.mps.driver_allocated_memory()
+        else:
+            return None
+        return wire.DeviceMemory(used=used, total=self.device.total_bytes)
+
+
+def choose(config: wire.Config) -> Choice:
+    """The device and dtype for this process, logged in one line; raises `unavailable`."""
+    choice = decide(config.device, config.dtype, present(), os.environ)
+    _logger.info(
+        "device %s (%s), dtype %s: %s", choice.device.id, choice.device.name, choice.dtype, choice.reason
+    )
+    return choice
+
+
+def decide(device: str, dtype: str, found: Sequence[Device], environment: Mapping[str, str]) -> Choice:
+    """Choose among `found`, fastest first. The dtype follows from the device that was chosen."""
+    chosen = _device(device, found)
+    wanted, asker = dtype, "configured"
+    if named := environment.get("TORCH_DTYPE", "").strip().lower().removeprefix("torch."):
+        if named not in _DTYPES:
+            raise ImageError(
+                "unavailable", "TORCH_DTYPE must be float32, bfloat16 or float16 (fp32, bf16, fp16)"
+            )
+        wanted, asker = _DTYPES[named], "TORCH_DTYPE"
+    if wanted == "auto":
+        return Choice(chosen, chosen.auto_dtype, chosen.why)
+    if wanted == "float16" and chosen.kind == "cpu":
+        return Choice(
+            chosen, chosen.auto_dtype, f"{asker} asks for float16, which a CPU cannot use; {chosen.why}"
+        )
+    return Choice(chosen, wanted, asker)
+
+
+def _device(wanted: str, found: Sequence[Device]) -> Device:
+    if wanted == "auto":
+        return found[0]
+    for device in found:
+        if wanted in (device.id, device.kind):
+            return device
+    here = ", ".join(device.id for device in found)
+    raise ImageError("unavailable", f"device {wanted} is configured but not present here; present: {here}")
+
+
+def present() -> list[Device]:
+    """The devices of this machine, the one to prefer first; the CPU is always there and last."""
+    import torch
+
+    devices = [_cuda(torch, index) for index in range(torch.cuda.device_count())]
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        for index in range(torch.xpu.device_count()):
+            properties = torch.xpu.get_device_properties(index)
+            devices.append(
+                Device(
+                    f"xpu:{index}", properties.name, "bfloat16", "native bfloat16", properties.total_memory
+                )
+            )
+    if torch.backends.mps.is_available():
+        total = torch.mps.recommended_max_memory()
+        devices.append(Device("mps", "Apple GPU", "float16", "native float16", total))
+    return [*devices, _cpu(torch)]
+
+
+def _cuda(torch: Any, index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    name = properties.name + (" with ROCm" if torch.version.hip else "")
+    with torch.cuda.device(index):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if native:
+        dtype, why = "bfloat16", "native bfloat16"
+    else:
+        dtype, why = "float16", "no native bfloat16"
+    return Device(f"cuda:{index}", name, dtype, why, properties.total_memory)
+
+
+def _cpu(torch: Any) -> Device:
+    # Emulated bfloat16 is many times slower than float32, so only instructions for it decide.
+    if torch.cpu._is_amx_tile_supported():
+        dtype, why = "bfloat16", "the CPU has AMX"
+    elif torch.cpu._is_avx512_bf16_supported():
+        dtype, why = "bfloat16", "the CPU has AVX512_BF16"
+    else:
+        dtype, why = "float32", "the CPU has no bfloat16 instructions"
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device("cpu", _cpu_name(), dtype, why, total)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,495 @@
+"""The engine: requests in, pictures out.
+
+Each request is a thread that runs the *stock* pipeline call on a copy of the loaded pipeline. One of them
+computes at a time: it holds the device turn and hands it on after each denoise step, so all of them advance
+together, and each notices a cancel or its deadline before its next step.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import platform
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import msgspec
+from PIL.Image import Image
+
+from . import __version__, devices, images, schedulers, wire
+from .catalog import ModelCard, Settings, State, rendered_size, settle
+from .errors import ImageError, missing_package
+from .model_cache import Model, ModelCache
+from .tasks import text_to_image
+from .turn import DeviceTurn, Request
+from .weights import Weights, checksum, load_pipeline
+
+_logger = logging.getLogger(__name__)
+
+_MEMORY_SHARE = 0.85
+_CANCEL_WAIT_S = 5.0
+
+Outcome = Literal["done", "failed", "cancelled"]
+
+
+class Engine:
+    """Runs requests. `emit` gets every message, from many threads; `changed` is called when the phase, the running
+    or the resident set has changed. The constructor is light; `start` imports torch."""
+
+    def __init__(
+        self, config: wire.Config, emit: Callable[[wire.Outgoing], None], changed: Callable[[], None]
+    ) -> None:
+        self._config = config
+        self._emit = emit
+        self._changed = changed
+        self._weights = Weights(config.models, config.offline)
+        self._choice: devices.Choice | None = None
+        self._cache: ModelCache | None = None
+        self._versions: dict[str, str] = {}
+        self._turn = DeviceTurn()
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._running: dict[str, Request] = {}
+        self._operations: dict[str, Request] = {}
+        self._counters = wire.Counters()
+        self._ending = 0
+        self._draining = False
+
+    def start(self) -> wire.Ready:
+        """Import the libraries and choose the device; raises `unavailable`."""
+        # OpenMP threads that spin while they wait for each other lose tenfold when anyone else wants a core.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        try:
+            import diffusers
+            import torch
+            import transformers
+        except ImportError as error:
+            _logger.exception("an import failed")
+            raise ImageError("unavailable", missing_package(error)) from None
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        self._versions = {
+            "starweave_image": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        }
+        choice = self._choice = devices.choose(self._config)
+        self._cache = ModelCache(self._load, int(choice.device.total_bytes * _MEMORY_SHARE), self._changed)
+        default = self._weights.card(self._config.default_model)
+        self._changed()
+        return wire.Ready(
+            pid=os.getpid(),
+            versions=self._versions,
+            device=choice.device.id,
+            dtype=choice.dtype,
+            device_name=choice.device.name,
+            capacity=self._config.capacity,
+            default_model=default.id,
+            catalog=self.models(),
+        )
+
+    def generate(self, message: wire.Generate) -> None:
+        """Run a request, or answer it with an error at once; never blocks."""
+        request = Request(message.id, message.timeout_ms)
+        with self._lock:
+            refusal = self._refusal(message.id)
+            if refusal is None:
+                self._running[message.id] = request
+        if refusal is not None:
+            self._fail(message.id, refusal)
+            return
+        self._changed()
+        threading.Thread(
+            target=self._serve, args=(request, message), name=f"request {message.id}", daemon=True
+        ).start()
+
+    def cancel(self, id: str) -> None:
+        with self._lock:
+            request = self._running.get(id) or self._operations.get(id)
+        if request is not None:
+            request.cancel()
+
+    def load_model(self, id: str, model: str) -> None:
+        def load(request: Request) -> None:
+            card = self._weights.card(model)
+            with self._use(card, request):
+                pass
+
+        self._operate(id, load)
+
+    def unload_model(self, id: str, model: str) -> None:
+        self._operate(id, lambda _: self._loaded_models().unload(self._weights.card(model).id))
+
+    def models(self) -> list[wire.Card]:
+        """All cards, with the state of each; usable without `start`."""
+        return [card.on_wire(*self._state(card)) for card in self._weights.cards()]
+
+    def snapshot(self) -> wire.Snapshot:
+        """What a heartbeat tells; from any thread, never blocks."""
+        cache = self._cache
+        now = time.monotonic()
+        with self._lock:
+            running = [request.on_wire(now) for request in self._running.values()]
+            counters = msgspec.structs.replace(self._counters)
+            draining, operating = self._draining, bool(self._operations)
+        grant = 0 if draining or cache is None else max(0, self._config.capacity - len(running))
+        phase: Literal["starting", "loading", "ready", "busy", "draining"]
+        if draining:
+            phase = "draining"
+        elif cache is None:
+            phase = "starting"
+        elif any(entry.phase != "loading" for entry in running):
+            phase = "busy"
+        else:
+            phase = "loading" if running or operating or cache.loading() else "ready"
+        return wire.Snapshot(
+            phase=phase,
+            capacity=self._config.capacity,
+            grant=grant,
+            running=running,
+            resident=cache.resident() if cache else [],
+            device_memory=self._choice.memory() if self._choice else None,
+            counters=counters,
+        )
+
+    def drain(self, grace_s: float) -> None:
+        """Take no more work, wait for what runs, and cancel what is left after `grace_s` seconds."""
+        with self._lock:
+            self._draining = True
+        self._changed()
+        if self._settled(grace_s):
+            return
+        with self._lock:
+            left = [*self._running.values(), *self._operations.values()]
+        for request in left:
+            request.cancel("the image service is shutting down")
+        if self._settled(_CANCEL_WAIT_S):
+            return
+        # A step that does not end in time cannot be broken off; its caller need not wait for it.
+        for request in left:
+            stopped = ImageError("cancelled", "the image service is shutting down")
+            self._end(request, "cancelled", _error(request.id, stopped))
+
+    # One request
+
+    def _serve(self, request: Request, message: wire.Generate) -> None:
+        with self._answered(request):
+            self._loaded_models()
+            card = self._weights.card(message.model or self._config.default_model)
+            self._weights.require(card)
+            settings = settle(message, card)
+            layout = self._weights.layout(card)
+            own_scheduler = layout.scheduler if layout else None
+            wanted = message.scheduler or card.defaults.scheduler
+            scheduler = schedulers.resolve(wanted, own_scheduler, card.id)
+            first = message.seed
+            if first is None or first == -1:
+                first = secrets.randbelow(2**63)
+            seeds = [(first + index) % 2**63 for index in range(message.num_images)]
+            request.check()
+            with self._lock:
+                self._counters.accepted += 1
+            self._send(
+                request,
+                wire.Accepted(
+                    id=request.id,
+                    model=card.id,
+                    width=settings.width,
+                    height=settings.height,
+                    steps=settings.steps,
+                    guidance_scale=settings.guidance_scale,
+                    scheduler=scheduler or "",
+                    seeds=seeds,
+                    format=message.format,
+                ),
+            )
+            with self._use(card, request) as model:
+                job = Job(message, card, settings, model, self._environment(model))
+                files = [self._picture(request, job, index, seed) for index, seed in enumerate(seeds)]
+            done = wire.Done(
+                id=request.id,
+                model=card.id,
+                parameters={**files[0][1], "seeds": seeds},
+                timings=request.timings(),
+                notices=job.notices,
+            )
+            request.check()
+            for index, (data, record) in enumerate(files):
+                for part in _parts(request.id, index, data, record, message.format):
+                    self._send(request, part)
+            self._finish(request, done)
+
+    def _picture(self, request: Request, job: Job, index: int, seed: int) -> tuple[bytes, dict[str, Any]]:
+        """One picture as an encoded file, and the record of it."""
+        message, settings = job.message, job.settings
+        picture, scheduler = self._draw(request, job, index, seed)
+        request.check()
+        request.enter("encoding", index)
+        self._send(request, request.progress())
+        record = {
+            "prompt": job.prompt,
+            "negative_prompt": message.negative_prompt,
+            "model": job.card.id,
+            "width": settings.width,
+            "height": settings.height,
+            "rendered_width": job.width,
+            "rendered_height": job.height,
+            "steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+            "scheduler": scheduler,
+            "seed": seed,
+            "environment": job.environment,
+        }
+        picture = images.enlarge(picture, settings.width, settings.height)
+        data = images.encode(picture, message.format, message.quality, record if message.metadata else None)
+        return data, record
+
+    def _draw(self, request: Request, job: Job, index: int, seed: int) -> tuple[Image, str]:
+        """One picture at the size at which the model draws, and the class of the scheduler used."""
+        import torch
+
+        with job.model.borrow() as pipeline:
+            own = type(pipeline.scheduler).__name__
+            wanted = job.message.scheduler or job.card.defaults.scheduler
+            scheduler = schedulers.resolve(wanted, own, job.card.id)
+            if scheduler != own:
+                pipeline.scheduler = schedulers.make(scheduler, pipeline.scheduler.config)
+            call = text_to_image.prepare(
+                pipeline,
+                job.prompt,
+                job.message.negative_prompt,
+                job.width,
+                job.height,
+                job.settings.steps,
+                job.settings.guidance_scale,
+            )
+            job.note(*call.notices)
+            self._hook_steps(request, pipeline.scheduler, index)
+            request.enter("denoising", index)
+            with self._turn.held(request):
+                try:
+                    noise = torch.Generator("cpu").manual_seed(seed)
+                    result = pipeline(**call.arguments, generator=noise, output_type="pil")
+                except torch.OutOfMemoryError:
+                    raise ImageError(
+                        "out_of_memory",
+                        f"{job.width}x{job.height} pixels with {job.card.id} need more device memory than is free",
+                        retryable=True,
+                    ) from None
+        if any(getattr(result, "nsfw_content_detected", None) or []):
+            raise ImageError("unsafe_content", "the model's safety checker withheld the picture")
+        return result.images[0], scheduler
+
+    def _hook_steps(self, request: Request, scheduler: Any, index: int) -> None:
+        """Have `scheduler.step` report the step and hand the device on.
+
+        Every pipeline steps its scheduler once a step, while only some take a callback; and the hook may raise,
+        which ends the call and leaves the weights usable.
+        """
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def hooked(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            request.stepped(len(scheduler.timesteps))
+            self._send(request, request.progress())
+            if request.step < request.steps:
+                self._turn.hand_over(request)
+            else:
+                request.check()
+                request.enter("decoding", index)
+                self._send(request, request.progress())
+            return result
+
+        scheduler.step = hooked
+
+    def _environment(self, model: Model) -> dict[str, Any]:
+        """What besides the request decides the picture: the packages, the machine and the model."""
+        assert self._choice is not None
+        return {
+            **self._versions,
+            "device": self._choice.device.name,
+            "dtype": self._choice.dtype,
+            "revision": model.revision,
+            "checksum": model.checksum,
+        }
+
+    # Models
+
+    def _load(self, card: ModelCard) -> Model:
+        assert self._choice is not None
+        begun = time.monotonic()
+        source = self._weights.obtain(card)
+        alone = functools.partial(self._turn.held, Request(f"load {card.id}", None))
+        pipeline = load_pipeline(source, card.id, self._choice, alone)
+        # A hub revision names its files; a folder on this machine may have been changed.
+        digest = checksum(source.folder) if source.revision is None else None
+        model = Model(card, pipeline, source.folder, source.revision, digest)
+        _logger.info("%s loaded in %.1f s, %d MB", card.id, time.monotonic() - begun, model.bytes // 10**6)
+        return model
+
+    @contextmanager
+    def _use(self, card: ModelCard, request: Request) -> Iterator[Model]:
+        def wait(model: Future[Model]) -> None:
+            if not model.done():
+                request.enter("loading", 0)
+                self._send(request, request.progress())
+                model.add_done_callback(lambda _: request.wake.set())
+                request.wait(model.done)
+
+        with self._loaded_models().use(card, wait) as model:
+            yield model
+
+    def _loaded_models(self) -> ModelCache:
+        if self._cache is None:
+            raise ImageError("unavailable", "the image service is still starting", retryable=True)
+        return self._cache
+
+    def _state(self, card: ModelCard) -> tuple[State, str | None]:
+        state, error = self._cache.state(card.id) if self._cache else (None, None)
+        return cast(State, state or self._weights.presence(card)), error
+
+    def _operate(self, id: str, work: Callable[[Request], None]) -> None:
+        request = Request(id, None)
+        with self._lock:
+            refusal = self._refusal(id, counted=False)
+            if refusal is None:
+                self._operations[id] = request
+        if refusal is not None:
+            self._fail(id, refusal)
+            return
+
+        def run() -> None:
+            with self._answered(request):
+                work(request)
+                self._finish(request, wire.Done(id=id))
+
+        threading.Thread(target=run, name=f"operation {id}", daemon=True).start()
+
+    # The end of a request
+
+    def _refusal(self, id: str, counted: bool = True) -> ImageError | None:
+        if self._draining:
+            return ImageError("unavailable", "the image service is shutting down", retryable=True)
+        if id in self._running or id in self._operations:
+            return ImageError("invalid_request", "a request with this id is running", "id")
+        if counted and len(self._running) >= self._config.capacity:
+            most = self._config.capacity
+            return ImageError(
+                "overloaded", f"{most} requests are running, which is the most at once", retryable=True
+            )
+        return None
+
+    @contextmanager
+    def _answered(self, request: Request) -> Iterator[None]:
+        """Whatever is raised inside becomes the one error that ends the request."""
+        try:
+            yield
+        except ImageError as error:
+            known = error
+        except Exception:
+            _logger.exception("request %s failed", request.id)
+            known = ImageError("internal", "something unexpected went wrong; the log has the details")
+        else:
+            return
+        outcome: Outcome = "cancelled" if known.kind == "cancelled" else "failed"
+        self._end(request, outcome, _error(request.id, known))
+
+    def _finish(self, request: Request, done: wire.Done) -> None:
+        self._end(request, "done", done)
+
+    def _end(self, request: Request, outcome: Outcome, last: wire.Outgoing) -> None:
+        """End a request, once. It is off the books *before* its last message, for its reader may send the next one;
+        the engine counts as settled only *after* it, for whoever drains ends the process then."""
+        with self._lock:
+            if request.ended:
+                return
+            request.ended = True
+            if self._running.pop(request.id, None) is not None:
+                setattr(self._counters, outcome, getattr(self._counters, outcome) + 1)
+            self._operations.pop(request.id, None)
+            self._ending += 1
+        self._changed()
+        try:
+            self._emit(last)
+        finally:
+            with self._lock:
+                self._ending -= 1
+                self._idle.notify_all()
+
+    def _settled(self, timeout_s: float) -> bool:
+        with self._idle:
+            return self._idle.wait_for(
+                lambda: not (self._running or self._operations or self._ending), timeout_s
+            )
+
+    def _send(self, request: Request, message: wire.Outgoing) -> None:
+        if not request.ended:
+            self._emit(message)
+
+    def _fail(self, id: str, error: ImageError) -> None:
+        self._emit(_error(id, error))
+
+
+def _error(id: str, error: ImageError) -> wire.Error:
+    return wire.Error(
+        id=id, kind=error.kind, message=error.message, field=error.field, retryable=error.retryable
+    )
+
+
+class Job:
+    """What all pictures of one request have in common."""
+
+    def __init__(
+        self,
+        message: wire.Generate,
+        card: ModelCard,
+        settings: Settings,
+        model: Model,
+        environment: dict[str, Any],
+    ) -> None:
+        self.message = message
+        self.card = card
+        self.settings = settings
+        self.model = model
+        self.environment = environment
+        self.notices: list[str] = []
+        style = message.style.strip()
+        self.prompt = f"{message.prompt}, {style}" if style else message.prompt
+        self.width, self.height = rendered_size(settings.width, settings.height, card)
+        if (self.width, self.height) != (settings.width, settings.height):
+            self.note(
+                f"Rendered at {self.width}x{self.height} and enlarged: {card.name} draws at that scale only."
+            )
+        if unknown := text_to_image.unknown_words(model.folder, message.prompt):
+            words = ", ".join(f'"{word[:40]}"' for word in unknown[:5]) + (" …" if len(unknown) > 5 else "")
+            self.note(f"{card.name} does not know {words}: it draws only what its small vocabulary names.")
+
+    def note(self, *sentences: str) -> None:
+        self.notices += [sentence for sentence in sentences if sentence not in self.notices]
+
+
+def _parts(id: str, index: int, data: bytes, record: dict[str, Any], format: str) -> Iterator[wire.ImagePart]:
+    whole, digest = memoryview(data), hashlib.sha256(data).hexdigest()
+    for offset in range(0, len(data), wire.MAX_PART):
+        yield wire.ImagePart(
+            id=id,
+            index=index,
+            seed=record["seed"],
+            format=format,
+            width=record["width"],
+            height=record["height"],
+            sha256=digest,
+            size=len(data),
+            offset=offset,
+            data=whole[offset : offset + wire.MAX_PART],
+        )

@@ -1,0 +1,208 @@
+"""Loaded models: each is loaded once for all who wait for it, and the longest unused make room for the next.
+
+A load runs in a thread of its own and goes on when those who asked for it have left.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .catalog import ModelCard
+from .errors import ImageError
+
+_logger = logging.getLogger(__name__)
+
+
+class Model:
+    """A loaded pipeline. `borrow` gives a copy of it for one request; all copies share the weights."""
+
+    def __init__(
+        self, card: ModelCard, pipeline: Any, folder: Path, revision: str | None, checksum: str | None
+    ) -> None:
+        self.card = card
+        self.pipeline = pipeline
+        self.folder = folder
+        self.revision = revision
+        self.checksum = checksum
+        self.bytes = _weight_bytes(pipeline)
+        # A tokenizer keeps the padding and truncation of its last call, and a large one takes a second to
+        # copy: sets of them are lent, and made from the spare one, which nobody uses, when all are out.
+        own = {name: part for name, part in pipeline.components.items() if _is_tokenizer(part)}
+        self._tokenizers = [own]
+        self._spare = copy.deepcopy(own)
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def borrow(self) -> Iterator[Any]:
+        """A pipeline whose per-call state, scheduler and tokenizers are its own."""
+        with self._lock:
+            tokenizers = self._tokenizers.pop() if self._tokenizers else copy.deepcopy(self._spare)
+        pipeline = copy.copy(self.pipeline)
+        for name, part in tokenizers.items():
+            setattr(pipeline, name, part)
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        try:
+            yield pipeline
+        finally:
+            with self._lock:
+                self._tokenizers.append(tokenizers)
+
+
+def _is_tokenizer(part: Any) -> bool:
+    from transformers import PreTrainedTokenizerBase
+
+    return isinstance(part, PreTrainedTokenizerBase)
+
+
+def _weight_bytes(pipeline: Any) -> int:
+    import torch
+
+    modules = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class _Entry:
+    def __init__(self, card: ModelCard) -> None:
+        self.card = card
+        self.model: Future[Model] = Future()
+        self.users = 0
+        self.used = 0
+
+
+class ModelCache:
+    """At most `budget` bytes of loaded models, as far as the idle ones allow. `changed` is called after every
+    load and unload."""
+
+    def __init__(self, load: Callable[[ModelCard], Model], budget: int, changed: Callable[[], None]) -> None:
+        self._load = load
+        self._budget = budget
+        self._changed = changed
+        self._lock = threading.Lock()
+        self._loading = threading.Lock()
+        self._entries: dict[str, _Entry] = {}
+        self._errors: dict[str, str] = {}
+        self._clock = 0
+
+    @contextmanager
+    def use(self, card: ModelCard, wait: Callable[[Future[Model]], None]) -> Iterator[Model]:
+        """The model, loaded if need be; `wait` blocks until the future is done, or raises to give up."""
+        entry = self._enter(card)
+        try:
+            wait(entry.model)
+            error = entry.model.exception()
+            if isinstance(error, ImageError):
+                # A fresh one for each who waited: an exception keeps the traceback of whoever raised it.
+                raise ImageError(error.kind, error.message, error.field, error.retryable)
+            yield entry.model.result()
+        finally:
+            with self._lock:
+                entry.users -= 1
+
+    def unload(self, id: str) -> None:
+        """Forget an idle model, loaded or not; raises `invalid_request` for one in use."""
+        with self._lock:
+            entry = self._entries.get(id)
+            if entry is None:
+                return
+            if entry.users or not entry.model.done():
+                raise ImageError("invalid_request", f"{id} is in use and cannot be unloaded now", "model")
+            del self._entries[id]
+        # The last reference goes before the device is asked to give its memory back.
+        del entry
+        _release_memory()
+        self._changed()
+
+    def resident(self) -> list[str]:
+        with self._lock:
+            return sorted(id for id, entry in self._entries.items() if entry.model.done())
+
+    def loading(self) -> bool:
+        with self._lock:
+            return any(not entry.model.done() for entry in self._entries.values())
+
+    def state(self, id: str) -> tuple[str | None, str | None]:
+        """`loaded`, `loading` or `failed`, with the last error; None where nothing was tried."""
+        with self._lock:
+            entry, error = self._entries.get(id), self._errors.get(id)
+        if entry is not None:
+            return ("loaded", None) if entry.model.done() else ("loading", error)
+        return ("failed" if error else None), error
+
+    def _enter(self, card: ModelCard) -> _Entry:
+        with self._lock:
+            entry = self._entries.get(card.id)
+            fresh = entry is None
+            if entry is None:
+                entry = self._entries[card.id] = _Entry(card)
+            self._clock += 1
+            entry.users += 1
+            entry.used = self._clock
+        if fresh:
+            threading.Thread(target=self._fill, args=(entry,), name=f"load {card.id}", daemon=True).start()
+            self._changed()
+        return entry
+
+    def _fill(self, entry: _Entry) -> None:
+        id = entry.card.id
+        try:
+            # One at a time: two together would each find room for themselves.
+            with self._loading:
+                self._make_room(entry.card.memory_bytes)
+                model = self._load(entry.card)
+        except Exception as error:
+            known = error if isinstance(error, ImageError) else _unexpected(id, error)
+            with self._lock:
+                del self._entries[id]
+                self._errors[id] = known.message
+            entry.model.set_exception(known)
+        else:
+            with self._lock:
+                self._errors.pop(id, None)
+            entry.model.set_result(model)
+        self._changed()
+
+    def _make_room(self, wanted: int) -> None:
+        with self._lock:
+            loaded = {id: entry for id, entry in self._entries.items() if entry.model.done()}
+            held = sum(entry.model.result().bytes for entry in loaded.values())
+            leaving = []
+            for id in sorted(loaded, key=lambda id: loaded[id].used):
+                if held + wanted <= self._budget:
+                    break
+                if not loaded[id].users:
+                    held -= loaded[id].model.result().bytes
+                    del self._entries[id]
+                    leaving.append(id)
+        if leaving:
+            # Before the device is asked to give the memory back, the last reference must be gone.
+            del loaded
+            _release_memory()
+            _logger.info("%s left memory to make room", ", ".join(leaving))
+            self._changed()
+
+
+def _unexpected(id: str, error: Exception) -> ImageError:
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return ImageError("out_of_memory", f"there is not enough device memory to load {id}", retryable=True)
+    _logger.error("loading %s failed", id, exc_info=error)
+    return ImageError("model_load_failed", f"{id} could not be loaded; see the log")
+
+
+def _release_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,228 @@
+"""The sidecar's end of the wire: start, main loop and shutdown (docs/protocol.md).
+
+The main thread reads frames and hands each message to the engine, which answers from threads of its own
+through `Port.send`. Heavy imports happen in a starting thread, so that reading and heartbeats never wait for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from . import log, wire
+from .errors import ImageError, missing_package
+from .heartbeat import Heartbeat
+from .process import FRAMES_IN, FRAMES_OUT
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+OK = 0
+FRAMING_LOST = 65
+NO_HELLO = 66
+UNAVAILABLE = 69
+INTERNAL = 70
+
+_CHUNK = 1024 * 1024
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_STOP_GRACE_S = 2.0
+
+_logger = logging.getLogger(__name__)
+
+
+class Port:
+    """One sidecar: `run` returns its exit code."""
+
+    def __init__(self, hello_timeout_s: float = 60.0) -> None:
+        self._hello_timeout_s = hello_timeout_s
+        self._generation = 0
+        self._decoder = wire.FrameDecoder()
+        self._write_lock = threading.Lock()
+        self._heartbeat = Heartbeat(self._snapshot, self.send)
+        self._engine: Engine | None = None
+        self._ready = False
+        self._draining = False
+        self._exit_code: int | None = None
+        self._wakeup, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+
+    def run(self) -> int:
+        self._heartbeat.start()
+        log.install(self.send)
+        # The handlers do nothing: the interpreter writes each signal's number to the wake-up pipe, and the loop
+        # below acts on it at a point where no lock is held.
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        for number in _STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)
+
+        hello_by = time.monotonic() + self._hello_timeout_s
+        inputs = select.poll()
+        inputs.register(FRAMES_IN, select.POLLIN)
+        inputs.register(self._wakeup, select.POLLIN)
+        while self._exit_code is None:
+            wait_s = None if self._generation else hello_by - time.monotonic()
+            if wait_s is not None and wait_s <= 0:
+                return NO_HELLO
+            for fd, _ in inputs.poll(None if wait_s is None else wait_s * 1000):
+                if fd == FRAMES_IN:
+                    self._read()
+                elif _STOP_SIGNALS & set(os.read(self._wakeup, 4096)):
+                    self._drain(_STOP_GRACE_S)
+        return self._exit_code
+
+    def send(self, message: wire.Outgoing) -> None:
+        """Write one frame whole; from any thread."""
+        message.g = self._generation
+        buffers = wire.encode(message)
+        try:
+            with self._write_lock:
+                while buffers:
+                    written = os.writev(FRAMES_OUT, buffers)
+                    while buffers and written >= len(buffers[0]):
+                        written -= len(buffers.pop(0))
+                    if written:
+                        buffers[0] = memoryview(buffers[0])[written:]
+        except BrokenPipeError:
+            # Nobody reads any more, and whoever works on an image must not find out one by one.
+            os._exit(OK)
+
+    def _finish(self, code: int) -> None:
+        self._exit_code = code
+        try:
+            os.write(self._wake, b"\0")
+        except BlockingIOError:
+            pass
+
+    def _snapshot(self) -> wire.Snapshot:
+        snapshot = self._engine.snapshot() if self._engine else wire.Snapshot()
+        if self._draining:
+            snapshot.phase, snapshot.grant = "draining", 0
+        return snapshot
+
+    # Reading
+
+    def _read(self) -> None:
+        data = os.read(FRAMES_IN, _CHUNK)
+        if not data:
+            self._finish(OK)
+            return
+        try:
+            for body in self._decoder.feed(data):
+                self._receive(body)
+                if self._exit_code is not None:
+                    return
+        except wire.FramingError as error:
+            self._refuse(None, ImageError("invalid_frame", str(error)))
+            self._finish(FRAMING_LOST)
+
+    def _receive(self, body: bytes) -> None:
+        try:
+            message = wire.decode(body)
+        except wire.InvalidMessage as error:
+            self._refuse(error.id, error)
+            if error.kind == "unsupported_version" and not self._generation:
+                self._finish(NO_HELLO)
+            return
+        id: str | None = getattr(message, "id", None)
+        token = log.request_id.set(id)
+        try:
+            self._dispatch(message, id)
+        except ImageError as error:
+            self._refuse(id, error)
+        except Exception:
+            _logger.exception("%s failed", type(message).__name__)
+            self._refuse(id, ImageError("internal", "the image service failed on this request"))
+        finally:
+            log.request_id.reset(token)
+
+    def _dispatch(self, message: wire.Incoming, id: str | None) -> None:
+        if isinstance(message, wire.Hello):
+            self._greet(message)
+            return
+        if message.g is not None and self._generation and message.g != self._generation:
+            raise ImageError("wrong_generation", f"g must be {self._generation}, got {message.g}", "g")
+        if isinstance(message, wire.Shutdown):
+            self._drain(message.grace_ms / 1000)
+            return
+        engine = self._engine
+        if engine is None or not self._ready:
+            raise ImageError("unavailable", "the image service is still starting", retryable=True)
+
+        match message:
+            case wire.Cancel():
+                engine.cancel(message.id)
+            case wire.Models():
+                self.send(wire.ModelsReply(id=message.id, models=engine.models()))
+            case wire.Stats():
+                self.send(wire.StatsReply(id=message.id, **self._heartbeat.vitals()))
+            case _ if self._draining:
+                raise ImageError("unavailable", "the image service is shutting down", retryable=True)
+            case wire.Generate():
+                engine.generate(message)
+            case wire.LoadModel():
+                engine.load_model(message.id, message.model)
+            case wire.UnloadModel():
+                engine.unload_model(message.id, message.model)
+
+    def _refuse(self, id: str | None, error: ImageError) -> None:
+        self.send(
+            wire.Error(
+                id=id, kind=error.kind, message=error.message, field=error.field, retryable=error.retryable
+            )
+        )
+
+    # Start and end
+
+    def _greet(self, hello: wire.Hello) -> None:
+        if self._generation:
+            raise ImageError("invalid_request", "hello must come once")
+        self._generation = hello.g
+        self._heartbeat.interval = hello.config.heartbeat_interval_ms / 1000
+        self._heartbeat.beat()
+        threading.Thread(target=self._start, args=(hello.config,), name="start", daemon=True).start()
+
+    def _start(self, config: wire.Config) -> None:
+        try:
+            from .engine import Engine
+
+            engine = Engine(config, self.send, self._heartbeat.beat)
+            self._engine = engine
+            ready = engine.start()
+            # Before the message: what the application sends in answer to it must be taken.
+            self._ready = True
+            self.send(ready)
+        except ImageError as error:
+            self._refuse(None, error)
+            self._finish(UNAVAILABLE)
+        except ImportError as error:
+            _logger.exception("an import failed")
+            self._refuse(None, ImageError("unavailable", missing_package(error)))
+            self._finish(UNAVAILABLE)
+        except Exception:
+            _logger.exception("the engine could not start")
+            self._refuse(None, ImageError("internal", "the image service could not start; see its log"))
+            self._finish(INTERNAL)
+
+    def _drain(self, grace_s: float) -> None:
+        engine = self._engine
+        if engine is None or not self._ready or self._draining:
+            # Nothing runs yet, or this is asked for the second time.
+            self._finish(OK)
+            return
+        self._draining = True
+        self._heartbeat.beat()
+        threading.Thread(target=self._end, args=(engine, grace_s), name="drain", daemon=True).start()
+
+    def _end(self, engine: Engine, grace_s: float) -> None:
+        try:
+            engine.drain(grace_s)
+        except Exception:
+            _logger.exception("draining failed")
+            self._finish(INTERNAL)
+        else:
+            self._finish(OK)

@@ -1,0 +1,78 @@
+"""What a sidecar process sets up before anything can print, block or fail: descriptors, process group, watchdog.
+
+Standard library only, and nothing heavy of it: the watchdog must be forked before the first thread and the
+first native import.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import fcntl
+import io
+import os
+import socket
+import sys
+
+from . import watchdog
+
+FRAMES_IN = 3
+FRAMES_OUT = 4
+
+
+class NotAPort(Exception):
+    """The process was not started as a port: its descriptors or its command line are wrong."""
+
+
+def prepare(log_socket: str | None) -> None:
+    """Make this process a sidecar; raises `NotAPort`."""
+    _require(FRAMES_IN, os.O_WRONLY, "read from")
+    _require(FRAMES_OUT, os.O_RDONLY, "written to")
+    _redirect(log_socket)
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)
+    watchdog.fork(FRAMES_IN, FRAMES_OUT)
+    os.register_at_fork(after_in_child=_close_frames)
+    faulthandler.enable(file=2)
+
+
+def _require(fd: int, wrong_mode: int, use: str) -> None:
+    try:
+        mode = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
+    except OSError:
+        raise NotAPort(
+            f"descriptor {fd} is not open: this command is started by an Elixir application"
+        ) from None
+    if mode == wrong_mode:
+        raise NotAPort(f"descriptor {fd} cannot be {use}")
+    os.set_inheritable(fd, False)
+    os.set_blocking(fd, True)
+
+
+def _redirect(log_socket: str | None) -> None:
+    # Before the descriptors change: a stream that began on a file asks for its position here.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    if null > 0:
+        os.close(null)
+    if log_socket is None:
+        os.dup2(2, 1)
+    else:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as log:
+                log.connect(log_socket)
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+        except OSError as error:
+            raise NotAPort(f"the log socket cannot be connected: {error.strerror}") from None
+
+
+def _close_frames() -> None:
+    # A forked child that held the frames would keep the application from seeing the sidecar's end.
+    for fd in (FRAMES_IN, FRAMES_OUT):
+        try:
+            os.close(fd)
+        except OSError:
+            pass

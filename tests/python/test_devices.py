@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import pytest
+from starweave_image.devices import Device, decide, present
+from starweave_image.errors import ImageError
+
+GPU = Device("cuda:0", "A card", "float16", "no native bfloat16", 1)
+SECOND = Device("cuda:1", "Another card", "bfloat16", "native bfloat16", 1)
+CPU = Device("cpu", "A processor", "float32", "the CPU has no bfloat16 instructions", 1)
+ALL = [GPU, SECOND, CPU]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "environment", "chosen"),
+    [
+        ("auto", "auto", {}, ("cuda:0", "float16")),
+        ("cuda", "auto", {}, ("cuda:0", "float16")),
+        ("cuda:1", "auto", {}, ("cuda:1", "bfloat16")),
+        ("cpu", "auto", {}, ("cpu", "float32")),
+        ("cpu", "bfloat16", {}, ("cpu", "bfloat16")),
+        ("cpu", "float16", {}, ("cpu", "float32")),
+        ("auto", "float32", {"TORCH_DTYPE": "bf16"}, ("cuda:0", "bfloat16")),
+        ("auto", "auto", {"TORCH_DTYPE": "torch.float32"}, ("cuda:0", "float32")),
+        ("auto", "bfloat16", {"TORCH_DTYPE": ""}, ("cuda:0", "bfloat16")),
+        ("cpu", "bfloat16", {"TORCH_DTYPE": "fp16"}, ("cpu", "float32")),
+    ],
+)
+def test_device_and_dtype(
+    device: str, dtype: str, environment: dict[str, str], chosen: tuple[str, str]
+) -> None:
+    choice = decide(device, dtype, ALL, environment)
+    assert (choice.device.id, choice.dtype) == chosen
+    assert choice.reason
+
+
+def test_falling_back_to_the_cpu_changes_the_dtype_too() -> None:
+    assert decide("auto", "float16", [CPU], {}).dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "words"),
+    [
+        ("cuda:7", {}, "device cuda:7 is configured but not present here; present: cuda:0, cuda:1, cpu"),
+        ("mps", {}, "device mps is configured but not present here"),
+        ("cpu", {"TORCH_DTYPE": "half"}, "TORCH_DTYPE must be float32, bfloat16 or float16"),
+    ],
+)
+def test_what_cannot_be_had_is_unavailable(device: str, environment: dict[str, str], words: str) -> None:
+    with pytest.raises(ImageError, match=words) as error:
+        decide(device, "auto", ALL, environment)
+    assert error.value.kind == "unavailable"
+
+
+def test_this_machine_has_a_cpu_at_least() -> None:
+    devices = present()
+    assert devices[-1].id == "cpu" and devices[-1].auto_dtype in ("float32", "bfloat16")
+    assert devices[-1].total_bytes > 2**28

@@ -1,0 +1,295 @@
+"""Who dies and who survives, by process id."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import psutil
+import pytest
+from conftest import SUPPORT, Tracked, config
+from sidecar import Sidecar
+
+Start = Callable[..., Sidecar]
+LONG = {"t": "generate", "id": "long", "prompt": "a red apple", "steps": 20, "num_images": 16}
+
+
+# Ends that were asked for
+
+
+def test_the_end_of_the_input_ends_it(start: Start, tracked: Tracked) -> None:
+    sidecar = start()
+    sidecar.expect("heartbeat")
+    sidecar.close_input()
+    assert sidecar.wait() == 0
+    assert tracked.gone()
+
+
+def test_the_end_of_the_input_ends_it_in_the_middle_of_a_generation(ready: Start, tracked: Tracked) -> None:
+    sidecar = ready(**config())
+    sidecar.send(LONG)
+    sidecar.expect("progress", id="long", phase="denoising", timeout=180)
+    sidecar.close_input()
+    sidecar.wait(5)
+    assert tracked.gone()
+
+
+def test_a_reader_that_is_gone_ends_it(start: Start, tracked: Tracked) -> None:
+    sidecar = start()
+    sidecar.expect("heartbeat")
+    sidecar.close_output()
+    assert sidecar.wait() == 0
+    assert tracked.gone()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_an_idle_one(ready: Start, tracked: Tracked, number: int) -> None:
+    sidecar = ready()
+    sidecar.signal(number)
+    assert sidecar.wait() == 0
+    assert tracked.gone()
+
+
+def test_a_signal_ends_one_that_is_starting(start: Start, tracked: Tracked) -> None:
+    sidecar = start()
+    sidecar.hello()
+    sidecar.expect("heartbeat", g=1)
+    sidecar.signal(signal.SIGTERM)
+    assert sidecar.wait() == 0
+    assert tracked.gone()
+
+
+def test_a_signal_drains(ready: Start, tracked: Tracked) -> None:
+    sidecar = ready(**config())
+    sidecar.send(LONG)
+    sidecar.expect("progress", id="long", phase="denoising", timeout=180)
+    sidecar.signal(signal.SIGTERM)
+    sidecar.expect("heartbeat", phase="draining")
+    sidecar.send({"t": "generate", "id": "late", "prompt": "x"})
+    messages = sidecar.drain_frames()
+    ends = {message["id"]: message for message in messages if message["t"] in ("done", "error")}
+    assert ends["late"]["kind"] == "unavailable"
+    assert ends["long"]["t"] == "done" or ends["long"]["kind"] == "cancelled"
+    assert sidecar.wait() == 0
+    assert tracked.gone()
+
+
+def test_shutdown_lets_what_runs_end(ready: Start, tracked: Tracked) -> None:
+    sidecar = ready(**config())
+    sidecar.send({"t": "generate", "id": "short", "prompt": "a red apple", "steps": 2})
+    sidecar.expect("accepted", id="short")
+    sidecar.send({"t": "shutdown", "grace_ms": 120_000})
+    answers = [message["t"] for message in sidecar.drain_frames(180) if message.get("id") == "short"]
+    assert answers[-1] == "done"
+    assert sidecar.wait() == 0
+    assert tracked.gone()
+
+
+# Ends that were not
+
+
+def test_what_it_forked_ends_with_it(start: Start, tracked: Tracked) -> None:
+    sidecar = start(env={"STARWEAVE_TEST_MISBEHAVIOUR": "fork_in_c"})
+    sidecar.expect("heartbeat")
+    before = tracked.alive()
+    sidecar.signal(signal.SIGUSR1)
+    wait_until(lambda: len(tracked.alive()) > len(before))
+    sidecar.signal(signal.SIGKILL)
+    assert sidecar.wait() == -signal.SIGKILL
+    assert tracked.gone()
+    # The grandchild held the write end too; with it gone the application sees the end.
+    sidecar.drain_frames(5)
+
+
+def test_a_forked_python_child_holds_no_frames(start: Start) -> None:
+    program = (
+        "import os; from starweave_image import process; process.prepare(None)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(sum(os.path.exists(f'/proc/self/fd/{fd}') for fd in (3, 4)))\n"
+        "os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    assert start("-c", program).wait() == 0
+
+
+class Application:
+    """Another process that owns a sidecar, so that it can be killed as the BEAM can."""
+
+    def __init__(self, env: dict[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(SUPPORT / "application.py"), "-m", "starweave_image", "port"],
+            env=env,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        self._in, self._out, self._log = self._process.stdin, self._process.stdout, self._process.stderr
+        self.sidecar = int(self._line(self._out))
+
+    def send(self, message: dict[str, Any]) -> None:
+        self._in.write(msgpack.packb(message).hex().encode() + b"\n")
+        self._in.flush()
+
+    def expect(self, type: str, **fields: Any) -> None:
+        deadline = time.monotonic() + 180
+        while True:
+            assert time.monotonic() < deadline, f"no {type} in time"
+            message = msgpack.unpackb(bytes.fromhex(self._line(self._out).decode()))
+            if message["t"] == type and all(message[name] == value for name, value in fields.items()):
+                return
+
+    def expect_log(self, line: bytes) -> None:
+        while self._line(self._log) != line:
+            pass
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(10)
+        for pipe in (self._in, self._out, self._log):
+            pipe.close()
+
+    def _line(self, pipe: Any) -> bytes:
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            line = b""
+            while not line.endswith(b"\n"):
+                assert selector.select(180), "nothing more was written in time"
+                byte = os.read(pipe.fileno(), 1)
+                assert byte, "the application ended"
+                line += byte
+        return bytes(line[:-1])
+
+
+@pytest.fixture
+def application(tracked: Tracked) -> Iterator[Callable[..., Application]]:
+    applications: list[Application] = []
+
+    def start(**env: str) -> Application:
+        applications.append(Application({**tracked.env, **env}))
+        return applications[-1]
+
+    yield start
+    for application in applications:
+        application.kill()
+
+
+def starting(application: Application) -> None:
+    application.expect("heartbeat", phase="starting")
+
+
+def loading(application: Application) -> None:
+    starting(application)
+    application.send({"t": "hello", "v": 1, "g": 1, "config": config()})
+    application.expect("heartbeat", g=1)
+
+
+def ready_(application: Application) -> None:
+    loading(application)
+    application.expect("ready")
+
+
+def busy(application: Application) -> None:
+    ready_(application)
+    application.send(LONG)
+    application.expect("progress", phase="denoising")
+
+
+PHASES = [starting, loading, ready_, busy]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_application_that_is_killed_leaves_nothing(
+    application: Callable[..., Application], tracked: Tracked, phase: Callable[[Application], None]
+) -> None:
+    victim = application()
+    phase(victim)
+    assert victim.sidecar in tracked.alive()
+    victim.kill()
+    assert tracked.gone(5)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_nor_with_the_interpreter_held_by_native_code(
+    application: Callable[..., Application], tracked: Tracked, phase: Callable[[Application], None]
+) -> None:
+    victim = application(STARWEAVE_TEST_MISBEHAVIOUR="hold_interpreter")
+    phase(victim)
+    os.kill(victim.sidecar, signal.SIGUSR1)
+    victim.expect_log(b"holding")
+    victim.kill()
+    assert tracked.gone(5)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("stop", [os.kill, os.killpg])
+def test_nor_with_a_stopped_sidecar(
+    application: Callable[..., Application],
+    tracked: Tracked,
+    phase: Callable[[Application], None],
+    stop: Callable[[int, int], None],
+) -> None:
+    victim = application()
+    phase(victim)
+    stop(victim.sidecar, signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(victim.sidecar).status() == psutil.STATUS_STOPPED)
+    victim.kill()
+    assert tracked.gone(5)
+
+
+def test_nor_a_grandchild_forked_in_c(application: Callable[..., Application], tracked: Tracked) -> None:
+    victim = application(STARWEAVE_TEST_MISBEHAVIOUR="fork_in_c")
+    starting(victim)
+    os.kill(victim.sidecar, signal.SIGUSR1)
+    victim.expect_log(b"forked")
+    victim.kill()
+    assert tracked.gone(5)
+
+
+def wait_until(condition: Callable[[], bool], timeout: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.02)
+
+
+# Wrong starts
+
+
+def run_port(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "starweave_image", "port", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
+
+
+def test_without_the_descriptors(tracked: Tracked) -> None:
+    result = run_port(env=tracked.env)
+    assert result.returncode == 64
+    assert result.stderr == (
+        "starweave-image port: descriptor 3 is not open: this command is started by an Elixir application\n"
+    )
+
+
+def test_with_a_wrong_option(tracked: Tracked) -> None:
+    result = run_port("--colour", env=tracked.env)
+    assert result.returncode == 64
+    assert "--colour" in result.stderr
+
+
+def test_with_a_log_socket_that_is_not_there(start: Start, tmp_path: Path, tracked: Tracked) -> None:
+    sidecar = start("-m", "starweave_image", "port", "--log-socket", str(tmp_path / "none"))
+    assert sidecar.wait() == 64
+    assert "log socket" in (tmp_path / "log").read_text()
+    assert tracked.gone()

@@ -1,0 +1,271 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import checkpoints
+import pytest
+from engines import PATIENCE_S, Bench
+from starweave_image import wire
+from starweave_image.catalog import ModelCard, find, shipped
+from starweave_image.errors import ImageError
+from starweave_image.model_cache import Model, ModelCache
+
+SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "seed": 1}
+
+
+def bench_of(folder: Path, **config: Any) -> Bench:
+    models = [wire.ModelEntry(id="local/model", path=str(folder))]
+    return Bench(models=models, default_model="local/model", **config).start()
+
+
+def error(end: wire.Done | wire.Error) -> wire.Error:
+    assert isinstance(end, wire.Error), end
+    return end
+
+
+def card(bench: Bench, id: str = "local/model") -> wire.Card:
+    return next(card for card in bench.engine.models() if card.id == id)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return checkpoints.stable_diffusion(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("make", "pipeline", "limits"),
+    [
+        (checkpoints.stable_diffusion, "StableDiffusionPipeline", (128, 8)),
+        (checkpoints.stable_diffusion_xl, "StableDiffusionXLPipeline", (128, 8)),
+        (checkpoints.stable_diffusion_3, "StableDiffusion3Pipeline", (128, 8)),
+        (checkpoints.flux, "FluxPipeline", (2048, 8)),
+    ],
+)
+def test_a_local_folder_of_any_family_works(
+    tmp_path: Path, make: Callable[[Path], Path], pipeline: str, limits: tuple[int, int]
+) -> None:
+    bench = bench_of(make(tmp_path / "model"))
+    known = card(bench)
+    assert (known.pipeline, known.source, known.state) == (pipeline, "local", "available")
+    assert (known.limits.max_size, known.limits.multiple_of) == limits
+    requests: list[dict[str, Any]] = [SMALL | {"seed": seed, "guidance_scale": 3.0} for seed in (1, 2, 3)]
+    alone = [bench.done(**fields)[1] for fields in requests]
+    ids = [bench.submit(**fields) for fields in requests]
+    for id, files in zip(ids, alone, strict=True):
+        assert isinstance(bench.end(id), wire.Done)
+        assert bench.files(id) == files
+    assert len({files[0] for files in alone}) == 3
+    assert card(bench).state == "loaded"
+
+
+def test_what_a_family_does_not_take_is_told(tmp_path: Path) -> None:
+    bench = bench_of(checkpoints.flux(tmp_path / "model"))
+    [notice] = bench.done(negative_prompt="a dog", **SMALL)[0].notices
+    assert notice == "negative_prompt has no effect on this model."
+
+
+def test_a_catalog_model_may_come_from_a_folder(folder: Path) -> None:
+    known = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    entry = wire.ModelEntry(id="runwayml/stable-diffusion-v1-5", path=str(folder))
+    bench = Bench(models=[entry]).start()
+    assert (card(bench, known).source, card(bench, known).state) == ("local", "available")
+    done, _ = bench.done(model="runwayml/stable-diffusion-v1-5", width=256, height=256, steps=1)
+    assert done.model == known
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda index: index | {"_class_name": ["my_pipeline", "MyPipeline"]}, "code of its own"),
+        (
+            lambda index: index | {"_class_name": "NoSuchPipeline"},
+            "which the installed diffusers does not have",
+        ),
+        (
+            lambda index: index | {"_class_name": "AutoencoderKL"},
+            "which the installed diffusers does not have",
+        ),
+        (lambda index: index | {"unet": ["my_unet", "MyUNet"]}, "no class of diffusers or transformers"),
+        (lambda index: index | {"unet": ["os", "system"]}, "no class of diffusers or transformers"),
+        (lambda index: index | {"unet": ["diffusers.utils", "x"]}, "code of its own"),
+        (lambda index: index | {"../unet": index["unet"]}, "code of its own"),
+        (lambda index: index | {"unet_2": index["unet"]}, "is incomplete: its unet_2"),
+        (lambda index: [], "no readable model_index.json"),
+    ],
+)
+def test_a_folder_with_code_of_its_own_or_without_sense_is_refused(
+    folder: Path, change: Callable[[dict[str, Any]], Any], words: str
+) -> None:
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    (folder / "my_pipeline.py").write_text("raise SystemExit('ran')")
+    (folder / "unet/my_unet.py").write_text("raise SystemExit('ran')")
+    bench = bench_of(folder)
+    refused = error(bench.generate(**SMALL))
+    assert refused.kind == "model_load_failed" and words in refused.message
+    assert str(folder) not in refused.message
+
+
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
+    refused = error(bench_of(checkpoints.pickled(tmp_path / "model")).generate(**SMALL))
+    assert refused.kind == "model_load_failed"
+    assert refused.message == "local/model has its unet as pickled weights only; only safetensors are loaded"
+
+
+def test_a_load_that_failed_is_told_and_forgotten_when_one_succeeds(folder: Path, tmp_path: Path) -> None:
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[: len(good) // 2])
+    bench = bench_of(folder)
+    assert card(bench).state == "available"
+    broken = error(bench.generate(**SMALL))
+    assert broken.kind == "model_load_failed" and "damaged" in broken.message
+    assert str(tmp_path) not in broken.message
+    assert (card(bench).state, card(bench).error) == ("failed", broken.message)
+    weights.unlink()
+    assert "is incomplete: its unet" in error(bench.generate(**SMALL)).message
+    weights.write_bytes(good)
+    bench.done(**SMALL)
+    assert (card(bench).state, card(bench).error) == ("loaded", None)
+
+
+def test_a_folder_that_appears_later_is_found(tmp_path: Path) -> None:
+    bench = bench_of(tmp_path / "model")
+    assert card(bench).state == "absent"
+    missing = error(bench.generate(**SMALL))
+    assert missing.kind == "model_load_failed" and "does not exist" in missing.message
+    checkpoints.stable_diffusion(tmp_path / "model")
+    bench.done(**SMALL)
+    assert card(bench).limits.max_size == 128
+
+
+def test_words_outside_the_vocabulary_are_told(folder: Path) -> None:
+    vocabulary = {"words": ["a", "red", "apple"], "subjects": ["apple"]}
+    (folder / "vocabulary.json").write_text(json.dumps(vocabulary))
+    bench = bench_of(folder)
+    assert bench.done(prompt="A red apple!", **SMALL)[0].notices == []
+    [notice] = bench.done(prompt="a dog, a cat", **SMALL)[0].notices
+    assert '"dog", "cat"' in notice
+
+
+def test_an_embedded_model_draws_at_its_scale_and_says_so(folder: Path) -> None:
+    bench = Bench(models=[wire.ModelEntry(id="starweave/tiny", path=str(folder))]).start()
+    done, _ = bench.done(prompt="a red apple", width=512, height=256, steps=2, seed=1)
+    assert done.parameters is not None
+    assert (done.parameters["width"], done.parameters["height"]) == (512, 256)
+    assert (done.parameters["rendered_width"], done.parameters["rendered_height"]) == (96, 64)
+    assert any(notice.startswith("Rendered at 96x64 and enlarged") for notice in done.notices)
+    assert bench.done(width=64, height=64, steps=2, seed=1)[0].notices == []
+
+
+def test_a_model_that_is_neither_here_nor_configured_is_absent(folder: Path) -> None:
+    bench = bench_of(folder)
+    assert card(bench, "stabilityai/sdxl-turbo").state == "absent"
+    missing = error(bench.generate(model="stabilityai/sdxl-turbo"))
+    assert (missing.kind, missing.field) == ("model_not_found", "model")
+
+
+def test_offline_mode_never_downloads() -> None:
+    entry = wire.ModelEntry(id="stabilityai/sdxl-turbo")
+    assert card(Bench(models=[entry]), entry.id).state == "remote"
+    bench = Bench(models=[entry], offline=True).start()
+    assert card(bench, entry.id).state == "absent"
+    refused = error(bench.generate(model=entry.id))
+    assert refused.kind == "model_load_failed" and "offline" in refused.message
+
+
+# The cache by itself: loads are under the test's control.
+
+
+class Loads:
+    def __init__(self) -> None:
+        self.opened = Event()
+        self.names: list[str] = []
+        self.fail: ImageError | None = None
+
+    def __call__(self, card: ModelCard) -> Model:
+        self.names.append(card.id)
+        assert self.opened.wait(PATIENCE_S)
+        if self.fail:
+            raise self.fail
+        return Weighty(card)
+
+
+class Weighty(Model):
+    """A model that weighs what its card says."""
+
+    def __init__(self, card: ModelCard) -> None:
+        self.card = card
+        self.bytes = card.memory_bytes
+
+
+SDXL, TURBO, TINY = (find(name, shipped()) for name in ("sdxl", "sdxl-turbo", "tiny"))
+
+
+def patiently(model: Future[Model]) -> None:
+    model.exception(PATIENCE_S)
+
+
+def open_cache(budget: int) -> tuple[ModelCache, Loads]:
+    loads = Loads()
+    loads.opened.set()
+    return ModelCache(loads, budget, lambda: None), loads
+
+
+def test_many_waiters_share_one_load_and_one_who_leaves_does_not_stop_it() -> None:
+    cache, loads = open_cache(10**12)
+    loads.opened.clear()
+
+    def give_up(model: Future[Model]) -> None:
+        raise ImageError("cancelled", "gone")
+
+    with pytest.raises(ImageError, match="gone"), cache.use(TINY, give_up):
+        pass
+    assert cache.state(TINY.id) == ("loading", None) and cache.loading()
+    with pytest.raises(ImageError, match="in use"):
+        cache.unload(TINY.id)
+    loads.opened.set()
+    with cache.use(TINY, patiently) as first, cache.use(TINY, patiently) as second:
+        assert first is second
+    assert loads.names == [TINY.id] and cache.resident() == [TINY.id]
+
+
+def test_each_waiter_gets_the_error_of_the_load_they_shared() -> None:
+    cache, loads = open_cache(10**12)
+    loads.fail = ImageError("model_load_failed", "broken", retryable=True)
+    for _ in range(2):
+        with pytest.raises(ImageError, match="broken"), cache.use(TINY, patiently):
+            pass
+        assert cache.state(TINY.id) == ("failed", "broken")
+    loads.fail = None
+    with cache.use(TINY, patiently):
+        assert cache.state(TINY.id) == ("loaded", None)
+
+
+def test_the_longest_unused_leave_first_and_one_in_use_never() -> None:
+    cache, _ = open_cache(SDXL.memory_bytes + 2 * TINY.memory_bytes)
+    for card in (SDXL, TINY):
+        with cache.use(card, patiently):
+            pass
+    with cache.use(TURBO, patiently):
+        assert cache.resident() == sorted([TINY.id, TURBO.id])
+        with cache.use(SDXL, patiently):
+            assert cache.resident() == sorted([SDXL.id, TURBO.id])
+    cache.unload(SDXL.id)
+    cache.unload("nobody")
+    assert cache.resident() == [TURBO.id]
+
+
+def test_a_copied_folder_is_another_model(folder: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
+    models = [wire.ModelEntry(id="a", path=str(folder)), wire.ModelEntry(id="b", path=str(copied))]
+    bench = Bench(models=models, default_model="a").start()
+    records = [bench.done(model=id, **SMALL)[0].parameters or {} for id in ("a", "b")]
+    assert records[0]["environment"] == records[1]["environment"]
+    assert [record["model"] for record in records] == ["a", "b"]

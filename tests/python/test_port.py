@@ -1,0 +1,211 @@
+"""A live sidecar and its messages."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import msgpack
+import psutil
+import pytest
+from conftest import PACKAGE, SUPPORT, config
+from sidecar import Sidecar
+
+Start = Callable[..., Sidecar]
+
+
+def test_the_first_sign_of_life_comes_before_anything_heavy(start: Start) -> None:
+    sidecar = start()
+    heartbeat = sidecar.receive()
+    # Seconds since the process exists, by its own clock: a busy machine delays what this test measures.
+    assert heartbeat["uptime_ms"] < 1000
+    assert {name: heartbeat[name] for name in ("t", "g", "seq", "phase", "grant", "running", "resident")} == {
+        "t": "heartbeat",
+        "g": 0,
+        "seq": 0,
+        "phase": "starting",
+        "grant": 0,
+        "running": [],
+        "resident": [],
+    }
+    assert heartbeat["rss"] > 1_000_000
+    maps = Path(f"/proc/{sidecar.pid}/maps").read_text()
+    assert "msgspec" in maps
+    assert "torch" not in maps
+
+
+def test_heartbeats_go_on_while_the_engine_starts(start: Start) -> None:
+    sidecar = start()
+    sidecar.hello(generation=42, heartbeat_interval_ms=50, **config())
+    before = sidecar.collect_until("ready", timeout=180)
+    ready = before.pop()
+    heartbeats = [message for message in before if message["t"] == "heartbeat"]
+    seqs = [heartbeat["seq"] for heartbeat in heartbeats]
+    assert len(seqs) > 5
+    assert seqs == list(range(len(seqs)))
+    assert (42, "starting") in [(heartbeat["g"], heartbeat["phase"]) for heartbeat in heartbeats]
+    assert (ready["g"], ready["v"]) == (42, 1)
+    assert ready["pid"] == sidecar.pid == os.getpgid(sidecar.pid)
+    assert {"starweave_image", "python", "torch", "diffusers", "transformers"} <= set(ready["versions"])
+    assert ready["default_model"] in [card["id"] for card in ready["catalog"]]
+    assert sidecar.expect("heartbeat", phase="ready")["grant"] == ready["capacity"]
+
+
+def test_before_ready_requests_are_refused(start: Start) -> None:
+    sidecar = start()
+    sidecar.send({"t": "models", "id": "early"})
+    error = sidecar.expect("error", id="early")
+    assert (error["kind"], error["retryable"]) == ("unavailable", True)
+
+
+def test_a_message_that_cannot_be_read_is_answered_and_the_next_is_taken(ready: Start) -> None:
+    sidecar = ready()
+    for body, kind, id, field in [
+        (b"junk, by all accounts", "invalid_frame", None, None),
+        (msgpack.packb([1, 2]), "invalid_frame", None, None),
+        (msgpack.packb({"t": "stats", "id": "x"}) + b"\0", "invalid_frame", None, None),
+        (msgpack.packb({"t": "paint", "id": "r-1"}), "unknown_message", "r-1", "t"),
+        (msgpack.packb({"id": "r-2"}), "invalid_request", "r-2", "t"),
+        (msgpack.packb({"t": "stats", "id": "r-3", "g": 99}), "wrong_generation", "r-3", "g"),
+        (msgpack.packb({"t": "hello", "v": 1, "g": 1, "config": {}}), "invalid_request", None, None),
+        (msgpack.packb({"t": "hello", "v": 9, "g": 1, "config": {}}), "unsupported_version", None, "v"),
+        (
+            msgpack.packb({"t": "generate", "id": "r-4", "prompt": "x", "width": 250}),
+            "invalid_request",
+            "r-4",
+            "width",
+        ),
+    ]:
+        sidecar.send_body(body)
+        error = sidecar.expect("error", kind=kind)
+        assert (error["id"], error["field"]) == (id, field)
+    sidecar.send({"t": "stats", "id": "after", "g": 1})
+    assert sidecar.expect("stats", id="after")["phase"] == "ready"
+
+
+def test_a_message_that_arrives_byte_by_byte_is_read(ready: Start) -> None:
+    sidecar = ready()
+    body = msgpack.packb({"t": "models", "id": "slow"})
+    for byte in struct.pack(">I", len(body)) + body:
+        sidecar.send_bytes(bytes([byte]))
+    assert sidecar.expect("models", id="slow")["models"]
+
+
+def test_a_request_ends_with_its_image(ready: Start) -> None:
+    sidecar = ready(**config())
+    request = {"t": "generate", "id": "r-1", "prompt": "a red apple", "steps": 2, "num_images": 2, "seed": 5}
+    sidecar.send(request)
+    seen = sidecar.collect_until("done", "error", timeout=180, id="r-1")
+    types = [message["t"] for message in seen]
+    assert types[0] == "accepted"
+    assert types[-1] == "done", seen[-1]
+    assert seen[0]["seeds"] == [5, 6]
+    for index in (0, 1):
+        parts = [message for message in seen if message["t"] == "image" and message["index"] == index]
+        data = b"".join(part["data"] for part in parts)
+        assert hashlib.sha256(data).hexdigest() == parts[0]["sha256"]
+        assert len(data) == parts[0]["size"]
+        assert data.startswith(b"\x89PNG")
+
+
+def test_stats_and_models_are_answered_during_a_generation(ready: Start) -> None:
+    sidecar = ready(**config())
+    sidecar.send({"t": "generate", "id": "long", "prompt": "a red apple", "steps": 20, "num_images": 16})
+    sidecar.expect("progress", id="long", phase="denoising", timeout=180)
+    sidecar.send({"t": "stats", "id": "s"})
+    sidecar.send({"t": "models", "id": "m"})
+    stats = sidecar.expect("stats", id="s")
+    assert (stats["phase"], [running["id"] for running in stats["running"]]) == ("busy", ["long"])
+    assert sidecar.expect("models", id="m")["models"]
+    sidecar.send({"t": "cancel", "id": "long"})
+    assert sidecar.expect("error", id="long")["kind"] == "cancelled"
+
+
+def test_an_engine_fault_is_answered_logged_and_survived(ready: Start) -> None:
+    sidecar = ready(str(SUPPORT / "faulty_engine.py"), "port")
+    sidecar.send({"t": "load_model", "id": "r-1", "model": "starweave/tiny"})
+    log = sidecar.expect("log", level="error")
+    assert log["id"] == "r-1"
+    assert "ZeroDivisionError" in log["message"]
+    error = sidecar.expect("error", id="r-1")
+    assert error["kind"] == "internal"
+    assert "Zero" not in error["message"]
+    sidecar.send({"t": "stats", "id": "r-2"})
+    sidecar.expect("stats", id="r-2")
+
+
+def test_prints_disturb_no_frame_and_go_to_the_log_socket(ready: Start, tmp_path: Path) -> None:
+    path = tmp_path / "log.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        sidecar = ready(
+            "-m",
+            "starweave_image",
+            "port",
+            "--log-socket",
+            str(path),
+            env={"STARWEAVE_TEST_MISBEHAVIOUR": "print"},
+        )
+        listener.settimeout(30)
+        log, _ = listener.accept()
+    with log, log.makefile("rb") as lines:
+        log.settimeout(30)
+        psutil.Process(sidecar.pid).send_signal(10)
+        printed = b""
+        while not printed.endswith(b"printed\n"):
+            printed += lines.readline()
+    assert b"a library prints from Python\n" in printed
+    assert b"a library prints from C\n" in printed
+    sidecar.send({"t": "stats", "id": "after"})
+    sidecar.expect("stats", id="after")
+
+
+# Starts that cannot succeed
+
+
+def test_another_protocol_version(start: Start) -> None:
+    sidecar = start()
+    sidecar.send({"t": "hello", "v": 2, "g": 1, "config": {}})
+    assert sidecar.expect("error")["kind"] == "unsupported_version"
+    assert sidecar.wait() == 66
+
+
+def test_no_hello(start: Start) -> None:
+    program = (
+        "import os; from starweave_image import process; process.prepare(None);"
+        "from starweave_image.port import Port; os._exit(Port(hello_timeout_s=0.3).run())"
+    )
+    sidecar = start("-c", program)
+    assert sidecar.expect("heartbeat")["phase"] == "starting"
+    assert sidecar.wait() == 66
+
+
+@pytest.mark.parametrize("length", [0, 32 * 1024 * 1024 + 1, 2**32 - 1])
+def test_lost_framing(start: Start, length: int) -> None:
+    sidecar = start()
+    sidecar.send_bytes(struct.pack(">I", length) + b"rest")
+    error = sidecar.expect("error", id=None)
+    assert error["kind"] == "invalid_frame"
+    assert sidecar.wait() == 65
+
+
+@pytest.mark.parametrize("package", ["msgspec", "torch", "diffusers"])
+def test_a_missing_package(start: Start, tmp_path: Path, package: str) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / f"{package}.py").write_text(f"raise ModuleNotFoundError('no', name={package!r})\n")
+    sidecar = start(env={"PYTHONPATH": f"{blocked}:{PACKAGE}"})
+    sentence = f"The Python package {package} is missing or cannot be imported; run mix image.setup."
+    if package == "msgspec":
+        assert sidecar.wait() == 69
+        assert sentence in (tmp_path / "log").read_text()
+    else:
+        sidecar.hello()
+        error = sidecar.expect("error", id=None, timeout=180)
+        assert (error["kind"], error["message"]) == ("unavailable", sentence)
+        assert sidecar.wait() == 69
