@@ -292,7 +292,7 @@ defmodule StarweaveImage do
 
   @doc """
   The models that the sidecar knows: id, name, description, aliases, tasks, defaults, limits,
-  licence, memory estimate, `state` and the `error` of the last load. Empty until it is ready.
+  licence, memory estimate, `state` and the `error` of the last load. Empty until a sidecar was ready.
 
       [%{id: "starweave/tiny", state: :loaded} | _] = StarweaveImage.models()
   """

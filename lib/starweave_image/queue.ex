@@ -468,10 +468,11 @@ defmodule StarweaveImage.Queue do
 
       slot?(state, index, id) ->
         state = slot_free(state, index, id)
+        job = running(state, index, id)
 
         cond do
-          running(state, index, id) == nil -> state
-          error.kind == "overloaded" -> replay(state, index, id, error.message)
+          job == nil -> state
+          error.kind == "overloaded" and more?(state, job) -> replay(state, index, id, "")
           true -> finish(state, id, {:error, wire_error(error)})
         end
 
@@ -665,20 +666,22 @@ defmodule StarweaveImage.Queue do
   defp replay(state, index, id, reason) do
     case running(state, index, id) do
       %Job{} = job ->
-        if job.attempts >= state.config[:max_attempts] do
-          message = "the Python process ended under this request #{job.attempts} times: #{reason}"
-          finish(state, id, {:error, Error.new(:sidecar_crashed, message)})
-        else
+        if more?(state, job) do
           job = %{job | status: :queued, sidecar: nil, images: []}
           state = %{state | waiting: :gb_sets.add(job.key, state.waiting)}
           tell(job, {:queued, %{position: position(state, job), attempt: job.attempts + 1}})
           put_in(state.jobs[id], job)
+        else
+          message = "the Python process ended under this request #{job.attempts} times: #{reason}"
+          finish(state, id, {:error, Error.new(:sidecar_crashed, message)})
         end
 
       nil ->
         state
     end
   end
+
+  defp more?(state, job), do: job.attempts < state.config[:max_attempts]
 
   defp fail_all(state, reason) do
     error = unavailable(reason)

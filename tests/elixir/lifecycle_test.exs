@@ -121,17 +121,6 @@ defmodule StarweaveImage.LifecycleTest do
       await_line(application, ~r/phase=ready ready=true/)
       assert_stops(application, TestApplication.sidecar(application), 10_000)
     end
-
-    test "takes under 10 s with the interpreter held in the middle of its work", %{
-      tmp_dir: folder
-    } do
-      application = TestApplication.start(folder, [holding(folder, python()), "2000", "generate"])
-      await_line(application, ~r/event progress denoising/)
-      sidecar = TestApplication.sidecar(application)
-      signal(sidecar, "USR1")
-      await_line(application, ~r/holding/)
-      assert_stops(application, sidecar, 10_000)
-    end
   end
 
   describe "kill -9 of the sidecar" do

@@ -208,7 +208,7 @@ defmodule StarweaveImage.SidecarTest do
     end
 
     test "falls silent while it starts is left alone until the start timeout" do
-      instance = start_ready("silent_start", heartbeat_timeout: 500)
+      instance = start_ready("silent_start", heartbeat_timeout: 4_000)
       assert sidecar(instance).generation == 1
       assert_works(instance)
     end

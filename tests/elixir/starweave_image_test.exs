@@ -96,7 +96,7 @@ defmodule StarweaveImageTest do
   test "leaving a stream early cancels the request and leaves nothing behind" do
     [{:progress, _}] =
       "a red apple"
-      |> StarweaveImage.stream(width: 64, height: 64, steps: 200, id: "left-early")
+      |> StarweaveImage.stream(width: 64, height: 64, steps: 100, id: "left-early")
       |> Stream.filter(&match?({:progress, %{step: 2}}, &1))
       |> Enum.take(1)
 
@@ -114,7 +114,8 @@ defmodule StarweaveImageTest do
   end
 
   test "status, models and availability are answered during a generation" do
-    {:ok, id} = StarweaveImage.submit("a red apple", width: 64, height: 64, steps: 200)
+    :ok = StarweaveImage.load_model("starweave/tiny")
+    {:ok, id} = StarweaveImage.submit("a red apple", width: 64, height: 64, steps: 100)
     assert %{state: :busy, queue: %{running: 1}} = StarweaveImage.status()
     assert StarweaveImage.available?()
     assert %{state: :loaded, tasks: ["text_to_image" | _]} = tiny()

@@ -1,0 +1,492 @@
+defmodule StarweaveImage.Environment.Build do
+  @moduledoc false
+
+  # The environments in the cache: where they are, whether they are whole, and how one is made.
+  #
+  #     CACHE/VERSION-HASH/         one for each version of this library and set of pins
+  #       current                   the kind that was asked for last
+  #       lock, setup.log
+  #       cpu/ cuda/ rocm/          virtual environments; in each, the file `complete` is written last
+  #
+  # A virtual environment holds absolute paths, so it is made in place and never moved.
+
+  alias StarweaveImage.{Environment, Error}
+
+  @source Path.expand("../../../priv/python", __DIR__)
+  @files Enum.map(
+           ~w(constraints.txt requirements.txt requirements-dev.txt),
+           &Path.join(@source, &1)
+         )
+  for file <- @files, do: @external_resource(file)
+
+  @pins Enum.map(@files, &File.read!/1)
+  @edition "#{Mix.Project.config()[:version]}-" <>
+             (:crypto.hash(:sha256, @pins) |> binary_part(0, 4) |> Base.encode16(case: :lower))
+  @torch ~r/^torch==(\S+)/m |> Regex.run(hd(@pins)) |> List.last()
+
+  @kinds [:cpu, :cuda, :rocm]
+  @names %{cpu: "the CPU", cuda: "CUDA", rocm: "ROCm"}
+  @minors 10..14
+  @pythons ["python3" | for(minor <- Enum.reverse(@minors), do: "python3.#{minor}")]
+  @any %{dev: false, base_python: nil}
+  @torch_index "https://download.pytorch.org/whl"
+
+  # CUDA 13 needs NVIDIA's driver 580; every CUDA 12 runs from driver 525 on.
+  @cuda13_driver 580
+  @indexes %{
+    cpu: ~w(cpu),
+    cuda: ~w(cu130 cu129 cu128 cu126),
+    cuda12: ~w(cu129 cu128 cu126),
+    rocm: ~w(rocm7.2 rocm7.1 rocm7.0 rocm6.4)
+  }
+
+  # Where the user's own pip settings would send packages elsewhere than into the environment.
+  @env [
+    {"PYTHONPATH", nil},
+    {"PYTHONHOME", nil},
+    {"PYTHONDONTWRITEBYTECODE", nil},
+    {"VIRTUAL_ENV", nil},
+    {"PIP_TARGET", nil},
+    {"PIP_PREFIX", nil},
+    {"PIP_USER", "0"},
+    {"PIP_QUIET", "0"},
+    {"PIP_NO_INPUT", "1"},
+    {"PIP_PROGRESS_BAR", "off"},
+    {"PIP_DISABLE_PIP_VERSION_CHECK", "1"},
+    {"UV_NO_PROGRESS", "1"}
+  ]
+
+  # How long a command may be silent before the caller hears that it still runs.
+  @still_ms 20_000
+
+  # Ends the whole process group of the command, of which this shell is the leader, when the BEAM goes.
+  @until_eof """
+  exec 3<&0
+  "$@" </dev/null 3<&- &
+  command=$!
+  (read -r _ <&3; kill -s TERM 0) >/dev/null 2>&1 &
+  guard=$!
+  wait "$command"
+  status=$?
+  kill "$guard"
+  exit "$status"
+  """
+
+  @doc "The kind of the complete environment that was asked for last, or nil."
+  @spec current() :: Environment.torch() | nil
+  def current do
+    with {:ok, name} <- File.read(Path.join(root(), "current")),
+         kind when kind != nil <- Enum.find(@kinds, &(Atom.to_string(&1) == name)),
+         true <- complete?(kind, @any) do
+      kind
+    else
+      _ -> nil
+    end
+  end
+
+  @spec interpreter(Environment.torch()) :: Path.t()
+  def interpreter(kind), do: Path.join(folder(kind), "bin/python")
+
+  @doc "A variable of the system's environment; an empty one counts as not set."
+  @spec variable(String.t()) :: String.t() | nil
+  def variable(name), do: with("" <- System.get_env(name), do: nil)
+
+  @doc "The kind that suits this machine."
+  @spec device() :: Environment.torch()
+  def device do
+    cond do
+      nvidia?() -> :cuda
+      File.exists?("/dev/kfd") and (program?("rocminfo") or File.dir?("/opt/rocm")) -> :rocm
+      true -> :cpu
+    end
+  end
+
+  @doc "Makes `kind` complete and current; says whether it was complete before."
+  @spec ensure(Environment.torch(), map, (String.t() -> any)) ::
+          {:ok, :found | :made} | {:error, Error.t()}
+  def ensure(kind, opts, progress) do
+    with {:ok, chosen} <- if(opts.base_python, do: base([opts.base_python]), else: {:ok, nil}) do
+      opts = %{opts | base_python: chosen}
+
+      if complete?(kind, opts) do
+        publish(kind)
+        {:ok, :found}
+      else
+        with {:ok, base} <- if(chosen, do: {:ok, chosen}, else: base(@pythons)),
+             :ok <- writable(),
+             :ok <- locked(base, progress, fn -> make(kind, base, opts, progress) end) do
+          publish(kind)
+          {:ok, :made}
+        end
+      end
+    end
+  end
+
+  @doc "Whether its packages can be imported."
+  @spec intact?(Environment.torch()) :: boolean
+  def intact?(kind) do
+    imports =
+      "import accelerate, diffusers, msgspec, numpy, peft, PIL, safetensors, torch, transformers"
+
+    match?(
+      {_, 0},
+      System.cmd(interpreter(kind), ["-c", imports], env: @env, stderr_to_stdout: true)
+    )
+  end
+
+  @spec remove(Environment.torch()) :: :ok
+  def remove(kind) do
+    File.rm_rf!(folder(kind))
+    :ok
+  end
+
+  defp root do
+    cache = variable("STARWEAVE_IMAGE_CACHE") || :filename.basedir(:user_cache, "starweave_image")
+    Path.join(Path.expand(cache), @edition)
+  end
+
+  defp folder(kind), do: Path.join(root(), Atom.to_string(kind))
+  defp log, do: Path.join(root(), "setup.log")
+
+  # An environment does not outlive the Python that it was made with.
+  defp complete?(kind, %{dev: dev?, base_python: chosen}) do
+    marks = marks(kind)
+
+    marks != [] and File.exists?(marks[:base]) and File.exists?(interpreter(kind)) and
+      (marks[:dev] or not dev?) and (chosen == nil or chosen.path == marks[:base])
+  end
+
+  defp marks(kind) do
+    case :file.consult(Path.join(folder(kind), "complete")) do
+      {:ok, marks} -> marks
+      {:error, _} -> []
+    end
+  end
+
+  defp mark(kind, marks) do
+    write(
+      Path.join(folder(kind), "complete"),
+      for(mark <- marks, do: :io_lib.format("~p.~n", [mark]))
+    )
+  end
+
+  defp publish(kind) do
+    if current() != kind, do: write(Path.join(root(), "current"), Atom.to_string(kind))
+  end
+
+  defp write(path, content) do
+    new = "#{path}.#{System.pid()}.#{System.unique_integer([:positive])}"
+    File.write!(new, content)
+    File.rename!(new, path)
+  end
+
+  defp nvidia? do
+    case System.find_executable("nvidia-smi") do
+      nil -> Path.wildcard("/dev/nvidia[0-9]*") != []
+      smi -> match?({"GPU " <> _, 0}, System.cmd(smi, ["-L"], stderr_to_stdout: true))
+    end
+  end
+
+  defp program?(name), do: System.find_executable(name) != nil
+
+  # The Python to make it with
+
+  defp base(names) do
+    found = for name <- names, base = describe(name), do: base
+
+    cond do
+      base = Enum.find(found, &usable?/1) -> {:ok, base}
+      Enum.any?(found, &supported?/1) -> failed(no_venv())
+      found != [] -> failed("#{wanted()} is needed, and this is #{hd(found).version}")
+      names == @pythons -> failed("Python is not installed: #{wanted()} is needed")
+      true -> failed("the interpreter that `base_python` names is no Python 3")
+    end
+  end
+
+  defp describe(name) do
+    with path when path != nil <- System.find_executable(name),
+         {text, 0} <- System.cmd(path, bootstrap(["describe"]), stderr_to_stdout: true) do
+      facts =
+        for [_, key, value] <- Regex.scan(~r/^(\w+) (.+)$/m, text), into: %{}, do: {key, value}
+
+      %{
+        path: facts["executable"],
+        version: facts["version"],
+        linux?: facts["system"] == "linux",
+        venv?: Map.has_key?(facts, "venv")
+      }
+    else
+      _ -> nil
+    end
+  end
+
+  defp supported?(base), do: base.version in Enum.map(@minors, &"3.#{&1}")
+  defp usable?(base), do: supported?(base) and (base.venv? or program?("uv"))
+  defp wanted, do: "Python 3.#{@minors.first} to 3.#{@minors.last}"
+
+  defp no_venv do
+    "Python has no `venv` module: install it (Debian, Ubuntu: `apt-get install python3-venv`) or `uv`"
+  end
+
+  # Making it
+
+  defp make(kind, base, opts, progress) do
+    cond do
+      complete?(kind, opts) ->
+        :ok
+
+      complete?(kind, %{opts | dev: false}) ->
+        progress.("Installing the tools of the tests")
+
+        with :ok <- packages(kind, [], opts, progress),
+             do: mark(kind, base: marks(kind)[:base], dev: true)
+
+      true ->
+        progress.(
+          "Making a Python #{base.version} environment, PyTorch for #{@names[kind]}: minutes, once"
+        )
+
+        remove(kind)
+
+        with :ok <- virtual_environment(kind, base, progress),
+             {:ok, torch, source} <- torch(kind, base, opts, progress),
+             :ok <- install(kind, ["--no-deps" | torch], progress),
+             _ = progress.("Installing the other packages"),
+             :ok <- packages(kind, source, opts, progress) do
+          mark(kind, base: base.path, dev: opts.dev)
+        else
+          error ->
+            remove(kind)
+            error
+        end
+    end
+  end
+
+  defp virtual_environment(kind, base, progress) do
+    command =
+      if uv = System.find_executable("uv"),
+        do: [uv, "venv", "--no-project", "--python", base.path, folder(kind)],
+        else: [base.path, "-m", "venv", folder(kind)]
+
+    run(command, "the Python environment could not be made", progress)
+  end
+
+  # Where torch comes from is settled here, to the exact build, before any of it is downloaded.
+  defp torch(kind, base, opts, progress) do
+    folders = Enum.filter([wheels(opts) | words("PIP_FIND_LINKS")], &(&1 && File.dir?(&1)))
+    arguments = ["torch", Atom.to_string(kind), @torch | folders ++ indexes(kind, base)]
+    {line, _status} = System.cmd(base.path, bootstrap(arguments))
+
+    case line |> String.trim() |> String.split(" ", parts: 2) do
+      [version, "http" <> _ = index] ->
+        progress.("Installing PyTorch #{version} from #{index}")
+        {:ok, ["torch==#{version}", "--index-url", index], ["--extra-index-url", index]}
+
+      [version, folder] ->
+        progress.("Installing PyTorch #{version} from a folder of wheels")
+        {:ok, ["torch==#{version}", "--no-index", "--find-links", folder], []}
+
+      [""] when kind == :rocm ->
+        failed(
+          "PyTorch's own index, the only one with builds for ROCm, cannot be reached: " <>
+            "name a folder of wheels, or choose the CPU"
+        )
+
+      [""] ->
+        progress.(
+          "Installing PyTorch #{@torch} as pip is configured, since its own index cannot be reached"
+        )
+
+        if kind == :cpu and base.linux? do
+          progress.(
+            "  PyPI's build brings 3 GB for CUDA that this machine has no use for; " <>
+              "a folder of wheels with the CPU build avoids it"
+          )
+        end
+
+        # `===` passes over a CPU build in a folder that pip is configured to look in.
+        {:ok, ["torch#{if kind == :cuda, do: "===", else: "=="}#{@torch}"], []}
+    end
+  end
+
+  defp indexes(kind, base) do
+    mirror = variable("STARWEAVE_IMAGE_TORCH_INDEX") || @torch_index
+
+    names = if base.linux? and !variable("PIP_NO_INDEX"), do: @indexes[generation(kind)], else: []
+    for name <- names, do: "#{String.trim_trailing(mirror, "/")}/#{name}"
+  end
+
+  defp generation(:cuda) do
+    with {:ok, text} <- File.read("/proc/driver/nvidia/version"),
+         [_, major] <- Regex.run(~r/\s(\d{3})\.\d+/, text),
+         true <- String.to_integer(major) < @cuda13_driver do
+      :cuda12
+    else
+      _ -> :cuda
+    end
+  end
+
+  defp generation(kind), do: kind
+
+  # A folder that has everything is used alone: the same result with and without a network.
+  defp packages(kind, source, opts, progress) do
+    names =
+      if opts.dev, do: ["requirements.txt", "requirements-dev.txt"], else: ["requirements.txt"]
+
+    wanted = Enum.flat_map(names, &["-r", in_priv(&1)]) ++ ["-c", in_priv("constraints.txt")]
+
+    case wheels(opts) do
+      nil ->
+        install(kind, wanted ++ source, progress)
+
+      folder ->
+        folder = ["--find-links", Path.expand(folder)]
+
+        with {:error, _} <- install(kind, wanted ++ folder ++ ["--no-index"], fn _ -> :ok end),
+             do: install(kind, wanted ++ folder ++ source, progress)
+    end
+  end
+
+  defp install(kind, arguments, progress) do
+    command =
+      case System.find_executable("uv") do
+        nil ->
+          [interpreter(kind), "-m", "pip", "install"]
+
+        uv ->
+          [
+            uv,
+            "pip",
+            "install",
+            "--compile-bytecode",
+            "--index-strategy",
+            "unsafe-best-match",
+            "--python",
+            interpreter(kind)
+          ]
+      end
+
+    run(command ++ arguments, "the Python packages could not be installed", progress)
+  end
+
+  defp wheels(opts), do: opts.wheels || variable("STARWEAVE_IMAGE_WHEELS")
+  defp words(name), do: String.split(variable(name) || "")
+  defp in_priv(file), do: Path.join(Environment.pythonpath(), file)
+  defp bootstrap(arguments), do: ["-I", in_priv("bootstrap.py") | arguments]
+
+  # Running commands
+
+  # What they print goes to the log; the caller hears of large downloads, and that it goes on.
+  defp run([program | arguments], failure, progress) do
+    port =
+      Port.open({:spawn_executable, "/bin/sh"}, [
+        :binary,
+        :exit_status,
+        :stderr_to_stdout,
+        {:line, 4096},
+        args: ["-c", @until_eof, "sh", program | arguments],
+        env:
+          for(
+            {name, value} <- @env,
+            do: {to_charlist(name), if(value, do: to_charlist(value), else: false)}
+          )
+      ])
+
+    File.open!(log(), [:append], fn log ->
+      IO.binwrite(log, ["$ ", Enum.intersperse([program | arguments], " "), "\n"])
+      follow(port, log, [], progress)
+    end)
+    |> case do
+      {0, _lines} ->
+        :ok
+
+      {_status, lines} ->
+        {:error,
+         Error.new(:unavailable, "#{failure}: #{reason(Enum.join(lines, "\n"))}", %{
+           log: log(),
+           output: lines |> Enum.take(20) |> Enum.reverse()
+         })}
+    end
+  end
+
+  defp follow(port, log, lines, progress) do
+    receive do
+      {^port, {:data, {_, line}}} ->
+        IO.binwrite(log, [line, "\n"])
+
+        with [_, name, size] <-
+               Regex.run(~r/Downloading (\S+?)(?:-\d\S*)? \((\d+\.?\d* ?[MG]i?B)\)/, line),
+             do: progress.("  #{name} (#{size})")
+
+        follow(port, log, [line | Enum.take(lines, 200)], progress)
+
+      {^port, {:exit_status, status}} ->
+        {status, lines}
+    after
+      @still_ms ->
+        progress.("  ...")
+        follow(port, log, lines, progress)
+    end
+  end
+
+  @reasons [
+    {~r/No space left/, "the disk is full"},
+    {~r/CERTIFICATE_VERIFY_FAILED|invalid peer certificate/,
+     "the certificate of the package index is not trusted here; install ca-certificates or set SSL_CERT_FILE"},
+    {~r/ensurepip/, "the module `venv` is incomplete; on Debian and Ubuntu install python3-venv"},
+    {~r/NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|dns error|Connection refused|Could not connect/i,
+     "no package index can be reached; check the network and the proxy settings, or name a folder of wheels"},
+    {~r/No matching distribution|ResolutionImpossible|No solution found/,
+     "the index or folder lacks a version that is needed for this Python and this machine"}
+  ]
+
+  defp reason(output) do
+    Enum.find_value(@reasons, "the last lines of the log say why", fn {pattern, reason} ->
+      if output =~ pattern, do: reason
+    end)
+  end
+
+  # The kernel's lock, held by a process that ends with this one, however either ends.
+  defp locked(base, progress, work) do
+    port =
+      Port.open({:spawn_executable, base.path}, [
+        :binary,
+        {:line, 80},
+        :exit_status,
+        args: bootstrap(["lock", Path.join(root(), "lock")])
+      ])
+
+    with :ok <- await_lock(port, progress) do
+      try do
+        work.()
+      after
+        Port.close(port)
+      end
+    end
+  end
+
+  defp await_lock(port, progress) do
+    receive do
+      {^port, {:data, {:eol, "locked"}}} ->
+        :ok
+
+      {^port, {:data, {:eol, "waiting"}}} ->
+        progress.("Waiting for another set-up to end")
+        await_lock(port, progress)
+
+      {^port, {:exit_status, _}} ->
+        failed("the cache folder of the Python environment cannot be locked")
+    end
+  end
+
+  defp writable do
+    with {:error, reason} <- File.mkdir_p(root()) do
+      failed(
+        "the cache folder of the Python environment cannot be written (#{:file.format_error(reason)}): " <>
+          "name another one with STARWEAVE_IMAGE_CACHE"
+      )
+    end
+  end
+
+  defp failed(sentence), do: {:error, Error.new(:unavailable, sentence)}
+end
