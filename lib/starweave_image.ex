@@ -371,6 +371,20 @@ defmodule StarweaveImage do
   def available?(instance \\ __MODULE__), do: status(instance).state in [:ready, :busy, :loading]
 
   @doc """
+  Waits until a sidecar is up, or until it is known why none can be: for scripts, which have nothing else to do meanwhile.
+
+      :ok = StarweaveImage.await_ready()
+
+      iex> {:error, error} = StarweaveImage.await_ready(1_000, :no_such_instance)
+      iex> error.kind
+      :unavailable
+  """
+  @spec await_ready(timeout_ms :: pos_integer, instance :: atom) :: :ok | {:error, Error.t()}
+  def await_ready(timeout \\ 120_000, instance \\ __MODULE__) do
+    with {:ok, answer} <- call(instance, :await_ready, timeout), do: answer
+  end
+
+  @doc """
   Makes the Python environment, where Mix is not to be had: the function for a release.
 
   The same as `mix image.setup`; see `StarweaveImage.Environment.setup/1` for the options.

@@ -38,7 +38,6 @@ defmodule StarweaveImage.Client do
   @failed "Image generation failed"
 
   @start_wait_ms 60_000
-  @poll_ms 20
 
   @type metadata :: %{
           model: String.t(),
@@ -118,12 +117,11 @@ defmodule StarweaveImage.Client do
   @spec list_models() :: {:ok, [model]} | {:error, String.t()}
   def list_models do
     with {:ok, instance} <- instance(),
-         {:up, _status} <- await_start(instance, @start_wait_ms) do
+         :ok <- StarweaveImage.await_ready(@start_wait_ms, instance) do
       {:ok, instance |> StarweaveImage.models() |> Enum.map(&model/1)}
     else
-      {:down, %{state: :disabled}} -> {:ok, []}
       {:error, %Error{kind: :disabled}} -> {:ok, []}
-      {:down, _status} -> {:error, @unavailable}
+      {:error, _not_up} -> {:error, @unavailable}
     end
   end
 
@@ -137,7 +135,7 @@ defmodule StarweaveImage.Client do
   @spec available?() :: boolean
   def available? do
     with {:ok, instance} <- instance(),
-         {:up, _status} <- await_start(instance, @start_wait_ms),
+         :ok <- StarweaveImage.await_ready(@start_wait_ms, instance),
          do: true,
          else: (_ -> false)
   end
@@ -149,6 +147,7 @@ defmodule StarweaveImage.Client do
     facts = Map.take(image, [:width, :height, :steps, :guidance_scale, :scheduler, :attempts])
     times = for {name, ms} <- image.timings, do: {"#{name}_ms", ms}
     facts = for {name, value} <- facts, value != nil, do: {Atom.to_string(name), value}
+    notices = if image.notices == [], do: [], else: [{"notices", Enum.join(image.notices, " ")}]
 
     %{
       model: image.model,
@@ -156,34 +155,10 @@ defmodule StarweaveImage.Client do
       seed: image.seed,
       generated_at: DateTime.utc_now(),
       debug_info:
-        for({name, value} <- facts ++ times, into: %{}, do: {name, to_string(value)})
+        for({name, value} <- facts ++ times ++ notices, into: %{}, do: {name, to_string(value)})
         |> Map.put("request_id", image.id)
         |> Map.merge(debug_info)
     }
-  end
-
-  @doc false
-  # Whether an instance came up, as soon as that is known.
-  @spec await_start(instance :: atom, timeout_ms :: non_neg_integer) :: {:up | :down, map}
-  def await_start(instance, timeout_ms),
-    do: await_start_until(instance, System.monotonic_time(:millisecond) + timeout_ms)
-
-  defp await_start_until(instance, deadline) do
-    case StarweaveImage.status(instance) do
-      %{state: state} = status when state in [:down, :disabled] ->
-        {:down, status}
-
-      %{state: :starting} = status ->
-        if System.monotonic_time(:millisecond) < deadline do
-          Process.sleep(@poll_ms)
-          await_start_until(instance, deadline)
-        else
-          {:down, status}
-        end
-
-      status ->
-        {:up, status}
-    end
   end
 
   @impl true

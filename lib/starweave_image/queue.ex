@@ -44,6 +44,7 @@ defmodule StarweaveImage.Queue do
     sidecars: %{},
     operations: %{},
     finished: :queue.new(),
+    awaiting_start: [],
     mean_ms: 1_000
   ]
 
@@ -113,6 +114,9 @@ defmodule StarweaveImage.Queue do
 
   def handle_call(:status, _from, state), do: {:reply, status(state), state}
 
+  def handle_call(:await_ready, from, state),
+    do: {:noreply, settle(%{state | awaiting_start: [from | state.awaiting_start]})}
+
   def handle_call(:models, _from, state) do
     models = Enum.find_value(sorted_sidecars(state), [], & &1.catalog)
     {:reply, models, state}
@@ -142,7 +146,7 @@ defmodule StarweaveImage.Queue do
   @impl true
   def handle_cast({:sidecar, pid, index, generation, event}, state) do
     state = known_sidecar(state, index, pid, generation)
-    {:noreply, state |> sidecar_event(index, event) |> dispatch()}
+    {:noreply, state |> sidecar_event(index, event) |> settle() |> dispatch()}
   end
 
   @impl true
@@ -831,6 +835,27 @@ defmodule StarweaveImage.Queue do
       phases == [] -> :starting
       true -> Enum.find([:loading, :busy, :ready, :stalled, :starting, :down], &(&1 in phases))
     end
+  end
+
+  # Answers those who wait for the outcome of a start, once there is one.
+  defp settle(%{awaiting_start: []} = state), do: state
+
+  defp settle(state) do
+    case state_of(state) do
+      undecided when undecided in [:starting, :stalled] ->
+        state
+
+      closed when closed in [:disabled, :down] ->
+        settle(state, {:error, closed_error(state, closed)})
+
+      _up ->
+        settle(state, :ok)
+    end
+  end
+
+  defp settle(state, answer) do
+    Enum.each(state.awaiting_start, &GenServer.reply(&1, answer))
+    %{state | awaiting_start: []}
   end
 
   # Between two heartbeats our own count knows better.

@@ -30,6 +30,12 @@ defmodule StarweaveImage.Supervisor do
   defp model?(_model), do: false
 
   @doc false
+  def device(name) when is_binary(name),
+    do: if(name =~ ~r/\A(auto|cpu|cuda(:\d+)?|mps|xpu)\z/, do: {:ok, name}, else: :error)
+
+  def device(_name), do: :error
+
+  @doc false
   def names(names) when is_list(names),
     do: if(Enum.all?(names, &is_binary/1), do: {:ok, names}, else: :error)
 
@@ -48,10 +54,12 @@ defmodule StarweaveImage.Supervisor do
     python:
       {{:text, 1, 4096}, nil,
        "Interpreter to run; else `STARWEAVE_IMAGE_PYTHON`, else what `mix image.setup` made."},
-    device: {{:text, 1, 16}, "auto", "`auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`."},
+    device:
+      {{:custom, "auto, cpu, cuda, cuda:N, mps or xpu", &__MODULE__.device/1}, "auto",
+       "`auto` takes the best that is there."},
     dtype:
-      {{:text, 1, 16}, "auto",
-       "`auto`, `float32`, `bfloat16` or `float16`; `TORCH_DTYPE` in the environment wins."},
+      {{:one_of, [:auto, :float32, :bfloat16, :float16]}, :auto,
+       "`TORCH_DTYPE` in the environment wins."},
     offline: {:boolean, false, "true never asks the hub."},
     env:
       {{:custom, "a list of names", &__MODULE__.names/1}, [],

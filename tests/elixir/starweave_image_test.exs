@@ -131,12 +131,32 @@ defmodule StarweaveImageTest do
     assert {:error, %Error{kind: :invalid_request}} = StarweaveImage.load_model("../etc")
   end
 
+  test "await_ready/2 answers once the outcome of the start is known" do
+    start_supervised!({StarweaveImage, name: Awaited})
+    assert StarweaveImage.status(Awaited).state == :starting
+    refute StarweaveImage.available?(Awaited)
+    assert :ok = StarweaveImage.await_ready(120_000, Awaited)
+    assert StarweaveImage.available?(Awaited)
+  end
+
   test "an unknown model is one clear error, before any device work" do
     assert {:error, %Error{kind: :model_not_found} = error} =
              StarweaveImage.generate("a red apple", model: "no/such-model")
 
     assert error.message =~ "no/such-model"
     refute error.message =~ "/priv"
+  end
+
+  test "a default model whose folder is no model keeps the instance down, with the reason" do
+    folder = Path.join(System.tmp_dir!(), "no-model")
+    opts = [name: NoModel, models: [{"my/model", path: folder}], default_model: "my/model"]
+    start_supervised!({StarweaveImage, opts})
+    assert {:error, %Error{kind: :unavailable}} = StarweaveImage.await_ready(120_000, NoModel)
+    assert %{state: :down, error: reason} = StarweaveImage.status(NoModel)
+    assert reason =~ "my/model" and reason =~ "folder"
+    refute reason =~ folder
+    assert {:error, %Error{kind: :unavailable}} = StarweaveImage.generate("a", instance: NoModel)
+    assert StarweaveImage.status().state == :ready
   end
 
   test "every format is what it says" do

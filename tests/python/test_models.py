@@ -16,12 +16,12 @@ from starweave_image.catalog import ModelCard, find, shipped
 from starweave_image.errors import ImageError
 from starweave_image.model_cache import Model, ModelCache
 
-SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "seed": 1}
+SMALL: dict[str, Any] = {"model": "local/model", "width": 64, "height": 64, "steps": 2, "seed": 1}
 
 
 def bench_of(folder: Path, **config: Any) -> Bench:
     models = [wire.ModelEntry(id="local/model", path=str(folder))]
-    return Bench(models=models, default_model="local/model", **config).start()
+    return Bench(models=models, **config).start()
 
 
 def error(end: wire.Done | wire.Error) -> wire.Error:
@@ -133,6 +133,12 @@ def test_a_load_that_failed_is_told_and_forgotten_when_one_succeeds(folder: Path
     weights.write_bytes(good)
     bench.done(**SMALL)
     assert (card(bench).state, card(bench).error) == ("loaded", None)
+
+
+def test_a_default_model_that_is_not_there_keeps_the_engine_from_starting(tmp_path: Path) -> None:
+    models = [wire.ModelEntry(id="local/model", path=str(tmp_path / "model"))]
+    with pytest.raises(ImageError, match="local/model .* its folder does not exist"):
+        Bench(models=models, default_model="local/model").start()
 
 
 def test_a_folder_that_appears_later_is_found(tmp_path: Path) -> None:
@@ -266,6 +272,6 @@ def test_a_copied_folder_is_another_model(folder: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "copy"))
     models = [wire.ModelEntry(id="a", path=str(folder)), wire.ModelEntry(id="b", path=str(copied))]
     bench = Bench(models=models, default_model="a").start()
-    records = [bench.done(model=id, **SMALL)[0].parameters or {} for id in ("a", "b")]
+    records = [bench.done(**SMALL | {"model": id})[0].parameters or {} for id in ("a", "b")]
     assert records[0]["environment"] == records[1]["environment"]
     assert [record["model"] for record in records] == ["a", "b"]

@@ -248,8 +248,8 @@ defmodule StarweaveImage.Environment.Build do
 
         remove(kind)
 
-        with :ok <- virtual_environment(kind, base, progress),
-             {:ok, torch, source} <- torch(kind, base, opts, progress),
+        with {:ok, torch, source} <- torch(kind, base, opts, progress),
+             :ok <- virtual_environment(kind, base, progress),
              :ok <- install(kind, ["--no-deps" | torch], progress),
              _ = progress.("Installing the other packages"),
              :ok <- packages(kind, source, opts, progress) do

@@ -1,0 +1,87 @@
+defmodule Mix.Tasks.Image.Setup do
+  @shortdoc "Makes and checks the Python environment of StarweaveImage"
+
+  @moduledoc """
+  Makes and checks the Python environment that images are generated in.
+
+      mix image.setup
+      mix image.setup --torch cpu --wheels /media/wheels
+      mix image.setup --check
+
+  The first run takes minutes, the next ones seconds. `StarweaveImage.Environment` says what is used and
+  where packages come from; in a release `StarweaveImage.setup()` does the same.
+
+  ## Options
+
+    * `--torch cpu|cuda|rocm` - which build of PyTorch (default: what suits the device that is found; an
+      environment that is there stays as it is)
+    * `--wheels DIR` - a folder of wheels to install from
+    * `--python PATH` - the Python to make the environment with
+    * `--dev` - also install what the tests of this library need
+    * `--check` - only check, install nothing
+    * `--if-missing` - say and do nothing where an environment is there
+
+  ## Exit codes
+
+    * 0 - the environment is there and works
+    * 1 - it is not, and the last line says why
+  """
+
+  use Mix.Task
+
+  alias StarweaveImage.Environment
+
+  @switches [
+    torch: :string,
+    wheels: :string,
+    python: :string,
+    dev: :boolean,
+    check: :boolean,
+    if_missing: :boolean
+  ]
+
+  @impl true
+  def run(argv) do
+    {opts, rest, invalid} = OptionParser.parse(argv, strict: @switches)
+
+    case Enum.map(invalid, &elem(&1, 0)) ++ rest do
+      [] ->
+        :ok
+
+      [unknown | _] ->
+        Mix.raise("mix image.setup does not take #{unknown}; see `mix help image.setup`")
+    end
+
+    # A script with Mix.install has no project of its own.
+    if Mix.Project.get(), do: Mix.Task.run("compile")
+
+    opts
+    |> result()
+    |> case do
+      {:ok, lines} ->
+        Enum.each(lines, &Mix.shell().info(&1))
+
+      {:error, error} ->
+        if log = error.details[:log], do: Mix.shell().error("The whole output is in #{log}")
+        Enum.each(error.details[:output] || [], &Mix.shell().error("  " <> &1))
+        if doctor = error.details[:doctor], do: Mix.shell().error(doctor)
+        Mix.raise(Exception.message(error))
+    end
+  end
+
+  defp result(opts) do
+    if opts[:check] do
+      with {:ok, report} <- Environment.doctor(), do: {:ok, [report]}
+    else
+      {if_missing, opts} = Keyword.pop(opts, :if_missing, false)
+      {python, opts} = Keyword.pop(opts, :python)
+      opts = [base_python: python, check: not if_missing, progress: &progress/1] ++ opts
+
+      with {:ok, report} <- Environment.setup(opts) do
+        {:ok, if(if_missing, do: [], else: [report.doctor, "Python: #{report.python}"])}
+      end
+    end
+  end
+
+  defp progress(line), do: Mix.shell().info("[image.setup] " <> line)
+end

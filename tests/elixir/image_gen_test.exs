@@ -1,0 +1,253 @@
+defmodule Mix.Tasks.Image.GenTest do
+  # In this VM the command shares the name of the instance and the level of Logger.
+  use ExUnit.Case, async: false
+
+  import ExUnit.CaptureIO
+
+  alias Mix.Tasks.Image.Gen
+  alias StarweaveImage.Command
+
+  @moduletag timeout: 300_000
+
+  @small ~w(--width 64 --height 64 --steps 4)
+  # Long enough to be ended in the middle.
+  @long ~w(image.gen --prompt x --out FOLDER/x.png --width 64 --height 64 --steps 100 --num-images 16)
+
+  defp run_here(argv) do
+    level = Logger.level()
+
+    try do
+      code = catch_exit(with :ok <- Gen.run(argv), do: exit({:shutdown, 0}))
+      {:shutdown, code} = code
+      code
+    after
+      Logger.configure(level: level)
+    end
+  end
+
+  defp refusal(argv) do
+    error = capture_io(:stderr, fn -> assert run_here(argv) == 2 end)
+    assert [line, ""] = error |> String.replace(~r/\e\[\d*m/, "") |> String.split("\n")
+    "[image.gen] Error: " <> sentence = line
+    sentence
+  end
+
+  defp written(command, prefix),
+    do:
+      command.folder |> File.ls!() |> Enum.filter(&String.starts_with?(&1, prefix)) |> Enum.sort()
+
+  defp png_size(path) do
+    <<0x89, "PNG\r\n", 0x1A, "\n", _::32, "IHDR", width::32, height::32, _::binary>> =
+      File.read!(path)
+
+    {width, height}
+  end
+
+  describe "wrong usage is one line on stderr, exit code 2 and no Python:" do
+    for {argv, sentence} <- [
+          {~w(--out x.png), "--prompt is required"},
+          {["--prompt", " "], "prompt must be 1 to 8192 bytes of text"},
+          {~w(--prompt x --guidence_scale 7), "did you mean --guidance-scale?"},
+          {~w(--prompt x --num_imges 7), "did you mean --num-images?"},
+          {~w(--prompt red apple), "unexpected \"apple\": put the text of --prompt in quotes"},
+          {~w(--prompt x --width wide), "--width must be an integer, got \"wide\""},
+          {~w(--prompt x --width 250), "width must be a multiple of 8 from 64 to 4096, got 250"},
+          {~w(--prompt x --steps 0), "steps must be an integer from 1 to 200, got 0"},
+          {~w(--prompt x --steps), "--steps needs a value (N)"},
+          {~w(--prompt x --guidance_scale -1), "guidance_scale must be a number from 0 to 50"},
+          {~w(--prompt x --guidance-scale -1), "guidance_scale must be a number from 0 to 50"},
+          {~w(--prompt x --negative_prompt=a --seed -2), "seed must be an integer from -1"},
+          {~w(--prompt x --num_images 17), "num_images must be an integer from 1 to 16, got 17"},
+          {~w(--prompt x --out x.gif), "--out must end in .png, .jpg, .jpeg or .webp, got .gif"},
+          {~w(--prompt x --out /no/such/folder/x.png), "--out must be in a folder that exists"},
+          {~w(--prompt x --out x.png --format gif), "format must be one of png, jpeg, webp"},
+          {~w(--prompt x --model ./no-such-folder), "--model must be a model's id or a folder"},
+          {~w(--prompt x --device tpu), "--device must be auto, cpu, cuda"},
+          {~w(--prompt x --timeout 0), "--timeout must be from 1 to 86400 seconds, got 0"},
+          {~w(--prompt x --quiet=maybe), "--quiet"}
+        ] do
+      test Enum.join(argv, " ") do
+        assert refusal(unquote(argv)) =~ unquote(sentence)
+      end
+    end
+  end
+
+  test "in a pipe: the host's lines and plain progress, every host option in its spelling" do
+    command =
+      Command.run(
+        ~w(image.gen --prompt) ++
+          ["a red apple"] ++
+          ~w(--out FOLDER/out.png --width 128 --height 64 --steps 5 --guidance_scale 3 --seed 7 --style flat
+             --model starweave/tiny --host localhost --port 50051)
+      )
+
+    assert {command.status, Command.stderr(command)} == {0, ""}
+    assert png_size(command.folder <> "/out.png") == {128, 64}
+    refute command.output =~ "\e"
+    lines = String.split(command.output, "\n")
+    assert "[image.gen] Generating image..." in lines
+    assert "[image.gen] Starting Python..." in lines
+    assert "[image.gen] Loading the model..." in lines
+    assert "[image.gen] Denoising, step 5/5" in lines
+    assert "[image.gen] Saved to #{command.folder}/out.png" in lines
+    assert "[image.gen] Metadata: " <> metadata = Enum.find(lines, &(&1 =~ "Metadata"))
+    assert metadata =~ ~s(model: "starweave/tiny")
+    assert metadata =~ "seed: 7"
+    assert metadata =~ ~s("guidance_scale" => "3.0")
+    assert Enum.any?(lines, &(&1 =~ "--host and --port are ignored"))
+    Command.await_gone(command)
+  end
+
+  test "several images are numbered, in the format of the ending; --quiet says nothing" do
+    argv =
+      ~w(image.gen --prompt x --out FOLDER/out.webp --num_images 2 --quality 50 --quiet --no-metadata)
+
+    command = Command.run(argv ++ @small)
+    assert {command.status, command.output, Command.stderr(command)} == {0, "", ""}
+
+    assert written(command, "out") == ["out-1.webp", "out-2.webp"]
+    [one, two] = for n <- 1..2, do: File.read!("#{command.folder}/out-#{n}.webp")
+    assert <<"RIFF", _::32, "WEBP", _::binary>> = one
+    assert one != two
+  end
+
+  test "a local folder is a model" do
+    folder = Application.app_dir(:starweave_image, "priv/models/starweave-tiny")
+
+    command =
+      Command.run(
+        ["image.gen", "--prompt", "x", "--out", "FOLDER/x", "--model", folder] ++ @small
+      )
+
+    assert {command.status, Command.stderr(command)} == {0, ""}
+    assert command.output =~ ~s(model: "local/starweave-tiny")
+    assert png_size(command.folder <> "/x") == {64, 64}
+  end
+
+  test "on a terminal: a bar with steps" do
+    argv = ["image.gen", "--prompt", "x", "--out", "FOLDER/x.png" | @small]
+    command = Command.run(argv, terminal: true)
+    assert command.status == 0
+    assert command.output =~ "\r\e[KStarting Python..."
+    assert command.output =~ "\r\e[KLoading the model..."
+    assert command.output =~ ~r/\r\e\[KDenoising \[#+\.+\] 2\/4/
+    assert command.output =~ "[image.gen] Saved to "
+  end
+
+  test "a limit of the model is wrong usage, too" do
+    command = Command.run(~w(image.gen --prompt x --out FOLDER/x.png --width 2048))
+    assert command.status == 2
+    assert [line] = command |> Command.stderr() |> String.split("\n", trim: true)
+    assert line =~ "width must be a multiple of 8 from 64 to"
+    assert written(command, "x") == []
+  end
+
+  test "--list-models prints a table and nothing else" do
+    command = Command.run(~w(image.gen --list-models))
+    assert {command.status, Command.stderr(command)} == {0, ""}
+    [head | rows] = String.split(command.output, "\n", trim: true)
+    assert String.split(head) == ~w(ID STATE TASKS SIZE LICENCE)
+
+    assert Enum.any?(
+             rows,
+             &(&1 =~ ~r/^starweave\/tiny +available +text_to_image +\d+x\d+ +Apache-2.0$/)
+           )
+
+    assert Enum.any?(rows, &(&1 =~ ~r/^stable-diffusion-v1-5\/stable-diffusion-v1-5 /))
+  end
+
+  test "without Python: exit code 3 and a sentence that helps" do
+    env = [{"STARWEAVE_IMAGE_PYTHON", "/no/such/python"}]
+
+    for argv <- [~w(image.gen --prompt x --out FOLDER/x.png), ~w(image.gen --list-models)] do
+      command = Command.run(argv, env: env)
+      assert command.status == 3
+      assert [line] = command |> Command.stderr() |> String.split("\n", trim: true)
+      assert line =~ "STARWEAVE_IMAGE_PYTHON names is not an executable file"
+    end
+  end
+
+  test "text is taken as typed without a UTF-8 locale" do
+    argv = ["image.gen", "--prompt=" <> String.duplicate("🍎", 2049), "--out", "FOLDER/x.png"]
+    command = Command.run(argv, env: [{"LC_ALL", "C"}])
+    assert command.status == 2
+
+    assert Command.stderr(command) =~
+             "prompt must be 1 to 8192 bytes of text, not only white space"
+
+    assert Command.stderr(command) =~ "got 8196 bytes of text"
+  end
+
+  describe "no Python process is left, and the command ends, after" do
+    test "SIGTERM while Python starts" do
+      command = @long |> Command.start() |> Command.await_output("Starting Python")
+      assert ended(command, "TERM").status == 143
+    end
+
+    test "SIGTERM while it works" do
+      command = @long |> Command.start() |> Command.await_output("Denoising")
+      assert ended(command, "TERM").status == 143
+    end
+
+    test "kill -9" do
+      command = @long |> Command.start() |> Command.await_output("Denoising")
+      assert ended(command, "KILL").status == 137
+    end
+
+    test "a closed terminal" do
+      command = @long |> Command.start(terminal: true) |> Command.await_output("Denoising")
+      assert [_, _] = Command.pids(command, "starweave_image port")
+      [terminal] = Command.pids(command, "script -qefc") -- Command.pids(command, "timeout")
+      Command.signal(terminal, "KILL")
+      assert Command.await_gone(command) < 5_000
+    end
+
+    test "Ctrl-C pressed twice" do
+      command = @long |> Command.start(terminal: true) |> Command.await_output("Denoising")
+      assert [_, _] = Command.pids(command, "starweave_image port")
+      command = command |> Command.type("\x03") |> Command.await_output("BREAK")
+      Command.type(command, "\x03")
+      assert Command.await_gone(command) < 5_000
+    end
+
+    test "Ctrl-C with +Bd" do
+      env = [{"ELIXIR_ERL_OPTIONS", "#{System.get_env("ELIXIR_ERL_OPTIONS")} +Bd"}]
+
+      command =
+        @long |> Command.start(terminal: true, env: env) |> Command.await_output("Denoising")
+
+      assert [_, _] = Command.pids(command, "starweave_image port")
+      Command.type(command, "\x03")
+      assert Command.await_gone(command) < 5_000
+      assert Command.await_exit(command).status == 130
+    end
+  end
+
+  defp ended(command, signal) do
+    [vm] = Command.pids(command, "beam")
+    Command.signal(vm, signal)
+    assert Command.await_gone(command) < 5_000
+    Command.await_exit(command)
+  end
+
+  test "it uses the instance of the application, and leaves it running" do
+    start_supervised!(StarweaveImage)
+    assert {:up, _} = StarweaveImage.Client.await_start(StarweaveImage, 120_000)
+    before = os_pid()
+    out = Path.join(System.tmp_dir!(), "swi-#{System.pid()}.png")
+    on_exit(fn -> File.rm(out) end)
+
+    said = capture_io(fn -> assert run_here(["--prompt", "x", "--out", out] ++ @small) == 0 end)
+
+    assert said =~ "[image.gen] Saved to #{out}"
+    refute said =~ "Starting Python"
+    assert png_size(out) == {64, 64}
+    assert os_pid() == before
+    assert StarweaveImage.available?()
+  end
+
+  defp os_pid do
+    %{sidecars: [%{os_pid: os_pid}]} = StarweaveImage.status()
+    os_pid
+  end
+end
