@@ -63,7 +63,8 @@ class Engine:
         self._draining = False
 
     def start(self) -> wire.Ready:
-        """Import the libraries and choose the device; raises `unavailable`."""
+        """Import the libraries and choose the device; raises `unavailable`, and `model_not_found` or `model_load_failed`
+        when the default model is not to be had."""
         # OpenMP threads that spin while they wait for each other lose tenfold when anyone else wants a core.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
@@ -85,6 +86,8 @@ class Engine:
         choice = self._choice = devices.choose(self._config)
         self._cache = ModelCache(self._load, int(choice.device.total_bytes * _MEMORY_SHARE), self._changed)
         default = self._weights.card(self._config.default_model)
+        # A sidecar whose requests would all fail is better not started: so its application learns of it now.
+        self._weights.check_folder(default)
         self._changed()
         return wire.Ready(
             pid=os.getpid(),

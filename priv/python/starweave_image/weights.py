@@ -115,6 +115,15 @@ class Weights:
         inspect(source.folder, card.id)
         return source
 
+    def check_folder(self, card: ModelCard) -> None:
+        """Raise `model_load_failed` for a model of a folder of its own that is not there or is no model. Cheap: the
+        weights are not looked at."""
+        if card.source in ("local", "embedded"):
+            self.require(card)
+            source = self._local(card)
+            assert source is not None
+            read_layout(source.folder, card.id)
+
     def require(self, card: ModelCard) -> None:
         """Raise what `obtain` would raise at once for a model that is neither here nor to be had."""
         if self.presence(card) == "absent":
