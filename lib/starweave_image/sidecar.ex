@@ -263,8 +263,12 @@ defmodule StarweaveImage.Sidecar do
       ])
 
     case Port.info(port, :os_pid) do
-      {:os_pid, os_pid} -> {:ok, port, os_pid}
-      nil -> {:error, "the Python process ended as it was started"}
+      {:os_pid, os_pid} ->
+        {:ok, port, os_pid}
+
+      nil ->
+        SidecarLog.stop(log)
+        {:error, "the Python process ended as it was started: run `mix image.setup`"}
     end
   rescue
     # ErlangError with :enoent, :eacces, …

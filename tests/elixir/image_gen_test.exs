@@ -232,7 +232,7 @@ defmodule Mix.Tasks.Image.GenTest do
 
   test "it uses the instance of the application, and leaves it running" do
     start_supervised!(StarweaveImage)
-    assert {:up, _} = StarweaveImage.Client.await_start(StarweaveImage, 120_000)
+    assert :ok = StarweaveImage.await_ready(120_000)
     before = os_pid()
     out = Path.join(System.tmp_dir!(), "swi-#{System.pid()}.png")
     on_exit(fn -> File.rm(out) end)

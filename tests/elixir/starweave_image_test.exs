@@ -116,7 +116,8 @@ defmodule StarweaveImageTest do
   test "status, models and availability are answered during a generation" do
     :ok = StarweaveImage.load_model("starweave/tiny")
     {:ok, id} = StarweaveImage.submit("a red apple", width: 64, height: 64, steps: 100)
-    assert %{state: :busy, queue: %{running: 1}} = StarweaveImage.status()
+    assert %{state: :busy, sidecars: [%{running: running}]} = StarweaveImage.status()
+    assert id in running
     assert StarweaveImage.available?()
     assert %{state: :loaded, tasks: ["text_to_image" | _]} = tiny()
     :ok = StarweaveImage.cancel(id)

@@ -76,6 +76,8 @@ class Engine:
             raise ImageError("unavailable", missing_package(error)) from None
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
+        # It warns at each load of what it does without torchvision, which nothing here needs.
+        transformers.utils.logging.set_verbosity_error()
         self._versions = {
             "starweave_image": __version__,
             "python": platform.python_version(),
