@@ -328,8 +328,8 @@ defmodule StarweaveImage.SidecarTest do
     test "arrives whole" do
       instance = start_ready("honest")
 
-      assert {:ok, %Image{}} =
-               StarweaveImage.generate("a pear", image: image(), mask: image(), instance: instance)
+      inputs = [image: image(), mask: image(), instance: instance]
+      assert {:ok, %Image{}} = StarweaveImage.generate("a pear", inputs)
 
       assert_works(instance)
     end
