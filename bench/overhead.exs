@@ -2,7 +2,8 @@
 #
 #     mix run bench/overhead.exs [PAIRS] [COLD_PAIRS]
 #
-# Ratios against bench/stock.py, which runs beside it: one call here, one there, in turn, medians.
+# Ratios against bench/stock.py, which runs beside it: one call here, one there, in turn, medians. The baseline has
+# the same dtype, memory format and thread settings, so that what is left is what this library adds.
 
 [pairs, cold_pairs] =
   case System.argv() do
@@ -61,12 +62,17 @@ request = [width: 64, height: 64, steps: 20, guidance_scale: 4.0]
 {:ok, _} = StarweaveImage.generate("a red apple", [seed: 0] ++ request)
 %{sidecars: [sidecar]} = StarweaveImage.status()
 
+# What the engine does on a CPU in bfloat16.
+same =
+  ["--dtype", sidecar.dtype] ++ if sidecar.dtype == "bfloat16", do: ["--channels-last"], else: []
+
 baseline =
   Port.open({:spawn_executable, python}, [
     :binary,
     :exit_status,
     line: 1000,
-    args: [stock, model, "--dtype", sidecar.dtype, "--serve"]
+    env: [{~c"OMP_WAIT_POLICY", ~c"PASSIVE"}],
+    args: [stock, model, "--serve" | same]
   ])
 
 {:os_pid, baseline_pid} = Port.info(baseline, :os_pid)
@@ -136,7 +142,8 @@ size = ~w(--width 64 --height 64 --steps 20 --guidance_scale 4.0 --seed 0)
 
     {there, {_, 0}} =
       Overhead.ms(fn ->
-        System.cmd(python, [stock, model, "--dtype", sidecar.dtype, "--out", out],
+        System.cmd(python, [stock, model, "--out", out] ++ same,
+          env: [{"OMP_WAIT_POLICY", "PASSIVE"}],
           stderr_to_stdout: true
         )
       end)

@@ -25,11 +25,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--out")
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--serve", action="store_true")
     args = parser.parse_args()
 
     pipeline = StableDiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
     pipeline.set_progress_bar_config(disable=True)
+    if args.channels_last:
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
 
     def call(seed: int) -> bytes:
         image = pipeline(
