@@ -116,7 +116,9 @@ defmodule StarweaveImageTest do
   test "status, models and availability are answered during a generation" do
     :ok = StarweaveImage.load_model("starweave/tiny")
     {:ok, id} = StarweaveImage.submit("a red apple", width: 64, height: 64, steps: 100)
-    assert %{state: :busy, sidecars: [%{running: running}]} = StarweaveImage.status()
+    assert %{state: state, sidecars: [%{running: running}]} = StarweaveImage.status()
+    # The load before it may be the last that a heartbeat told.
+    assert state in [:busy, :loading]
     assert id in running
     assert StarweaveImage.available?()
     assert %{state: :loaded, tasks: ["text_to_image" | _]} = tiny()
