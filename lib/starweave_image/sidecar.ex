@@ -140,8 +140,14 @@ defmodule StarweaveImage.Sidecar do
     do: {:noreply, ended(state, exit_reason(status, state.failure))}
 
   # Instead of an exit status: the write of what was queued found nobody to read it.
-  def handle_info({:EXIT, port, _reason}, %{port: port} = state),
-    do: {:noreply, ended(state, {:crashed, "the Python process stopped reading and ended"})}
+  def handle_info({:EXIT, port, _reason}, %{port: port} = state) do
+    sentence =
+      if state.ready_at,
+        do: "the Python process stopped reading and ended",
+        else: "the Python process ended as it was started: run `mix image.setup` and see the log"
+
+    {:noreply, ended(state, {:crashed, sentence})}
+  end
 
   def handle_info(:tick, state) do
     Process.send_after(self(), :tick, @tick_ms)

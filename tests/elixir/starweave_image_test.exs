@@ -15,6 +15,13 @@ defmodule StarweaveImageTest do
     :ok = StarweaveImage.load_model("starweave/tiny", timeout: 120_000)
   end
 
+  # What a test cancelled may hold its slot, and the model, until the sidecar has confirmed it.
+  setup do
+    assert StarweaveImage.TestOSProcess.await(fn -> StarweaveImage.status().queue.running == 0 end)
+
+    :ok
+  end
+
   test "generate/2 gives a picture with all that made it" do
     assert {:ok, %Image{} = image} = StarweaveImage.generate("a red apple", [seed: 7] ++ @small)
     assert <<0x89, "PNG", _::binary>> = image.data
