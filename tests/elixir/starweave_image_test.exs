@@ -17,7 +17,8 @@ defmodule StarweaveImageTest do
 
   # What a test cancelled may hold its slot, and the model, until the sidecar has confirmed it.
   setup do
-    assert StarweaveImage.TestOSProcess.await(fn -> StarweaveImage.status().queue.running == 0 end)
+    idle? = fn -> StarweaveImage.status().queue.running == 0 end
+    assert StarweaveImage.TestOSProcess.await(idle?)
 
     :ok
   end
