@@ -592,8 +592,9 @@ defmodule StarweaveImage.Queue do
       %{^id => %{status: status} = job} when status != :finished ->
         _ = Process.cancel_timer(job.timer)
         for {_pid, monitor} <- job.owners, do: Process.demonitor(monitor, [:flush])
-        deliver(job, result)
+        # First, so that whoever has the answer finds the event already emitted.
         measure(state, job, result)
+        deliver(job, result)
 
         %{
           state

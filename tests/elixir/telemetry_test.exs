@@ -11,10 +11,10 @@ defmodule StarweaveImage.TelemetryTest do
     opts = [instance: __MODULE__, width: 64, height: 64, steps: 2, id: "followed", user_id: "u"]
     {:ok, image} = StarweaveImage.generate("a red apple", opts)
 
-    assert_received {:telemetry, [:starweave, :image, :sidecar, :start], %{system_time: _},
+    assert_receive {:telemetry, [:starweave, :image, :sidecar, :start], %{system_time: _},
                      %{instance: __MODULE__, generation: 1, os_pid: os_pid}}
 
-    assert_received {:telemetry, [:starweave, :image, :sidecar, :ready], %{duration: _},
+    assert_receive {:telemetry, [:starweave, :image, :sidecar, :ready], %{duration: _},
                      %{instance: __MODULE__, os_pid: ^os_pid, device: _, dtype: _}}
 
     assert_received {:telemetry, [:starweave, :image, :request, :start], %{system_time: _},
