@@ -158,6 +158,7 @@ def test_words_outside_the_vocabulary_are_told(folder: Path) -> None:
     assert bench.done(prompt="A red apple!", **SMALL)[0].notices == []
     [notice] = bench.done(prompt="a dog, a cat", **SMALL)[0].notices
     assert '"dog", "cat"' in notice
+    assert "choose a larger model, such as stabilityai/sdxl-turbo" in notice
 
 
 def test_an_embedded_model_draws_at_its_scale_and_says_so(folder: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -52,6 +52,14 @@ SMALL_DENOISER = DenoiserRecipe(
     sheet_every=2,
 )
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Training sets the number of threads of the process, which the other tests keep."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 class Interrupted(Exception):
@@ -227,9 +235,13 @@ def test_the_whole_run_exports_a_plain_diffusers_checkpoint(tmp_path: Path) -> N
         denoiser=SMALL_DENOISER,
     )
     out = tmp_path / "model"
-    tiny.train(recipe, out, tmp_path / "work", tmp_path / "cache", "cpu", workers=1)
+    tiny.train(recipe, out, tmp_path / "work", tmp_path / "cache", "cpu", threads=1)
 
     assert (tmp_path / "work" / "sheet-000002.png").exists()
+    log = (tmp_path / "work" / "train.log").read_text()
+    assert all(
+        line in log for line in ("pool: 36 pictures", "vae 3/3 loss", "denoiser 3/3 loss", "exported to")
+    )
     assert (out / "sheet.png").exists()
     vocabulary = json.loads((out / "vocabulary.json").read_text())
     assert vocabulary["words"] == sorted(set(vocabulary["words"]))
@@ -261,9 +273,9 @@ def test_a_run_that_starts_from_a_checkpoint_begins_with_its_weights(tmp_path: P
         denoiser=SMALL_DENOISER,
     )
     first, second = tmp_path / "first", tmp_path / "second"
-    tiny.train(recipe, first, tmp_path / "work1", tmp_path, "cpu", workers=1)
+    tiny.train(recipe, first, tmp_path / "work1", tmp_path, "cpu", threads=1)
     untouched = replace(recipe, start=first, denoiser=replace(SMALL_DENOISER, steps=0))
-    tiny.train(untouched, second, tmp_path / "work2", tmp_path, "cpu", workers=1)
+    tiny.train(untouched, second, tmp_path / "work2", tmp_path, "cpu", threads=1)
     assert str(tmp_path) not in "".join(p.read_text() for p in second.glob("**/*.json"))
     paths = sorted(p.relative_to(first) for p in first.glob("*/*.safetensors"))
     assert len(paths) == 3

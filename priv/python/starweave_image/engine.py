@@ -29,7 +29,7 @@ from .errors import ImageError, missing_package
 from .model_cache import Model, ModelCache
 from .tasks import text_to_image
 from .turn import DeviceTurn, Request
-from .weights import Weights, checksum, load_pipeline
+from .weights import Weights, checksum, load_pipeline, quiet_libraries
 
 _logger = logging.getLogger(__name__)
 
@@ -74,10 +74,7 @@ class Engine:
         except ImportError as error:
             _logger.exception("an import failed")
             raise ImageError("unavailable", missing_package(error)) from None
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-        # It warns at each load of what it does without torchvision, which nothing here needs.
-        transformers.utils.logging.set_verbosity_error()
+        quiet_libraries()
         self._versions = {
             "starweave_image": __version__,
             "python": platform.python_version(),
@@ -477,7 +474,10 @@ class Job:
             )
         if unknown := text_to_image.unknown_words(model.folder, message.prompt):
             words = ", ".join(f'"{word[:40]}"' for word in unknown[:5]) + (" …" if len(unknown) > 5 else "")
-            self.note(f"{card.name} does not know {words}: it draws only what its small vocabulary names.")
+            self.note(
+                f"{card.name} does not know {words}. {card.description} For anything else choose a larger model, "
+                "such as stabilityai/sdxl-turbo: with `mix image.gen --model`, or in the option `models`."
+            )
 
     def note(self, *sentences: str) -> None:
         self.notices += [sentence for sentence in sentences if sentence not in self.notices]

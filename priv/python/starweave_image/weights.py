@@ -394,6 +394,16 @@ def hub_error(repository: str, error: Exception) -> ImageError:
 # Loading
 
 
+def quiet_libraries() -> None:
+    """No progress bars of diffusers and transformers, and no warnings at each load about what nothing here needs."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
 def load_pipeline(
     source: Source, id: str, choice: Choice, alone: Callable[[], AbstractContextManager[None]]
 ) -> Any:

@@ -6,9 +6,11 @@ The pool is a function of its seed and the counts: sample `i` of a kind draws fr
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import random
+import zlib
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -28,10 +30,10 @@ KINDS: tuple[str, ...] = ("emoji", "single", "pair", "scene")
 class Counts:
     """How many pictures of each kind the pool holds; `per_emoji` is for each everyday thing."""
 
-    per_emoji: int = 48
-    single: int = 16_000
-    pair: int = 24_000
-    scene: int = 16_000
+    per_emoji: int = 64
+    single: int = 24_000
+    pair: int = 40_000
+    scene: int = 24_000
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,31 @@ class Pool:
     subjects: list[str]
 
 
-def render(seed: int, kind: str, index: int, emojis: list[emoji_source.Emoji]) -> Sample:
-    """Sample `index` of `kind`; the things of `emojis` take turns."""
-    rng = random.Random(f"{seed}/{kind}/{index}")
+def held_out(caption: str) -> bool:
+    """Whether this caption is kept out of training, for the evaluation: one in sixteen, by its checksum."""
+    return zlib.crc32(caption.encode()) % 16 == 0
+
+
+def draw(kind: str, rng: random.Random, thing: emoji_source.Emoji | None = None) -> Sample:
+    """One picture of `kind`, whatever its caption; `thing` is what an emoji shows."""
     if kind == "single":
         return single_shape(rng)
     if kind == "pair":
         return two_shapes(rng)
     if kind == "scene":
         return landscape(rng)
-    return emoji_source.emoji_picture(rng, emojis[index % len(emojis)])
+    assert thing is not None
+    return emoji_source.emoji_picture(rng, thing)
+
+
+def render(seed: int, kind: str, index: int, emojis: list[emoji_source.Emoji]) -> Sample:
+    """Sample `index` of `kind`, with a caption that is not held out; the things of `emojis` take turns."""
+    thing = emojis[index % len(emojis)] if kind == "emoji" else None
+    for attempt in itertools.count():
+        sample = draw(kind, random.Random(f"{seed}/{kind}/{index}/{attempt}"), thing)
+        if not held_out(sample.caption):
+            return sample
+    raise AssertionError("unreachable")
 
 
 _worker_emojis: list[emoji_source.Emoji] = []

@@ -34,19 +34,19 @@ class DenoiserRecipe:
     `mix` gives the share of each kind of picture in a batch, in the order of `data.KINDS`.
     """
 
-    channels: tuple[int, ...] = (64, 128, 168)
+    channels: tuple[int, ...] = (96, 128, 160)
     heads: int = 4
     groups: int = 8
     text: int = 192
-    text_layers: int = 3
-    steps: int = 8000
-    batch: int = 40
+    text_layers: int = 4
+    steps: int = 10_000
+    batch: int = 64
     rate: float = 1e-3
     warmup: int = 100
     flat: float = 0.3
     dropout: float = 0.1
     ema: float = 0.998
-    mix: tuple[float, ...] = (0.35, 0.17, 0.28, 0.2)
+    mix: tuple[float, ...] = (0.34, 0.12, 0.36, 0.18)
     checkpoint_every: int = 250
     sheet_every: int = 800
 
@@ -77,7 +77,7 @@ def build_denoiser(recipe: DenoiserRecipe, tokenizer: Any) -> Denoiser:
     config = text_config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.text,
-        intermediate_size=4 * recipe.text,
+        intermediate_size=2 * recipe.text,
         projection_dim=recipe.text,
         num_hidden_layers=recipe.text_layers,
         num_attention_heads=4,
@@ -208,7 +208,7 @@ def train_denoiser(
     rank, processes = place()
     empty = torch.tensor(tokenizer("", padding="max_length", max_length=CONTEXT).input_ids)
 
-    for step, report in progress("denoiser", first, recipe.steps):
+    for step, report in progress("denoiser", first, recipe.steps, folder):
         rng = generator(seed, stage, step)
         kinds = torch.multinomial(weights, recipe.batch, replacement=True, generator=rng)
         offsets = (torch.rand(recipe.batch, generator=rng) * sizes[kinds]).long()

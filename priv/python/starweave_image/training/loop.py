@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -128,41 +128,47 @@ def load_state(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     return state
 
 
-def progress(name: str, first: int, steps: int, every: int = 50) -> Iterator[tuple[int, Any]]:
+def log(folder: Path, line: str) -> None:
+    """Adds a line to `folder`/train.log, with the time, from process 0 alone."""
+    if place()[0] == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "train.log").open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+def progress(
+    name: str, first: int, steps: int, folder: Path, every: int = 50
+) -> Iterator[tuple[int, Callable[[float], None]]]:
     """Steps `first`..`steps` with a `report(loss)` for each.
 
-    A progress bar on a terminal; otherwise one plain line every `every` steps.
+    A progress bar on a terminal, otherwise one plain line every `every` steps, which the log in `folder` gets
+    in any case.
     """
     if place()[0] > 0:
         yield from ((step, lambda loss: None) for step in range(first, steps))
         return
+    bar: Any = None
     if sys.stderr.isatty():
         from tqdm import tqdm
 
         bar = tqdm(total=steps, initial=first, desc=name, unit="step")
+    start, total, seen, at = time.monotonic(), 0.0, 0, first
 
-        def show(loss: float) -> None:
+    def report(loss: float) -> None:
+        nonlocal total, seen
+        total, seen = total + loss, seen + 1
+        if bar is not None:
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
+        if (at + 1) % every == 0 or at + 1 == steps:
+            rate = (at + 1 - first) / (time.monotonic() - start)
+            line = f"{name} {at + 1}/{steps} loss {total / seen:.4f} {rate:.2f} steps/s"
+            total, seen = 0.0, 0
+            log(folder, line)
+            if bar is None:
+                print(line, flush=True)
 
-        for step in range(first, steps):
-            yield step, show
+    for at in range(first, steps):
+        yield at, report
+    if bar is not None:
         bar.close()
-        return
-
-    start, total, seen = time.monotonic(), 0.0, 0
-
-    for step in range(first, steps):
-
-        def note(loss: float, step: int = step) -> None:
-            nonlocal total, seen
-            total, seen = total + loss, seen + 1
-            if (step + 1) % every == 0 or step + 1 == steps:
-                rate = (step + 1 - first) / (time.monotonic() - start)
-                print(
-                    f"{name} {step + 1}/{steps} loss {total / seen:.4f} {rate:.2f} steps/s",
-                    flush=True,
-                )
-                total, seen = 0.0, 0
-
-        yield step, note

@@ -17,6 +17,7 @@ from .loop import (
     first_process_first,
     join_processes,
     load_state,
+    log,
     pick_device,
     place,
     save_state,
@@ -43,7 +44,8 @@ class Recipe:
     denoiser: DenoiserRecipe = field(default_factory=DenoiserRecipe)
 
 
-def _log(text: str) -> None:
+def _say(work: Path, text: str) -> None:
+    log(work, text)
     if place()[0] == 0:
         print(text, flush=True)
 
@@ -65,7 +67,7 @@ def _latents(pool: Pool, vae: Any, recipe: Recipe, work: Path, device: torch.dev
         for kind, (start, end) in pool.spans.items():
             if end > start:
                 rows = np.arange(start, end, max(1, (end - start) // 300))
-                _log(f"vae: {psnr(vae, pool.images[rows], device):.1f} dB on {kind}")
+                _say(work, f"vae: {psnr(vae, pool.images[rows], device):.1f} dB on {kind}")
         latents = encode(vae, pool.images, device)
         save_state(path, {"key": key, "latents": latents})
     return latents * scale
@@ -77,7 +79,7 @@ def _prepare(
     """The pool, the trained autoencoder and the scaled latents of the pool."""
     things = emoji.load(cache) if recipe.emoji else []
     pool = build_pool(work / "pool", recipe.seed, recipe.counts, things, workers)
-    _log(f"pool: {len(pool.captions)} pictures, {len(pool.subjects)} things")
+    _say(work, f"pool: {len(pool.captions)} pictures, {len(pool.subjects)} things")
     # Emoji are the hardest to draw: they make up half of what the autoencoder sees.
     filled = [pool.spans[kind] for kind in KINDS if pool.spans[kind][1] > pool.spans[kind][0]]
     spans = [filled[0], filled[0], *filled]
@@ -94,17 +96,21 @@ def train(
     work: Path,
     cache: Path,
     device_name: str = "auto",
-    workers: int = 2,
+    threads: int = 2,
 ) -> None:
     """Trains the embedded model and writes its checkpoint to `out`.
 
-    `work` keeps the rendered pool, the checkpoints of both stages and the sample sheets; a run
+    `work` keeps the rendered pool, the checkpoints of both stages, the sample sheets and train.log; a run
     with the same recipe goes on where the last one stopped. `cache` keeps fetched packages.
+    `threads` are those of all joined processes together.
     """
     device = pick_device(device_name)
     join_processes()
     with first_process_first():
-        pool, vae, latents = _prepare(recipe, work, cache, device, workers)
+        # The others wait: this one takes their threads.
+        torch.set_num_threads(threads)
+        pool, vae, latents = _prepare(recipe, work, cache, device, threads)
+    torch.set_num_threads(max(1, threads // place()[1]))
     words = words_of(pool.captions)
     tokenizer = load_tokenizer(recipe.start) if recipe.start else build_tokenizer(words)
     tokens = tokenizer(pool.captions, padding="max_length", truncation=True, max_length=CONTEXT)
@@ -133,4 +139,4 @@ def train(
     pipeline = export(out, vae.cpu(), average.cpu(), tokenizer, words, sorted(subjects))
     pipeline.to(torch.float32)
     draw_sheet(pipeline).save(out / "sheet.png", optimize=True)
-    _log(f"exported to {out}")
+    _say(work, f"exported to {out}")
