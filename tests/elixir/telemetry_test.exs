@@ -12,10 +12,10 @@ defmodule StarweaveImage.TelemetryTest do
     {:ok, image} = StarweaveImage.generate("a red apple", opts)
 
     assert_receive {:telemetry, [:starweave, :image, :sidecar, :start], %{system_time: _},
-                     %{instance: __MODULE__, generation: 1, os_pid: os_pid}}
+                    %{instance: __MODULE__, generation: 1, os_pid: os_pid}}
 
     assert_receive {:telemetry, [:starweave, :image, :sidecar, :ready], %{duration: _},
-                     %{instance: __MODULE__, os_pid: ^os_pid, device: _, dtype: _}}
+                    %{instance: __MODULE__, os_pid: ^os_pid, device: _, dtype: _}}
 
     assert_received {:telemetry, [:starweave, :image, :request, :start], %{system_time: _},
                      %{instance: __MODULE__, id: "followed", user_id: "u", priority: :normal}}
