@@ -42,7 +42,7 @@ defmodule StarweaveImage do
   with `subscribe/1`.
   """
 
-  alias StarweaveImage.{Environment, Error, Image, Request}
+  alias StarweaveImage.{Environment, Error, Image, Options, Request}
 
   @type id :: String.t()
   @type event ::
@@ -134,6 +134,79 @@ defmodule StarweaveImage do
            call(request.instance, {:generate, request}, request.timeout + @slack_ms),
          do: answer
   end
+
+  @doc """
+  Makes a picture anew as `prompt` says, starting from `image`: a file's bytes or a `StarweaveImage.Image`.
+
+  `:strength` (0 to 1, 0.8 unless given) is how far it may be left. The result has the size of `image`,
+  within the model's limits, unless `:width` and `:height` say otherwise.
+
+      {:ok, apple} = StarweaveImage.generate("a red apple")
+      {:ok, pear} = StarweaveImage.edit(apple, "a green pear", strength: 0.7)
+
+      iex> {:error, error} = StarweaveImage.edit(:apple, "a green pear")
+      iex> error.message
+      "image must be a PNG, JPEG or WebP file of at most 12 MiB, got :apple"
+  """
+  @spec edit(binary | Image.t(), String.t(), keyword | map) ::
+          {:ok, Image.t()} | {:error, Error.t()}
+  def edit(image, prompt, opts \\ []), do: generate(prompt, put(opts, :image, file(image)))
+
+  @doc """
+  Makes anew what is white in `mask`, as `prompt` says; where the mask is black or transparent the picture stays as it
+  is, to the pixel.
+
+  `image` and `mask` are files' bytes of the same size in pixels, or a `StarweaveImage.Image`. Otherwise as `edit/3`.
+
+      {:ok, house} = StarweaveImage.generate("a house on green hills")
+      {:ok, evening} = StarweaveImage.inpaint(house, File.read!("sky.png"), "the sky at sunset", strength: 1.0)
+
+      iex> {:error, error} = StarweaveImage.inpaint(<<0x89, "PNG\\r\\n", 0x1A, "\\n", 0::64>>, "no mask", "a sky")
+      iex> error.details.field
+      :mask
+  """
+  @spec inpaint(binary | Image.t(), binary | Image.t(), String.t(), keyword | map) ::
+          {:ok, Image.t()} | {:error, Error.t()}
+  def inpaint(image, mask, prompt, opts \\ []),
+    do: edit(image, prompt, put(opts, :mask, file(mask)))
+
+  @doc """
+  Several pictures of the same thing: four, or `:num_images`, each with a seed of its own that it reports.
+
+  Of a prompt they differ by their seeds alone. Of a `StarweaveImage.Image` or of a file's bytes they start from that
+  picture and leave it as far as `:strength` says (0.6 unless given); an image brings its prompt, for a file
+  `:prompt` says what it shows.
+
+      {:ok, [one, two]} = StarweaveImage.variations("a red apple", num_images: 2)
+      {:ok, nearby} = StarweaveImage.variations(one, strength: 0.3)
+
+      iex> {:error, error} = StarweaveImage.variations(<<0x89, "PNG\\r\\n", 0x1A, "\\n", 0::64>>)
+      iex> error.message
+      "prompt is required"
+  """
+  @spec variations(String.t() | binary | Image.t(), keyword | map) ::
+          {:ok, [Image.t()]} | {:error, Error.t()}
+  def variations(image_or_prompt, opts \\ []) do
+    {prompt, opts} = pop(opts, :prompt)
+    opts = put_new(opts, :num_images, 4)
+
+    cond do
+      is_struct(image_or_prompt, Image) ->
+        vary(image_or_prompt.data, prompt || image_or_prompt.prompt, opts)
+
+      is_binary(image_or_prompt) and Options.image?(image_or_prompt) ->
+        vary(image_or_prompt, prompt, opts)
+
+      true ->
+        generate_images(image_or_prompt, opts)
+    end
+  end
+
+  defp vary(image, prompt, opts),
+    do: generate_images(prompt, opts |> put(:image, image) |> put_new(:strength, 0.6))
+
+  defp file(%Image{data: data}), do: data
+  defp file(other), do: other
 
   @doc """
   Hands a request in and returns once it is accepted. It outlives the caller: ask for the result
@@ -330,7 +403,7 @@ defmodule StarweaveImage do
   end
 
   defp model_id(id) do
-    case StarweaveImage.Options.check(:model, :model_id, id) do
+    case Options.check(:model, :model_id, id) do
       {:ok, id} when id != nil -> {:ok, id}
       {:ok, nil} -> {:error, Error.new(:invalid_request, "model is required", %{field: :model})}
       {:error, field, message} -> {:error, Error.new(:invalid_request, message, %{field: field})}
@@ -411,5 +484,17 @@ defmodule StarweaveImage do
 
   defp put(opts, key, value) when is_map(opts), do: Map.put(opts, key, value)
   defp put(opts, key, value) when is_list(opts), do: Keyword.put(opts, key, value)
+  # What is no options at all is refused further on, with the reason.
   defp put(opts, _key, _value), do: opts
+
+  defp put_new(opts, key, value),
+    do: if(get(opts, key) == nil, do: put(opts, key, value), else: opts)
+
+  defp pop(opts, key) when is_map(opts), do: Map.pop(opts, key)
+
+  defp pop(opts, key),
+    do: if(Keyword.keyword?(opts), do: Keyword.pop(opts, key), else: {nil, opts})
+
+  defp get(opts, key) when is_map(opts), do: opts[key]
+  defp get(opts, key), do: if(Keyword.keyword?(opts), do: opts[key])
 end

@@ -143,10 +143,12 @@ defmodule StarweaveImage.Options do
   defp accept(value, true), do: {:ok, value}
   defp accept(_value, false), do: :error
 
-  defp image?(<<0x89, "PNG\r\n", 0x1A, "\n", _::binary>>), do: true
-  defp image?(<<0xFF, 0xD8, 0xFF, _::binary>>), do: true
-  defp image?(<<"RIFF", _size::32, "WEBP", _::binary>>), do: true
-  defp image?(_data), do: false
+  @doc "Whether these bytes begin as a PNG, JPEG or WebP file does."
+  @spec image?(binary) :: boolean
+  def image?(<<0x89, "PNG\r\n", 0x1A, "\n", _::binary>>), do: true
+  def image?(<<0xFF, 0xD8, 0xFF, _::binary>>), do: true
+  def image?(<<"RIFF", _size::32, "WEBP", _::binary>>), do: true
+  def image?(_data), do: false
 
   defp describe(:boolean), do: "true or false"
   defp describe(:atom), do: "an atom"

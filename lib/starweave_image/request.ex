@@ -18,10 +18,15 @@ defmodule StarweaveImage.Request do
       {:scheduler, nil,
        "A diffusers class (`EulerDiscreteScheduler`) or short name (`euler`); the model's own unless given."},
     style: {{:text, 0, 256}, nil, "Added to the prompt after a comma."},
-    image: {:image, nil, "Image to start from, as a file's bytes."},
+    image:
+      {:image, nil,
+       "Image to start from, as a file's bytes: up to 4096 pixels a side, turned upright, what is transparent in it white."},
     strength:
-      {{:number, 0, 1}, nil, "How far `:image` may be left, 1 being anywhere; 0.8 unless given."},
-    mask: {:image, nil, "Where `:image` may change (white), as a file's bytes."},
+      {{:number, 0, 1}, nil,
+       "How far `:image` may be left, 1 being anywhere; 0.8 unless given. That share of the steps is made, at least one."},
+    mask:
+      {:image, nil,
+       "Where `:image` may change (white) and where it stays (black, transparent), as a file's bytes, of the same size in pixels."},
     num_images: {{:integer, 1, 16}, 1, "Images of one request, with consecutive seeds."},
     format: {{:one_of, [:png, :jpeg, :webp]}, :png, "File format of the image."},
     quality: {{:integer, 1, 100}, 90, "For JPEG and WebP."},

@@ -182,7 +182,10 @@ defmodule StarweaveImage.ClientWithSidecarTest do
     assert took < 1_000
 
     assert %{id: "starweave/tiny", available: true} = tiny = hd(models)
-    assert {tiny.name, tiny.capabilities} == {"Starweave Tiny", ["text_to_image"]}
+
+    assert {tiny.name, tiny.capabilities} ==
+             {"Starweave Tiny", ["text_to_image", "image_to_image", "inpaint"]}
+
     assert is_binary(tiny.description)
     assert Enum.all?(tiny.parameters, fn {k, v} -> is_binary(k) and is_binary(v) end)
     assert %{available: false} = Enum.find(models, &(&1.name == "Stable Diffusion 1.5"))

@@ -63,6 +63,15 @@ defmodule Mix.Tasks.Image.GenTest do
           {~w(--prompt x --out x.png --format gif), "format must be one of png, jpeg, webp"},
           {~w(--prompt x --model ./no-such-folder), "--model must be a model's id or a folder"},
           {~w(--prompt x --device tpu), "--device must be auto, cpu, cuda"},
+          {~w(--prompt x --image no-such.png),
+           "--image cannot be read: no such file or directory"},
+          {~w(--prompt x --image mix.exs),
+           "image must be a PNG, JPEG or WebP file of at most 12 MiB"},
+          {~w(--prompt x --mask priv/models/starweave-tiny/sheet.png), "mask needs image"},
+          {~w(--prompt x --strength 2), "strength must be a number from 0 to 1"},
+          {~w(--prompt x --variations 0), "num_images must be an integer from 1 to 16, got 0"},
+          {~w(--prompt x --variations 2 --num-images 2),
+           "--variations and --num-images are the same"},
           {~w(--prompt x --timeout 0), "--timeout must be from 1 to 86400 seconds, got 0"},
           {~w(--prompt x --quiet=maybe), "--quiet"}
         ] do
@@ -111,6 +120,20 @@ defmodule Mix.Tasks.Image.GenTest do
     assert one != two
   end
 
+  test "variations of a picture have its size, and start from it" do
+    sheet = Application.app_dir(:starweave_image, "priv/models/starweave-tiny/sheet.png")
+
+    argv =
+      ["image.gen", "--prompt", "a red apple", "--image", sheet, "--out", "FOLDER/out.png"] ++
+        ~w(--variations 2 --strength 0.3 --steps 4 --seed 5)
+
+    command = Command.run(argv)
+    assert {command.status, Command.stderr(command)} == {0, ""}
+    assert written(command, "out") == ["out-1.png", "out-2.png"]
+    assert png_size("#{command.folder}/out-1.png") == png_size(sheet)
+    assert command.output =~ "seed: 5" and command.output =~ "seed: 6"
+  end
+
   test "a local folder is a model" do
     folder = Application.app_dir(:starweave_image, "priv/models/starweave-tiny")
 
@@ -150,7 +173,8 @@ defmodule Mix.Tasks.Image.GenTest do
 
     assert Enum.any?(
              rows,
-             &(&1 =~ ~r/^starweave\/tiny +available +text_to_image +\d+x\d+ +Apache-2.0$/)
+             &(&1 =~
+                 ~r/^starweave\/tiny +available +text_to_image, image_to_image, inpaint +\d+x\d+ +Apache-2.0$/)
            )
 
     assert Enum.any?(rows, &(&1 =~ ~r/^stable-diffusion-v1-5\/stable-diffusion-v1-5 /))

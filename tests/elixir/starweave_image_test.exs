@@ -54,6 +54,44 @@ defmodule StarweaveImageTest do
     assert List.last(images).data == single.data
   end
 
+  test "edit/3 and variations/2 start from a picture, and go as far as they are let" do
+    apple = StarweaveImage.generate!("a red apple", [seed: 7] ++ @small)
+    {:ok, edited} = StarweaveImage.edit(apple, "a blue star", seed: 1, steps: 4)
+    assert {edited.width, edited.height, edited.prompt} == {64, 64, "a blue star"}
+    assert edited.parameters["task"] == "image_to_image"
+    assert edited.parameters["image_sha256"] == apple.sha256
+
+    assert {:ok, ^edited} =
+             same(edited, StarweaveImage.edit(apple.data, "a blue star", seed: 1, steps: 4))
+
+    {:ok, images} = StarweaveImage.variations(apple, num_images: 3, seed: 20, steps: 4)
+    assert Enum.map(images, &{&1.seed, &1.prompt}) == for(n <- 20..22, do: {n, "a red apple"})
+    assert images |> Enum.map(& &1.sha256) |> Enum.uniq() |> length() == 3
+    assert hd(images).parameters["strength"] == 0.6
+
+    {:ok, images} = StarweaveImage.variations("a red apple", [seed: 7] ++ @small)
+    assert length(images) == 4
+    assert hd(images).data == apple.data
+
+    assert {:ok, [_]} =
+             StarweaveImage.variations(apple.data, prompt: "a red apple", num_images: 1, steps: 2)
+  end
+
+  # But for what no two answers share.
+  defp same(image, {:ok, other}), do: {:ok, %{other | id: image.id, timings: image.timings}}
+
+  test "inpaint/4 needs a mask of the picture's size" do
+    apple = StarweaveImage.generate!("a red apple", [seed: 7] ++ @small)
+    {:ok, inpainted} = StarweaveImage.inpaint(apple, apple, "a blue star", seed: 1, steps: 4)
+    assert inpainted.parameters["task"] == "inpaint"
+    large = StarweaveImage.generate!("a red apple", seed: 7, width: 128, height: 64, steps: 2)
+
+    assert {:error, %Error{kind: :invalid_request, details: %{field: :mask}} = error} =
+             StarweaveImage.inpaint(apple, large, "a blue star")
+
+    assert error.message == "mask must have the size of image, 64x64, got 128x64"
+  end
+
   test "eight callers at once get the pictures that they would get alone" do
     requests =
       for n <- 1..8,

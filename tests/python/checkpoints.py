@@ -147,8 +147,8 @@ def stable_diffusion_3(folder: Path) -> Path:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=32,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=16,
+        out_channels=16,
         num_layers=1,
         attention_head_dim=8,
         num_attention_heads=4,
@@ -159,7 +159,7 @@ def stable_diffusion_3(folder: Path) -> Path:
     diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=_vae(shift=0.0609),
+        vae=_vae(16, shift=0.0609),
         text_encoder=_clip_encoder(projected=True),
         text_encoder_2=_clip_encoder(projected=True, seed=1),
         text_encoder_3=encoder,

@@ -63,7 +63,16 @@ def test_an_unknown_name_that_is_like_nothing_gets_no_advice() -> None:
             {"guidance_scale": 20.5},
             "guidance_scale must be from 0 to 20 for starweave/tiny, got 20.5",
         ),
-        ("tiny", {"image": b"\x89PNG\r\n\x1a\n...."}, "starweave/tiny takes no image"),
+        (
+            "sana",
+            {"image": b"\x89PNG\r\n\x1a\n...."},
+            "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers takes no ima",
+        ),
+        (
+            "tiny",
+            {"strength": 0.03, "image": b"\x89PNG\r\n\x1a\n...."},
+            "strength must be at least 1 / steps, 0.04 here, got 0.03",
+        ),
     ],
 )
 def test_limits_are_enforced(model: str, fields: dict[str, Any], message: str) -> None:

@@ -129,8 +129,8 @@ def test_quality_is_honoured(picture: Image.Image) -> None:
 def test_enlarging_cuts_what_does_not_fit_and_bends_nothing() -> None:
     picture = Image.new("RGB", (96, 64), "white")
     picture.paste("black", (32, 16, 64, 48))
-    assert images.enlarge(picture, 96, 64) is picture
-    wide = images.enlarge(picture, 960, 320)
+    assert images.resize(picture, 96, 64) is picture
+    wide = images.resize(picture, 960, 320)
     assert wide.size == (960, 320)
     # The square's sides are scaled alike: 32 pixels by 10, across the middle, and cut above and below.
     row = wide.convert("L").crop((0, 160, 960, 161)).tobytes()

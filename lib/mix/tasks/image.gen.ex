@@ -13,8 +13,13 @@ defmodule Mix.Tasks.Image.Gen do
     negative_prompt: {:string, "TEXT", "what the image should not show"},
     seed: {:integer, "N", "the same seed gives the same image (default: a fresh one)"},
     style: {:string, "TEXT", "added to the prompt after a comma"},
+    image: {:string, "FILE", "a picture to start from: PNG, JPEG or WebP"},
+    mask: {:string, "FILE", "where the picture may change: white in it, and of the same size"},
+    strength:
+      {:float, "X", "0 to 1, how far the picture may be left (default: 0.8; variations: 0.6)"},
     scheduler: {:string, "NAME", "such as `euler` (default: the model's own)"},
     num_images: {:integer, "N", "1 to 16 images, with consecutive seeds (default: 1)"},
+    variations: {:integer, "N", "N variations of `--image`, or else of the prompt"},
     format: {:string, "FORMAT", "`png`, `jpeg` or `webp` (default: what `--out` ends in)"},
     quality: {:integer, "N", "1 to 100, for JPEG and WebP (default: 90)"},
     metadata: {:boolean, nil, "`--no-metadata` leaves the parameters out of the file"},
@@ -34,6 +39,8 @@ defmodule Mix.Tasks.Image.Gen do
       mix image.gen --prompt "a red apple" --out apple.png
       mix image.gen --prompt "a cat" --out cats.webp --num-images 4 --seed 1
       mix image.gen --prompt "a red apple" --model ./my-model --width 512 --height 512
+      mix image.gen --prompt "a green pear" --image apple.png --strength 0.7 --out pear.png
+      mix image.gen --prompt "a red apple" --image apple.png --variations 4 --out apples.png
       mix image.gen --list-models
 
   It uses the instance that the application runs (under the name `StarweaveImage`), or else one of its
@@ -79,7 +86,18 @@ defmodule Mix.Tasks.Image.Gen do
   @signal_grace_ms 9_000
 
   @formats %{".png" => :png, ".jpg" => :jpeg, ".jpeg" => :jpeg, ".webp" => :webp}
-  @not_in_request [:prompt, :out, :list_models, :quiet, :verbose, :host, :port, :device, :dtype]
+  @not_in_request [
+    :prompt,
+    :out,
+    :variations,
+    :list_models,
+    :quiet,
+    :verbose,
+    :host,
+    :port,
+    :device,
+    :dtype
+  ]
   @default_timeout_s 3_600
   @start_timeout_ms 600_000
   @tick_ms 200
@@ -174,7 +192,9 @@ defmodule Mix.Tasks.Image.Gen do
          :ok <- writable(out),
          {:ok, instance} <- instance_options(opts),
          {:ok, timeout} <- timeout(opts),
-         request = Map.drop(opts, @not_in_request),
+         {:ok, opts} <- variations(opts),
+         {:ok, files} <- files(opts),
+         request = opts |> Map.drop(@not_in_request) |> Map.merge(files),
          request = Map.merge(request, %{format: format, timeout: timeout, model: instance.model}),
          {:ok, _} <- Request.new(prompt, request) do
       {:ok, %{prompt: prompt, request: request, out: out, instance: instance}}
@@ -195,6 +215,30 @@ defmodule Mix.Tasks.Image.Gen do
       ending when is_map_key(@formats, ending) -> {:ok, @formats[ending]}
       ending -> usage("--out must end in .png, .jpg, .jpeg or .webp, got #{ending}")
     end
+  end
+
+  defp variations(%{variations: _, num_images: _}),
+    do: usage("--variations and --num-images are the same thing: name one of them")
+
+  defp variations(%{variations: n, image: _} = opts),
+    do: {:ok, opts |> Map.put(:num_images, n) |> Map.put_new(:strength, 0.6)}
+
+  defp variations(%{variations: n} = opts), do: {:ok, Map.put(opts, :num_images, n)}
+  defp variations(opts), do: {:ok, opts}
+
+  defp files(opts) do
+    Enum.reduce_while([:image, :mask], {:ok, %{}}, fn name, {:ok, files} ->
+      with path when path != nil <- opts[name],
+           {:ok, bytes} <- File.read(path) do
+        {:cont, {:ok, Map.put(files, name, bytes)}}
+      else
+        nil ->
+          {:cont, {:ok, files}}
+
+        {:error, reason} ->
+          {:halt, usage("#{option(name)} cannot be read: #{:file.format_error(reason)}")}
+      end
+    end)
   end
 
   defp timeout(opts) do

@@ -78,8 +78,11 @@ def _parser() -> argparse.ArgumentParser:
         ("--scheduler", str),
         ("--style", str),
         ("--quality", int),
+        ("--strength", float),
     ):
         generate.add_argument(name, type=kind)
+    generate.add_argument("--image", metavar="FILE", help="picture to start from")
+    generate.add_argument("--mask", metavar="FILE", help="where the picture may change: white in it")
     generate.add_argument("--format", help="png, jpeg or webp (default: what --out ends in)")
     generate.add_argument("--no-metadata", dest="metadata", action="store_false", default=None)
     _add_engine_options(generate)

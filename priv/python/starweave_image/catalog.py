@@ -18,6 +18,19 @@ from . import wire
 from .errors import ImageError
 
 State = Literal["loaded", "loading", "available", "remote", "absent", "failed"]
+Task = Literal["text_to_image", "image_to_image", "inpaint"]
+
+# The families whose stock pipelines also start from an image, by how far it may be left (`strength`).
+_FROM_IMAGES = frozenset(
+    {
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxPipeline",
+        "QwenImagePipeline",
+        "ZImagePipeline",
+    }
+)
 
 
 class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -31,7 +44,6 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     name: str
     description: str
     aliases: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ("text_to_image",)
     pipeline: str
     source: str
     revision: str | None = None
@@ -40,6 +52,12 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     limits: wire.Limits
     memory_bytes: int
     native: int | None = None
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        if self.pipeline in _FROM_IMAGES:
+            return "text_to_image", "image_to_image", "inpaint"
+        return ("text_to_image",)
 
     def on_wire(self, state: State, error: str | None) -> wire.Card:
         return wire.Card(
@@ -83,25 +101,33 @@ def find(name: str, cards: Iterable[ModelCard]) -> ModelCard:
 class Settings(msgspec.Struct, kw_only=True, frozen=True):
     """What a request asks for once the card's defaults have filled the gaps."""
 
+    task: Task
     width: int
     height: int
     steps: int
     guidance_scale: float
 
 
-def settle(request: wire.Generate, card: ModelCard) -> Settings:
-    """The request's settings within the card's limits; raises `invalid_request` naming the field."""
-    if "text_to_image" not in card.tasks:
-        raise ImageError("invalid_request", f"{card.id} does not make images from text", "model")
-    for field in ("image", "mask"):
+def settle(request: wire.Generate, card: ModelCard, image_size: tuple[int, int] | None = None) -> Settings:
+    """The request's settings within the card's limits; raises `invalid_request` naming the field.
+
+    `image_size` is the size of the request's image, which is then what it is made in unless it says otherwise.
+    """
+    task: Task = "text_to_image"
+    wanted: tuple[tuple[str, Task], ...] = (("image", "image_to_image"), ("mask", "inpaint"))
+    for field, needed in wanted:
         if getattr(request, field) is not None:
-            raise ImageError(
-                "invalid_request", f"{card.id} takes no {field}: it draws from text alone", field
-            )
+            task = needed
+            if needed not in card.tasks:
+                raise ImageError(
+                    "invalid_request", f"{card.id} takes no {field}: it draws from text alone", field
+                )
     defaults, limits = card.defaults, card.limits
+    width, height = (defaults.width, defaults.height) if image_size is None else fitted(image_size, limits)
     settings = Settings(
-        width=defaults.width if request.width is None else request.width,
-        height=defaults.height if request.height is None else request.height,
+        task=task,
+        width=width if request.width is None else request.width,
+        height=height if request.height is None else request.height,
         steps=defaults.steps if request.steps is None else request.steps,
         guidance_scale=float(
             defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
@@ -135,7 +161,25 @@ def settle(request: wire.Generate, card: ModelCard) -> Settings:
             f"got {settings.guidance_scale:g}",
             "guidance_scale",
         )
+    if task != "text_to_image" and int(settings.steps * request.strength) < 1:
+        raise ImageError(
+            "invalid_request",
+            f"strength must be at least 1 / steps, {1 / settings.steps:.3g} here, got {request.strength:g}",
+            "strength",
+        )
     return settings
+
+
+def fitted(size: tuple[int, int], limits: wire.Limits) -> tuple[int, int]:
+    """The size in pixels, (width, height), within the limits that is nearest to an image's, its shape kept."""
+    longer, shorter = max(size), min(size)
+    scale = min(1.0, limits.max_size / longer, math.sqrt(limits.max_pixels / (longer * shorter)))
+    scale = max(scale, limits.min_size / shorter)
+    unit = limits.multiple_of
+    least, most = -(-limits.min_size // unit), limits.max_size // unit
+    # A hair over a multiple is one: the scale is rounded.
+    width, height = (unit * min(max(int(side * scale / unit + 1e-6), least), most) for side in size)
+    return width, height
 
 
 def rendered_size(width: int, height: int, card: ModelCard) -> tuple[int, int]:

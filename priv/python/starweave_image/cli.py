@@ -39,6 +39,7 @@ _REQUEST_FIELDS = (
     "scheduler",
     "style",
     "quality",
+    "strength",
     "metadata",
 )
 
@@ -85,11 +86,19 @@ def _request(args: argparse.Namespace, out: Path) -> wire.Generate:
     fields["format"] = args.format or _FORMATS.get(out.suffix.lower())
     if args.model and os.path.isdir(args.model):
         fields["model"] = _local_id(args.model)
+    fields["image"], fields["mask"] = _file(args.image, "image"), _file(args.mask, "mask")
     request = wire.parse({"t": "generate", "id": _REQUEST_ID, **fields})
     assert isinstance(request, wire.Generate)
     if not out.parent.is_dir():
         raise ImageError("invalid_request", f"out must be in a folder that exists, got {out}", "out")
     return request
+
+
+def _file(path: str | None, field: str) -> bytes | None:
+    try:
+        return Path(path).read_bytes() if path else None
+    except OSError as error:
+        raise ImageError("invalid_request", f"{field} cannot be read: {error.strerror}", field) from None
 
 
 def _config(args: argparse.Namespace) -> wire.Config:

@@ -21,13 +21,14 @@ from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import msgspec
+from PIL import ImageOps
 from PIL.Image import Image
 
 from . import __version__, devices, images, schedulers, wire
 from .catalog import ModelCard, Settings, State, rendered_size, settle
 from .errors import ImageError, missing_package
 from .model_cache import Model, ModelCache
-from .tasks import text_to_image
+from .tasks import image_to_image, inpaint, text_to_image
 from .turn import DeviceTurn, Request
 from .weights import Weights, checksum, load_pipeline, quiet_libraries
 
@@ -188,7 +189,9 @@ class Engine:
             self._loaded_models()
             card = self._weights.card(message.model or self._config.default_model)
             self._weights.require(card)
-            settings = settle(message, card)
+            image = None if message.image is None else images.decode(message.image, "image")
+            settings = settle(message, card, None if image is None else image.size)
+            mask = images.decode_mask(message.mask, image.size) if message.mask and image else None
             layout = self._weights.layout(card)
             own_scheduler = layout.scheduler if layout else None
             wanted = message.scheduler or card.defaults.scheduler
@@ -215,7 +218,7 @@ class Engine:
                 ),
             )
             with self._use(card, request) as model:
-                job = Job(message, card, settings, model, self._environment(model))
+                job = Job(message, card, settings, model, self._environment(model), image, mask)
                 files = [self._picture(request, job, index, seed) for index, seed in enumerate(seeds)]
             done = wire.Done(
                 id=request.id,
@@ -250,8 +253,9 @@ class Engine:
             "scheduler": scheduler,
             "seed": seed,
             "environment": job.environment,
+            **job.origin,
         }
-        picture = images.enlarge(picture, settings.width, settings.height)
+        picture = job.finish(picture)
         data = images.encode(picture, message.format, message.quality, record if message.metadata else None)
         return data, record
 
@@ -265,17 +269,9 @@ class Engine:
             scheduler = schedulers.resolve(wanted, own, job.card.id)
             if scheduler != own:
                 pipeline.scheduler = schedulers.make(scheduler, pipeline.scheduler.config)
-            call = text_to_image.prepare(
-                pipeline,
-                job.prompt,
-                job.message.negative_prompt,
-                job.width,
-                job.height,
-                job.settings.steps,
-                job.settings.guidance_scale,
-            )
+            pipeline, call = job.prepare(pipeline)
             job.note(*call.notices)
-            self._hook_steps(request, pipeline.scheduler, index)
+            self._hook_steps(request, pipeline, index)
             request.enter("denoising", index)
             with self._turn.held(request):
                 try:
@@ -291,18 +287,30 @@ class Engine:
             raise ImageError("unsafe_content", "the model's safety checker withheld the picture")
         return result.images[0], scheduler
 
-    def _hook_steps(self, request: Request, scheduler: Any, index: int) -> None:
-        """Have `scheduler.step` report the step and hand the device on.
+    def _hook_steps(self, request: Request, pipeline: Any, index: int) -> None:
+        """Have the scheduler's `step` report the step and hand the device on.
 
         Every pipeline steps its scheduler once a step, while only some take a callback; and the hook may raise,
         which ends the call and leaves the weights usable.
         """
+        scheduler = pipeline.scheduler
         step = scheduler.step
+        # What starts from an image leaves the first steps out.
+        chosen: list[int] = []
+        if choose := getattr(pipeline, "get_timesteps", None):
+
+            @functools.wraps(choose)
+            def get_timesteps(*args: Any, **kwargs: Any) -> Any:
+                timesteps, count = choose(*args, **kwargs)
+                chosen[:] = [len(timesteps)]
+                return timesteps, count
+
+            pipeline.get_timesteps = get_timesteps
 
         @functools.wraps(step)
         def hooked(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
-            request.stepped(len(scheduler.timesteps))
+            request.stepped(chosen[0] if chosen else len(scheduler.timesteps))
             self._send(request, request.progress())
             if request.step < request.steps:
                 self._turn.hand_over(request)
@@ -458,6 +466,8 @@ class Job:
         settings: Settings,
         model: Model,
         environment: dict[str, Any],
+        image: Image | None,
+        mask: Image | None,
     ) -> None:
         self.message = message
         self.card = card
@@ -478,6 +488,47 @@ class Job:
                 f"{card.name} does not know {words}. {card.description} For anything else choose a larger model, "
                 "such as stabilityai/sdxl-turbo: with `mix image.gen --model`, or in the option `models`."
             )
+
+        self._image, self._mask = image, mask
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the record of a picture says of the one that it was made from."""
+        if self.message.image is None:
+            return {}
+        digests = {"image_sha256": hashlib.sha256(self.message.image).hexdigest()}
+        if self.message.mask is not None:
+            digests["mask_sha256"] = hashlib.sha256(self.message.mask).hexdigest()
+        return {"task": self.settings.task, "strength": self.message.strength, **digests}
+
+    def prepare(self, pipeline: Any) -> tuple[Any, text_to_image.Call]:
+        """The pipeline of this task, over the parts of `pipeline`, and its call."""
+        text = text_to_image.Text(
+            self.prompt,
+            self.message.negative_prompt,
+            self.width,
+            self.height,
+            self.settings.steps,
+            self.settings.guidance_scale,
+        )
+        if self._image is None:
+            return pipeline, text_to_image.prepare(pipeline, text)
+        image, strength = images.resize(self._image, self.width, self.height), self.message.strength
+        if self._mask is None:
+            pipeline = image_to_image.derive(pipeline)
+            return pipeline, image_to_image.prepare(pipeline, text, image, strength)
+        pipeline = inpaint.derive(pipeline)
+        mask = images.resize(self._mask, self.width, self.height)
+        return pipeline, inpaint.prepare(pipeline, text, image, mask, strength)
+
+    def finish(self, picture: Image) -> Image:
+        """The picture in the size asked for; where a mask is black, the original to the pixel."""
+        size = self.settings.width, self.settings.height
+        picture = images.resize(picture, *size)
+        if self._image is not None and self._mask is not None:
+            original, mask = images.resize(self._image, *size), images.resize(self._mask, *size)
+            picture.paste(original, mask=ImageOps.invert(mask))
+        return picture
 
     def note(self, *sentences: str) -> None:
         self.notices += [sentence for sentence in sentences if sentence not in self.notices]

@@ -13,6 +13,9 @@ from typing import Any
 
 from PIL import Image, ImageOps, PngImagePlugin
 
+from .errors import ImageError
+
+MAX_SIDE = 4096
 _KEY = "starweave_image"
 _IMAGE_DESCRIPTION = 0x010E
 _EXIF_IFD = 0x8769
@@ -53,7 +56,57 @@ def read(data: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def enlarge(image: Image.Image, width: int, height: int) -> Image.Image:
+def decode(data: bytes, field: str) -> Image.Image:
+    """The picture of a PNG, JPEG or WebP file in RGB, upright, what is transparent in it on white.
+
+    Raises `invalid_request` naming `field` for one that is damaged or cut short, moves, or has more than `MAX_SIDE`
+    pixels a side, which is seen before its pixels are unpacked.
+    """
+    image = _open(data, field)
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def decode_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
+    """A mask in gray, of the `size` of its image: white may change, black and what is transparent stays."""
+    mask = _open(data, "mask")
+    if mask.size != size:
+        raise ImageError(
+            "invalid_request",
+            f"mask must have the size of image, {size[0]}x{size[1]}, got {mask.width}x{mask.height}",
+            "mask",
+        )
+    if "A" in mask.getbands() or "transparency" in mask.info:
+        mask = mask.convert("RGBA")
+        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask)
+    return mask.convert("L")
+
+
+def _open(data: bytes, field: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        if max(image.size) > MAX_SIDE:
+            raise ImageError(
+                "invalid_request",
+                f"{field} must be at most {MAX_SIDE}x{MAX_SIDE} pixels, got {image.width}x{image.height}",
+                field,
+            )
+        if getattr(image, "n_frames", 1) > 1:
+            raise ImageError("invalid_request", f"{field} must be a still picture", field)
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except ImageError:
+        raise
+    # What Pillow raises for a damaged file is anything from SyntaxError to struct.error.
+    except Exception:
+        raise ImageError(
+            "invalid_request", f"{field} must be a whole PNG, JPEG or WebP file, and is damaged", field
+        ) from None
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
     """The image at another size, what does not fit its shape cut off evenly on both sides."""
     if image.size == (width, height):
         return image
@@ -70,6 +123,8 @@ def parameters_text(record: dict[str, Any]) -> str:
         "Size": f"{record['width']}x{record['height']}",
         "Model": record["model"],
     }
+    if "strength" in record:
+        settings["Denoising strength"] = f"{record['strength']:g}"
     if checksum := record["environment"].get("checksum"):
         settings["Model hash"] = checksum[:10]
     settings["Version"] = f"{_KEY} {record['environment']['starweave_image']}"

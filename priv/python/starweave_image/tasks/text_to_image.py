@@ -22,23 +22,28 @@ class Call:
     notices: list[str] = field(default_factory=list)
 
 
-def prepare(
-    pipeline: Any,
-    prompt: str,
-    negative_prompt: str,
-    width: int,
-    height: int,
-    steps: int,
-    guidance_scale: float,
-) -> Call:
-    """The call for one picture of `width` by `height` pixels, without its generator."""
+@dataclass(frozen=True)
+class Text:
+    """What of a request is common to all tasks. Sizes are in pixels."""
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+
+
+def prepare(pipeline: Any, text: Text) -> Call:
+    """The call for one picture, without its generator."""
     takes = inspect.signature(pipeline.__call__).parameters
     notices: list[str] = []
+    prompt, negative_prompt, guidance_scale = text.prompt, text.negative_prompt, text.guidance_scale
     arguments: dict[str, Any] = {
         "prompt": prompt,
-        "width": width,
-        "height": height,
-        "num_inference_steps": steps,
+        "width": text.width,
+        "height": text.height,
+        "num_inference_steps": text.steps,
     }
     # Where both exist, the one that is above 1 by default is the classifier-free guidance of that family.
     true_guidance = takes.get("true_cfg_scale")
@@ -57,8 +62,8 @@ def prepare(
         why = "at a guidance_scale of 1 or less" if contrasted else "on this model"
         notices.append(f"negative_prompt has no effect {why}.")
 
-    for name, text in (("prompt", prompt), ("negative_prompt", arguments.get("negative_prompt", ""))):
-        if cut := _words_cut(pipeline, text, takes):
+    for name, said in (("prompt", prompt), ("negative_prompt", arguments.get("negative_prompt", ""))):
+        if cut := _words_cut(pipeline, said, takes):
             notices.append(
                 f"{name} is longer than this model reads: the last part, about {cut} tokens, was not used."
             )

@@ -1,0 +1,235 @@
+"""What starts from an image: image to image and inpainting, in small checkpoints of each family and the embedded model."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import diffusers
+import numpy as np
+import pytest
+from diffusers.pipelines import auto_pipeline
+from engines import Bench
+from PIL import Image
+from starweave_image import images, wire
+from starweave_image.catalog import find, fitted, shipped
+from starweave_image.errors import ImageError
+
+SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 4, "seed": 1, "guidance_scale": 3.0}
+
+
+def file(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, format, **options)
+    return out.getvalue()
+
+
+def picture_of(data: bytes) -> np.ndarray[Any, Any]:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"), np.int16)
+
+
+def halves(width: int = 64, height: int = 64) -> Image.Image:
+    """Red on the left, blue on the right."""
+    picture = Image.new("RGB", (width, height), (222, 38, 38))
+    picture.paste((36, 84, 214), (width // 2, 0, width, height))
+    return picture
+
+
+def right_half(width: int = 64, height: int = 64) -> Image.Image:
+    mask = Image.new("L", (width, height), 0)
+    mask.paste(255, (width // 2, 0, width, height))
+    return mask
+
+
+IMAGE, MASK = file(halves()), file(right_half())
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Bench:
+    return Bench().start()
+
+
+def error(end: wire.Done | wire.Error) -> wire.Error:
+    assert isinstance(end, wire.Error), end
+    return end
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        checkpoints.stable_diffusion,
+        checkpoints.stable_diffusion_xl,
+        checkpoints.stable_diffusion_3,
+        checkpoints.flux,
+    ],
+)
+def test_every_family_starts_from_an_image(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    models = [wire.ModelEntry(id="local/model", path=str(make(tmp_path / "model")))]
+    bench = Bench(models=models, default_model="local/model").start()
+    requests: list[dict[str, Any]] = [
+        SMALL,
+        SMALL | {"image": IMAGE, "strength": 0.5},
+        SMALL | {"image": IMAGE, "mask": MASK, "strength": 1.0},
+    ]
+    alone = [bench.done(**fields)[1] for fields in requests]
+    assert len({files[0] for files in alone}) == 3
+    # Side by side they share the weights and nothing else.
+    ids = [bench.submit(**fields) for fields in requests for _ in range(2)]
+    for id, files in zip(ids, [files for files in alone for _ in range(2)], strict=True):
+        assert isinstance(bench.end(id), wire.Done)
+        assert bench.files(id) == files
+    started = bench.submit(**requests[1])
+    bench.end(started)
+    steps = [p for p in bench.of(started, wire.Progress) if p.phase == "denoising" and p.step]
+    assert [(p.step, p.steps) for p in steps] == [(1, 2), (2, 2)]
+    assert bench.of(started, wire.Progress)[-2].phase == "decoding"
+
+
+def test_the_families_that_start_from_images_are_those_of_diffusers() -> None:
+    for card in shipped():
+        kind = getattr(diffusers, card.pipeline)
+        for task, mapping in (
+            ("image_to_image", auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING),
+            ("inpaint", auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING),
+        ):
+            derived = auto_pipeline._get_task_class(mapping, kind.__name__, throw_error_if_not_exist=False)
+            takes = derived is not None and "strength" in inspect.signature(derived.__call__).parameters
+            assert (task in card.tasks) == takes, (card.id, task)
+
+
+def test_strength_is_how_far_the_picture_is_left(tiny: Bench) -> None:
+    original = picture_of(IMAGE)
+    fields: dict[str, Any] = SMALL | {"prompt": "a green star", "image": IMAGE, "steps": 20}
+    far = [
+        np.abs(picture_of(tiny.done(**fields, strength=strength)[1][0]) - original).mean()
+        for strength in (0.1, 0.5, 1.0)
+    ]
+    assert far[0] < far[1] < far[2]
+    assert far[0] < 20
+
+
+def test_inpainting_changes_what_is_white_in_the_mask_and_not_a_pixel_elsewhere(tiny: Bench) -> None:
+    large, mask = halves(512, 256), right_half(512, 256)
+    fields = {"prompt": "a yellow circle", "image": file(large), "mask": file(mask), "strength": 1.0}
+    done, [data] = tiny.done(**fields, steps=10, seed=3)
+    drawn, original = picture_of(data), np.asarray(large, np.int16)
+    assert drawn.shape == original.shape
+    assert np.array_equal(drawn[:, :248], original[:, :248])
+    assert np.abs(drawn[:, 264:] - original[:, 264:]).mean() > 10
+    record = images.read(data)
+    assert record is not None
+    assert (record["task"], record["strength"]) == ("inpaint", 1.0)
+    assert len(record["image_sha256"]) == len(record["mask_sha256"]) == 64
+    assert done.parameters["task"] == "inpaint"
+
+
+def test_the_picture_has_the_size_of_its_image_unless_another_is_asked_for(tiny: Bench) -> None:
+    fields: dict[str, Any] = {"image": file(halves(200, 120)), "steps": 4, "seed": 1}
+    assert picture_of(tiny.done(**fields)[1][0]).shape == (120, 200, 3)
+    assert picture_of(tiny.done(**fields, width=64, height=64)[1][0]).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "made"),
+    [
+        ("tiny", (512, 512), (512, 512)),
+        ("tiny", (515, 130), (512, 128)),
+        ("tiny", (30, 20), (96, 64)),
+        ("tiny", (4096, 4096), (1024, 1024)),
+        ("sd15", (3000, 2000), (1024, 680)),
+        ("sdxl", (1, 4096), (512, 2048)),
+        ("flux-schnell", (1000, 1000), (992, 992)),
+    ],
+)
+def test_an_image_of_any_size_is_fitted_to_the_model(
+    model: str, size: tuple[int, int], made: tuple[int, int]
+) -> None:
+    limits = find(model, shipped()).limits
+    assert fitted(size, limits) == made
+    for side in made:
+        assert side % limits.multiple_of == 0 and limits.min_size <= side <= limits.max_size
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG whose header promises that many pixels and whose body has none."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    body = chunk(b"IDAT", zlib.compress(b""))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+
+def moving() -> bytes:
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    return file(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+
+
+NOISE = Image.frombytes("RGB", (64, 64), bytes(i * 97 % 256 for i in range(64 * 64 * 3)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "message"),
+    [
+        (
+            {"image": b"\x89PNG\r\n\x1a\n" + b"x" * 100},
+            "image",
+            "image must be a whole PNG, JPEG or WebP file",
+        ),
+        ({"image": IMAGE[:-30]}, "image", "image must be a whole PNG"),
+        ({"image": file(NOISE, "JPEG")[:700]}, "image", "image must be a whole"),
+        ({"image": file(NOISE, "WEBP")[:700]}, "image", "image must be a whole"),
+        ({"image": bomb(60_000, 60_000)}, "image", "image must be a"),
+        ({"image": bomb(5_000, 100)}, "image", "image must be at most 4096x4096 pixels, got 5000x100"),
+        ({"image": moving()}, "image", "image must be a still picture"),
+        ({"image": IMAGE, "mask": MASK[:-30]}, "mask", "mask must be a whole"),
+        (
+            {"image": IMAGE, "mask": file(right_half(32, 32))},
+            "mask",
+            "mask must have the size of image, 64x64, got 32x32",
+        ),
+        (
+            {"image": IMAGE, "strength": 0.0},
+            "strength",
+            "strength must be at least 1 / steps, 0.25 here, got 0",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_any_work(
+    tiny: Bench, fields: dict[str, Any], field: str, message: str
+) -> None:
+    id = tiny.submit(**SMALL, **fields)
+    refused = error(tiny.end(id))
+    assert (refused.kind, refused.field) == ("invalid_request", field)
+    assert refused.message.startswith(message)
+    assert tiny.of(id, wire.Accepted, wire.Progress) == []
+
+
+def test_an_image_is_upright_and_has_no_holes() -> None:
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    turned = images.decode(file(halves(64, 32), "JPEG", exif=sideways), "image")
+    assert turned.size == (32, 64)
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert images.decode(file(clear), "image").getpixel((0, 0)) == (255, 255, 255)
+    assert images.decode(file(Image.new("LA", (8, 8), (0, 0))), "image").getpixel((0, 0)) == (255, 255, 255)
+    for mode in ("L", "P", "CMYK", "1"):
+        format = "JPEG" if mode == "CMYK" else "PNG"
+        assert images.decode(file(Image.new(mode, (8, 8)), format), "image").mode == "RGB"
+
+
+def test_a_mask_stays_where_it_is_transparent() -> None:
+    mask = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    mask.paste((255, 255, 255, 255), (4, 0, 8, 8))
+    told = images.decode_mask(file(mask), (8, 8))
+    assert (told.getpixel((0, 0)), told.getpixel((7, 0))) == (0, 255)
+    with pytest.raises(ImageError, match="mask must have the size of image, 9x8, got 8x8"):
+        images.decode_mask(file(mask), (9, 8))
