@@ -118,8 +118,7 @@ defmodule StarweaveImage.Queue do
     do: {:noreply, settle(%{state | awaiting_start: [from | state.awaiting_start]})}
 
   def handle_call(:models, _from, state) do
-    models = Enum.find_value(sorted_sidecars(state), [], & &1.catalog)
-    {:reply, models, state}
+    {:reply, models(state), state}
   end
 
   def handle_call({:operation, type, model}, from, state) do
@@ -171,14 +170,10 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  def handle_info({:forget, id}, state) do
+  def handle_info({:forget, id, key}, state) do
     case state.jobs do
-      %{^id => %{status: :finished}} ->
-        finished = :queue.delete(id, state.finished)
-        {:noreply, %{state | jobs: Map.delete(state.jobs, id), finished: finished}}
-
-      _ ->
-        {:noreply, state}
+      %{^id => %{status: :finished, key: ^key}} -> {:noreply, forget(state, id)}
+      _ -> {:noreply, state}
     end
   end
 
@@ -186,9 +181,13 @@ defmodule StarweaveImage.Queue do
 
   ## Admission
 
-  # A known id is the same request asked for again, not a second one.
-  defp admit(%{jobs: jobs} = state, %{id: id}, owner) when is_map_key(jobs, id),
-    do: {:ok, update_job(state, id, &join(&1, owner))}
+  # A known id is the same request asked for again, not a second one; but what failed may be tried again.
+  defp admit(%{jobs: jobs} = state, %{id: id} = request, owner) when is_map_key(jobs, id) do
+    case jobs[id] do
+      %{result: {:error, _}} -> state |> forget(id) |> admit(request, owner)
+      job -> {:ok, put_in(state.jobs[id], join(job, owner))}
+    end
+  end
 
   defp admit(state, request, owner) do
     config = state.config
@@ -624,7 +623,8 @@ defmodule StarweaveImage.Queue do
     do: %{state | jobs: Map.delete(state.jobs, id)}
 
   defp keep(state, id, job, result) do
-    Process.send_after(self(), {:forget, id}, state.config[:result_ttl])
+    # With its key, which a later request of the same id does not have.
+    Process.send_after(self(), {:forget, id, job.key}, state.config[:result_ttl])
     job = %{job | status: :finished, result: result, waiters: [], subscribers: [], images: []}
     finished = :queue.in(id, state.finished)
     state = put_in(state.jobs[id], job)
@@ -635,6 +635,11 @@ defmodule StarweaveImage.Queue do
     else
       %{state | finished: finished}
     end
+  end
+
+  defp forget(state, id) do
+    finished = :queue.delete(id, state.finished)
+    %{state | jobs: Map.delete(state.jobs, id), finished: finished}
   end
 
   defp measure(state, job, result) do
@@ -783,6 +788,16 @@ defmodule StarweaveImage.Queue do
   end
 
   ## Status
+
+  # Of a sidecar that is up, or else what is left of the last word of one that was: nothing is loaded there any more.
+  defp models(state) do
+    {up, down} = state |> sorted_sidecars() |> Enum.split_with(& &1.ready)
+
+    Enum.find_value(up, & &1.catalog) ||
+      for card <- Enum.find_value(down, [], & &1.catalog) do
+        if card.state in [:loaded, :loading], do: %{card | state: :available}, else: card
+      end
+  end
 
   defp status(state) do
     sidecars = sorted_sidecars(state)

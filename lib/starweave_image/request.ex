@@ -32,13 +32,16 @@ defmodule StarweaveImage.Request do
     quality: {{:integer, 1, 100}, 90, "For JPEG and WebP."},
     metadata: {:boolean, true, "Whether the parameters are written into the file."},
     reproducible: {:boolean, false, "The same bytes for the same request, whatever else runs."},
-    preview: {:boolean, false, "Whether previews are sent while the image forms."},
+    preview:
+      {:boolean, false, "Accepted, and without effect yet: previews while the image forms."},
     id:
       {:id, nil,
-       "Name of the request, drawn at random unless given. A second request with the same id is the same request."},
+       "Name of the request, drawn at random unless given. A second request with the id of one that waits, runs or is done is that request; one that failed may be asked for again."},
     instance: {:atom, StarweaveImage, "Which of several running instances."},
-    user_id: {{:text, 1, 128}, nil, "On whose behalf; users take turns in the queue."},
-    context: {{:list, {:text, 0, 8192}, 64}, [], "What was said before, oldest first."},
+    user_id: {{:text, 1, 128}, nil, "On whose behalf; it is in the telemetry events."},
+    context:
+      {{:list, {:text, 0, 8192}, 64}, [],
+       "Accepted, and without effect yet: what was said before, oldest first."},
     priority: {{:one_of, [:interactive, :normal, :background]}, :normal, "Which goes first."},
     timeout:
       {{:integer, 1, 86_400_000}, 600_000,

@@ -19,7 +19,7 @@ defmodule StarweaveImage.Sidecar do
   @reap_ms 3_000
   # Between the polite signal and the kill, when the grace period is over.
   @term_ms 1_500
-  # After a crash of a sidecar that had worked, so many starts may fail before the accepted requests do.
+  # After a crash of a sidecar that had worked, so many starts in a row may fail before the accepted requests do.
   @patience 3
   # A start that reaches `ready` and stays up this long is a good one: the back-off begins anew.
   @stable_ms 30_000
@@ -39,6 +39,9 @@ defmodule StarweaveImage.Sidecar do
     generation: 0,
     phase: :starting,
     ever_ready: false,
+    # Starts since the last one that reached `ready`; and those that count for the back-off, which a start
+    # that is good but short is one of.
+    unready_starts: 0,
     failed_starts: 0,
     buffer: nil,
     outbox: :queue.new(),
@@ -146,7 +149,7 @@ defmodule StarweaveImage.Sidecar do
         do: "the Python process stopped reading and ended",
         else: "the Python process ended as it was started: run `mix image.setup` and see the log"
 
-    {:noreply, ended(state, {:crashed, sentence})}
+    {:noreply, ended(state, sentence)}
   end
 
   def handle_info(:tick, state) do
@@ -241,7 +244,7 @@ defmodule StarweaveImage.Sidecar do
       report(state, state.phase)
       push(state, hello(state))
     else
-      {:error, sentence} -> ended(state, {:cannot_start, sentence})
+      {:error, sentence} -> ended(state, sentence)
     end
   end
 
@@ -380,7 +383,9 @@ defmodule StarweaveImage.Sidecar do
     end
   end
 
-  defp receive_message(%{generation: g} = state, %{t: :error, g: g, id: nil} = error) do
+  # What it says before it knows its generation, such as what is wrong with `hello`, has a 0 in its place.
+  defp receive_message(state, %{t: :error, g: g, id: nil} = error)
+       when g in [0, state.generation] do
     Logger.error("image sidecar #{state.index}: #{error.message}")
     # Before `ready`, this is why it cannot start.
     if state.ready_at, do: state, else: %{state | failure: error.message}
@@ -518,7 +523,7 @@ defmodule StarweaveImage.Sidecar do
     Logger.error("image sidecar #{state.index} (generation #{state.generation}): #{reason}")
     report(state, state.phase)
     kill(state)
-    ended(state, {:crashed, reason})
+    ended(state, reason)
   end
 
   defp kill(state) do
@@ -526,7 +531,7 @@ defmodule StarweaveImage.Sidecar do
     wait_for_exit(state.port, @reap_ms)
   end
 
-  defp ended(state, reason) do
+  defp ended(state, sentence) do
     state = close(state)
     good? = state.ready_at != nil
     failed_starts = if good?, do: state.failed_starts, else: state.failed_starts + 1
@@ -534,19 +539,27 @@ defmodule StarweaveImage.Sidecar do
     pause = backoff(failed_starts, {state.config[:backoff_min], state.config[:backoff_max]})
     failed_starts = if good?, do: failed_starts + 1, else: failed_starts
 
-    {kind, sentence} = reason
+    unready_starts = if good?, do: 0, else: state.unready_starts + 1
+
     if state.os_pid, do: log_end(state, sentence, pause)
 
     phase =
       cond do
-        kind == :cannot_start -> :down
         good? -> :starting
-        state.ever_ready and failed_starts < @patience and state.phase != :down -> :starting
+        state.ever_ready and unready_starts < @patience and state.phase != :down -> :starting
         true -> :down
       end
 
     Process.send_after(self(), {:restart, state.generation}, pause)
-    state = %{state | os_pid: nil, phase: phase, failed_starts: failed_starts}
+
+    state = %{
+      state
+      | os_pid: nil,
+        phase: phase,
+        failed_starts: failed_starts,
+        unready_starts: unready_starts
+    }
+
     tell(state, {:ended, phase, sentence})
     state
   end
@@ -611,23 +624,21 @@ defmodule StarweaveImage.Sidecar do
     :ok
   end
 
-  defp exit_reason(_status, failure) when is_binary(failure), do: {:cannot_start, failure}
+  defp exit_reason(_status, failure) when is_binary(failure), do: failure
 
-  defp exit_reason(69, _) do
-    {:cannot_start,
-     "a Python package is missing or cannot be imported: run `mix image.setup` and see the log"}
-  end
+  defp exit_reason(69, _),
+    do: "a Python package is missing or cannot be imported: run `mix image.setup` and see the log"
 
-  defp exit_reason(64, _), do: {:cannot_start, "the Python process refused its command line"}
-  defp exit_reason(65, _), do: {:crashed, "the Python process lost the framing"}
-  defp exit_reason(66, _), do: {:cannot_start, "the Python process refused the handshake"}
-  defp exit_reason(0, _), do: {:crashed, "the Python process ended by itself"}
+  defp exit_reason(64, _), do: "the Python process refused its command line"
+  defp exit_reason(65, _), do: "the Python process lost the framing"
+  defp exit_reason(66, _), do: "the Python process refused the handshake"
+  defp exit_reason(0, _), do: "the Python process ended by itself"
 
   defp exit_reason(status, _) when status > 128,
-    do: {:crashed, "the Python process was killed by signal #{status - 128}"}
+    do: "the Python process was killed by signal #{status - 128}"
 
   defp exit_reason(status, _),
-    do: {:crashed, "the Python process ended with status #{status}; the log has its last words"}
+    do: "the Python process ended with status #{status}; the log has its last words"
 
   ## To the queue
 

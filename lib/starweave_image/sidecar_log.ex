@@ -34,12 +34,10 @@ defmodule StarweaveImage.SidecarLog do
     Process.flag(:trap_exit, true)
 
     # Others on this machine must not write into our log.
-    folder =
-      Path.join(
-        System.tmp_dir() || "/tmp",
-        "starweave_image-#{System.pid()}-#{System.unique_integer([:positive])}"
-      )
-
+    name = "starweave_image-#{Base.url_encode64(:crypto.strong_rand_bytes(9))}"
+    folder = Path.join(System.tmp_dir() || "/tmp", name)
+    # The path of a unix socket has room for some 100 bytes.
+    folder = if byte_size(folder) > 90, do: Path.join("/tmp", name), else: folder
     path = Path.join(folder, "log")
 
     with :ok <- File.mkdir(folder),
@@ -55,7 +53,9 @@ defmodule StarweaveImage.SidecarLog do
       :proc_lib.init_ack({self(), path})
       accept(listener, folder, "image sidecar #{index} | ", instance)
     else
-      {:error, reason} -> :proc_lib.init_ack({:error, reason})
+      {:error, reason} ->
+        _ = File.rm_rf(folder)
+        :proc_lib.init_ack({:error, reason})
     end
   end
 

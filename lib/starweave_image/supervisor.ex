@@ -22,12 +22,20 @@ defmodule StarweaveImage.Supervisor do
   def models(_models), do: :error
 
   defp model?({id, options}) when is_list(options) do
-    model?(id) and Keyword.keyword?(options) and
-      Enum.all?(options, fn {k, v} -> k in [:path, :revision] and is_binary(v) end)
+    model?(id) and Keyword.keyword?(options) and Enum.all?(options, &model_option?/1)
   end
 
   defp model?(id) when is_binary(id), do: match?({:ok, _}, Options.check(:model, :model_id, id))
   defp model?(_model), do: false
+
+  # As the sidecar takes them, which would refuse the whole configuration for one of them.
+  defp model_option?({:path, path}),
+    do: match?({:ok, path} when path != nil, Options.check(:path, {:text, 1, 4096}, path))
+
+  defp model_option?({:revision, revision}),
+    do: is_binary(revision) and revision =~ ~r/\A[A-Za-z0-9._\/-]{1,256}\z/
+
+  defp model_option?(_option), do: false
 
   @doc false
   def device(name) when is_binary(name),
@@ -46,7 +54,9 @@ defmodule StarweaveImage.Supervisor do
     name: {:atom, StarweaveImage, "Registered name; callers choose an instance by `:instance`."},
     enabled: {:boolean, true, "false starts no Python; requests answer `:disabled`."},
     models:
-      {{:custom, "a list of model ids and {id, path: …, revision: …}", &__MODULE__.models/1}, [],
+      {{:custom,
+        "a list of model ids and {id, path: …, revision: …}, paths in UTF-8 and revisions of A-Z a-z 0-9 . _ / -",
+        &__MODULE__.models/1}, [],
        "What may be loaded beside the catalog's local copies: a hub id may be downloaded on first use, a `:path` is a local folder in diffusers layout."},
     default_model: {:model_id, "starweave/tiny", "Used when a request names none."},
     sidecars: {{:integer, 1, 16}, 1, "Python processes."},
@@ -64,7 +74,7 @@ defmodule StarweaveImage.Supervisor do
     env:
       {{:custom, "a list of names", &__MODULE__.names/1}, [],
        "Further environment variables that Python may see; by default it sees an allow-list."},
-    max_queue: {{:integer, 0, 1_000_000}, 64, "Requests that may wait; more are `:overloaded`."},
+    max_queue: {{:integer, 1, 1_000_000}, 64, "Requests that may wait; more are `:overloaded`."},
     max_queue_bytes:
       {{:integer, 0, 1_099_511_627_776}, 268_435_456, "The same in bytes of input."},
     max_attempts: {{:integer, 1, 100}, 3, "Times that a request may see its Python process die."},

@@ -223,7 +223,7 @@ defmodule Mix.Tasks.Image.GenTest do
       assert [_, _] = Command.pids(command, "starweave_image port")
       [terminal] = Command.pids(command, "script -qefc") -- Command.pids(command, "timeout")
       Command.signal(terminal, "KILL")
-      assert Command.await_gone(command) < 5_000
+      assert Command.await_gone(command) < 10_000
     end
 
     test "Ctrl-C pressed twice" do
@@ -231,7 +231,7 @@ defmodule Mix.Tasks.Image.GenTest do
       assert [_, _] = Command.pids(command, "starweave_image port")
       command = command |> Command.type("\x03") |> Command.await_output("BREAK")
       Command.type(command, "\x03")
-      assert Command.await_gone(command) < 5_000
+      assert Command.await_gone(command) < 10_000
     end
 
     test "Ctrl-C with +Bd" do
@@ -242,7 +242,7 @@ defmodule Mix.Tasks.Image.GenTest do
 
       assert [_, _] = Command.pids(command, "starweave_image port")
       Command.type(command, "\x03")
-      assert Command.await_gone(command) < 5_000
+      assert Command.await_gone(command) < 10_000
       assert Command.await_exit(command).status == 130
     end
   end
@@ -250,7 +250,7 @@ defmodule Mix.Tasks.Image.GenTest do
   defp ended(command, signal) do
     [vm] = Command.pids(command, "beam")
     Command.signal(vm, signal)
-    assert Command.await_gone(command) < 5_000
+    assert Command.await_gone(command) < 10_000
     Command.await_exit(command)
   end
 

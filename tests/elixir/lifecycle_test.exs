@@ -140,7 +140,7 @@ defmodule StarweaveImage.LifecycleTest do
       alone = Enum.map(@requests, make)
       victim = os_pid(instance)
       id = "first"
-      opts = [seed: 99, steps: 5, width: 64, height: 64, id: id, instance: instance]
+      opts = [seed: 99, steps: 50, width: 64, height: 64, id: id, instance: instance]
       undisturbed = StarweaveImage.generate!("a red apple", Keyword.delete(opts, :id))
 
       {:ok, ^id} = StarweaveImage.submit("a red apple", opts)

@@ -179,7 +179,7 @@ defmodule StarweaveImage.QueueTest do
       instance = start_ready("honest")
       test = self()
       spawn(fn -> send(test, StarweaveImage.submit("hold", id: "kept", instance: instance)) end)
-      assert_receive {:ok, "kept"}
+      assert_receive {:ok, "kept"}, 10_000
       await_running(instance, "kept")
       assert {:ok, _} = generate(instance, "release")
       assert {:ok, %Image{}} = StarweaveImage.await("kept", 20_000, instance)
@@ -234,6 +234,17 @@ defmodule StarweaveImage.QueueTest do
 
       assert {:ok, %Image{data: "a fig, seed 6"}} =
                generate(instance, "a fig", id: "again", seed: 6)
+    end
+
+    test "of one that failed may be asked for again" do
+      instance = start_ready("honest")
+      id = submit_running(instance, "hold", id: "again")
+      assert :ok = StarweaveImage.cancel(id, instance)
+      assert {:error, %Error{kind: :cancelled}} = StarweaveImage.await(id, 1_000, instance)
+
+      assert {:ok, ^id} = StarweaveImage.submit("a fig", id: id, seed: 6, instance: instance)
+      assert {:ok, %Image{data: "a fig, seed 6"}} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, %Image{data: "a fig, seed 6"}} = generate(instance, "a fig", id: id, seed: 6)
     end
 
     test "of nobody" do
@@ -391,7 +402,7 @@ defmodule StarweaveImage.QueueTest do
 
   describe "results" do
     test "may be asked for again and again, until they are too old" do
-      instance = start_ready("honest", result_ttl: 300)
+      instance = start_ready("honest", result_ttl: 2_000)
       {:ok, id} = StarweaveImage.submit("a fig", instance: instance)
       assert {:ok, image} = StarweaveImage.await(id, 20_000, instance)
       assert {:ok, ^image} = StarweaveImage.await(id, 20_000, instance)
@@ -420,7 +431,7 @@ defmodule StarweaveImage.QueueTest do
     end
 
     test "that were forgotten do not count, also when their id runs again" do
-      instance = start_ready("honest", max_results: 1, result_ttl: 200)
+      instance = start_ready("honest", max_results: 1, result_ttl: 2_000)
       {:ok, "a"} = StarweaveImage.submit("a fig", id: "a", instance: instance)
       assert {:ok, _} = StarweaveImage.await("a", 20_000, instance)
       assert await(fn -> StarweaveImage.subscribe("a", instance) == {:error, :not_found} end)
@@ -430,6 +441,22 @@ defmodule StarweaveImage.QueueTest do
       assert {:ok, _} = StarweaveImage.await("b", 20_000, instance)
       assert {:ok, _} = generate(instance, "release")
       assert {:ok, %Image{}} = StarweaveImage.await("a", 20_000, instance)
+    end
+
+    test "do not fall with an older one of the same id" do
+      instance = start_ready("honest", max_results: 1)
+      {:ok, "a"} = StarweaveImage.submit("a fig", id: "a", instance: instance)
+      assert {:ok, _} = StarweaveImage.await("a", 20_000, instance)
+      older = :sys.get_state(instance).jobs["a"].key
+
+      for id <- ["b", "a"] do
+        {:ok, ^id} = StarweaveImage.submit("a fig", id: id, instance: instance)
+        assert {:ok, _} = StarweaveImage.await(id, 20_000, instance)
+      end
+
+      # What the timer of the first one says when its time has come.
+      send(instance, {:forget, "a", older})
+      assert {:ok, %Image{}} = StarweaveImage.await("a", 1_000, instance)
     end
 
     test "of owned requests are not kept" do

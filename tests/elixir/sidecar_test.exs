@@ -177,7 +177,7 @@ defmodule StarweaveImage.SidecarTest do
     end
 
     test "leaves no child of the process behind, with and without its frames" do
-      instance = start_ready("leaves_a_child", heartbeat_timeout: 3_000)
+      instance = start_ready("leaves_a_child", heartbeat_timeout: 6_000)
       first = os_pid(instance)
       assert {:ok, %Image{attempts: 3}} = StarweaveImage.generate("a pear", instance: instance)
       assert family(first) == []
@@ -214,19 +214,19 @@ defmodule StarweaveImage.SidecarTest do
     end
 
     test "never gets ready is killed at the start timeout, its heartbeat notwithstanding" do
-      instance = start("never_ready", start_timeout: 1_000)
+      instance = start("never_ready", start_timeout: 3_000)
 
       assert await(fn -> os_pid(instance) end)
       pid = os_pid(instance)
       assert StarweaveImage.status(instance).state == :starting
       refute StarweaveImage.available?(instance)
 
-      assert await_state(instance, :down).error == "it was not ready after 1000 ms"
+      assert await_state(instance, :down).error == "it was not ready after 3000 ms"
       assert [] == await_gone([pid], 5_000)
     end
 
     test "is stopped is killed, and its request replayed" do
-      assert %{attempts: 2} = assert_replayed("stops", heartbeat_timeout: 1_500)
+      assert %{attempts: 2} = assert_replayed("stops", heartbeat_timeout: 5_000)
     end
 
     test "makes no step is killed, its heartbeat notwithstanding" do
@@ -234,7 +234,7 @@ defmodule StarweaveImage.SidecarTest do
     end
 
     test "loses a request is killed, its heartbeat notwithstanding" do
-      assert %{attempts: 2} = assert_replayed("loses_requests", heartbeat_timeout: 1_500)
+      assert %{attempts: 2} = assert_replayed("loses_requests", heartbeat_timeout: 5_000)
     end
 
     test "answers twice is heard once" do
@@ -283,7 +283,7 @@ defmodule StarweaveImage.SidecarTest do
 
   describe "a process that reads nothing" do
     test "freezes neither its owner nor the queue, and is killed" do
-      instance = start_ready("reads_nothing", heartbeat_timeout: 2_000)
+      instance = start_ready("reads_nothing", heartbeat_timeout: 6_000)
       victim = os_pid(instance)
       owner = owner(instance)
 
@@ -346,7 +346,7 @@ defmodule StarweaveImage.SidecarTest do
           receive do: (:end -> exit(:shutdown))
         end)
 
-      assert_receive {:reader, {:ok, reader, path}}
+      assert_receive {:reader, {:ok, reader, path}}, 10_000
       %{owner: owner, reader: Process.monitor(reader), path: path}
     end
 

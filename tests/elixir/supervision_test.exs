@@ -58,6 +58,10 @@ defmodule StarweaveImage.SupervisionTest do
       end
     end
 
+    test "for it refuses its configuration: the reason is what it says of it" do
+      assert_down(start("refuses_hello"), "config.device must be one of auto, cpu")
+    end
+
     test "for want of a package, which it names" do
       instance = start("reports_missing_package")
       assert_down(instance, "the Python package diffusers is missing: run `mix image.setup`")
@@ -136,6 +140,28 @@ defmodule StarweaveImage.SupervisionTest do
       signal(os_pid(instance), "KILL")
       assert {:ok, %Image{}} = StarweaveImage.generate("a fig", instance: instance)
       assert {:ok, %Image{}} = StarweaveImage.generate("a fig", instance: instance)
+    end
+
+    test "and cannot start twice: what waits is done all the same", %{tmp_dir: folder} do
+      starts = Path.join(folder, "starts")
+      File.write!(starts, "")
+
+      python =
+        executable(folder, """
+        #!/bin/sh
+        echo >>#{starts}
+        case $(wc -l <#{starts}) in 2 | 3) exit 69 ;; esac
+        exec #{fake("honest")} "$@"
+        """)
+
+      instance = start(nil, python: python)
+      await_state(instance, :ready)
+      id = submit_running(instance, "hold")
+      signal(os_pid(instance), "KILL")
+      assert await(fn -> match?(%{generation: 4}, sidecar(instance)) end)
+      await_running(instance, id)
+      assert {:ok, %Image{}} = StarweaveImage.generate("release", instance: instance)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance)
     end
 
     test "and cannot start any more: what waits is answered, and later requests at once", %{
@@ -239,6 +265,10 @@ defmodule StarweaveImage.SupervisionTest do
             {[sidecars: 0], ~r/sidecars must be/},
             {[modles: []], ~r/unknown option :modles, did you mean :models\?/},
             {[models: [:tiny]], ~r/models must be a list of model ids/},
+            {[models: [{"a/b", path: <<0xFF, ?x>>}]], ~r/models must be a list of model ids/},
+            {[models: [{"a/b", path: ""}]], ~r/models must be a list of model ids/},
+            {[models: [{"a/b", revision: "v1.0+fix"}]], ~r/revisions of A-Z a-z 0-9/},
+            {[max_queue: 0], ~r/max_queue must be an integer from 1/},
             {[env: [:HOME]], ~r/env must be a list of names/}
           ] do
         assert_raise ArgumentError, message, fn -> StarweaveImage.start_link(opts) end

@@ -429,19 +429,23 @@ defmodule StarweaveImage.Environment.Build do
     end
   end
 
-  @reasons [
-    {~r/No space left/, "the disk is full"},
-    {~r/CERTIFICATE_VERIFY_FAILED|invalid peer certificate/,
-     "the certificate of the package index is not trusted here; install ca-certificates or set SSL_CERT_FILE"},
-    {~r/ensurepip/, "the module `venv` is incomplete; on Debian and Ubuntu install python3-venv"},
-    {~r/NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|dns error|Connection refused|Could not connect/i,
-     "no package index can be reached; check the network and the proxy settings, or name a folder of wheels"},
-    {~r/No matching distribution|ResolutionImpossible|No solution found/,
-     "the index or folder lacks a version that is needed for this Python and this machine"}
-  ]
+  # A function, since newer Erlangs cannot keep a regex in a module attribute.
+  defp reasons do
+    [
+      {~r/No space left/, "the disk is full"},
+      {~r/CERTIFICATE_VERIFY_FAILED|invalid peer certificate/,
+       "the certificate of the package index is not trusted here; install ca-certificates or set SSL_CERT_FILE"},
+      {~r/ensurepip/,
+       "the module `venv` is incomplete; on Debian and Ubuntu install python3-venv"},
+      {~r/NewConnectionError|NameResolutionError|ConnectTimeout|ProxyError|dns error|Connection refused|Could not connect/i,
+       "no package index can be reached; check the network and the proxy settings, or name a folder of wheels"},
+      {~r/No matching distribution|ResolutionImpossible|No solution found/,
+       "the index or folder lacks a version that is needed for this Python and this machine"}
+    ]
+  end
 
   defp reason(output) do
-    Enum.find_value(@reasons, "the last lines of the log say why", fn {pattern, reason} ->
+    Enum.find_value(reasons(), "the last lines of the log say why", fn {pattern, reason} ->
       if output =~ pattern, do: reason
     end)
   end
