@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,17 @@ def test_generate_writes_the_image(tracked: Tracked, tmp_path: Path) -> None:
     with Image.open(tmp_path / "apple.webp") as image:
         assert image.format == "WEBP"
     assert [path.name for path in tmp_path.iterdir()] == ["apple.webp"]
+    assert re.search(r"^seed \d+$", result.stderr, re.MULTILINE)
+    assert re.search(r"^Note: Rendered at 64x64 and enlarged", result.stderr, re.MULTILINE)
+
+
+def test_generate_starts_from_an_image(tracked: Tracked, tmp_path: Path) -> None:
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
+    arguments = ["--image", "red.png", "--strength", "0.5", "--steps", "4", "--seed", "1"]
+    result = run(tracked, "generate", "a red apple", *arguments, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "image.png\n"), result.stderr
+    with Image.open(tmp_path / "image.png") as image:
+        assert image.size == (96, 64)
 
 
 def test_several_images_are_numbered(tracked: Tracked, tmp_path: Path) -> None:
@@ -42,6 +54,7 @@ def test_several_images_are_numbered(tracked: Tracked, tmp_path: Path) -> None:
     [
         (["--width", "250"], "width must be a multiple of 8 from 64 to 4096, got 250"),
         (["--device", "abacus"], 'device must be one of auto, cpu, cuda, cuda:N, mps, xpu, got "abacus"'),
+        (["--image", "nothing.png"], "image cannot be read: No such file or directory"),
         (["--out", "nowhere/image.png"], "out must be in a folder that exists, got nowhere/image.png"),
     ],
 )

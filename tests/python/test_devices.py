@@ -55,3 +55,14 @@ def test_this_machine_has_a_cpu_at_least() -> None:
     devices = present()
     assert devices[-1].id == "cpu" and devices[-1].auto_dtype in ("float32", "bfloat16")
     assert devices[-1].total_bytes > 2**28
+
+
+@pytest.mark.parametrize("usable", [False, True])
+def test_a_gpu_that_the_driver_knows_and_torch_cannot_use_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, usable: bool
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: usable)
+    # Its properties are asked for in earnest, which fails here.
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: 1 / 0)
+    assert [device.kind for device in present()] == ["cpu"]

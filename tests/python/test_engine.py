@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 from engines import PATIENCE_S, Bench
 from PIL import Image
-from starweave_image import images, weights, wire
+from starweave_image import images, log, weights, wire
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 4}
 
@@ -98,7 +100,7 @@ def test_a_request_is_accepted_reports_each_step_and_ends_with_its_picture(bench
 
 def test_eight_at_once_are_the_same_bytes_as_one_at_a_time(shared: Bench) -> None:
     wanted: list[dict[str, Any]] = [
-        {"seed": 1, "steps": 4},
+        {"seed": 1, "steps": 40},
         {"seed": 1, "steps": 9, "guidance_scale": 3.0},
         {"seed": 2, "steps": 6, "scheduler": "euler"},
         {"seed": 2, "steps": 7, "scheduler": "EulerAncestralDiscreteScheduler"},
@@ -114,10 +116,10 @@ def test_eight_at_once_are_the_same_bytes_as_one_at_a_time(shared: Bench) -> Non
         assert isinstance(shared.end(id), wire.Done)
         assert shared.files(id) == files
     assert len({files[0] for files in alone}) == len(alone)
-    # They advanced together: the last to begin took a step before the first had ended.
+    # They advanced together: the longest was in the middle of its steps while each of the others took its first.
     order = [m.id for m in shared.said if isinstance(m, wire.Progress) and m.phase == "denoising"]
-    firsts, lasts = [order.index(id) for id in ids], [len(order) - order[::-1].index(id) for id in ids]
-    assert max(firsts) < min(lasts)
+    longest, *others = ids
+    assert max(order.index(id) for id in others) < len(order) - order[::-1].index(longest)
 
 
 def test_nothing_computes_while_a_load_changes_the_default_dtype(folder: Path, tmp_path: Path) -> None:
@@ -271,32 +273,56 @@ def test_out_of_memory_and_the_unexpected_end_one_request_only(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     load = weights.load_pipeline
-    failures: list[Exception] = [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        ZeroDivisionError("/secret/path"),
-    ]
+    # By the width of what they decode.
+    failures: dict[int, Exception] = {
+        72: torch.OutOfMemoryError("CUDA out of memory"),
+        80: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        88: ZeroDivisionError("/secret/path"),
+    }
+    latents: dict[int, weakref.ref[torch.Tensor]] = {}
+    logged: list[str | None] = []
 
     def loaded(*arguments: Any) -> Any:
         pipeline = load(*arguments)
         decode = pipeline.vae.decode
 
-        def failing(*args: Any, **kwargs: Any) -> Any:
-            if failures:
-                raise failures.pop(0)
-            return decode(*args, **kwargs)
+        def failing(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if failure := failures.pop(sample.shape[-1] * 2, None):
+                latents[sample.shape[-1] * 2] = weakref.ref(sample)
+                pipeline.vae.to(dtype=torch.float64)
+                try:
+                    raise failure
+                finally:
+                    # An error that a local variable holds would hold this frame, and that the latents.
+                    del failure
+            assert pipeline.vae.dtype != torch.float64
+            return decode(sample, *args, **kwargs)
 
         pipeline.vae.decode = failing
         return pipeline
 
+    class Ids(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logged.append(log.request_id.get())
+
+    handler = Ids(logging.ERROR)
+    logging.getLogger("starweave_image").addHandler(handler)
     monkeypatch.setattr("starweave_image.engine.load_pipeline", loaded)
-    short = [bench.submit(**(SMALL | {"steps": steps})) for steps in (1, 2)]
+    short = [bench.submit(**(SMALL | {"width": width})) for width in list(failures)]
     long = bench.submit(seed=9, **(SMALL | {"steps": 12}))
-    memory, unexpected = (error(bench.end(id)) for id in short)
-    assert (memory.kind, memory.retryable) == ("out_of_memory", True)
+    *memory, unexpected = (error(bench.end(id)) for id in short)
+    logging.getLogger("starweave_image").removeHandler(handler)
+    assert [(end.kind, end.retryable) for end in memory] == [("out_of_memory", True)] * 2
     assert unexpected.kind == "internal" and "secret" not in unexpected.message
+    assert logged == [short[-1]]
     assert "/secret/path" in caplog.text
     assert isinstance(bench.end(long), wire.Done)
-    assert bench.engine.snapshot().counters == wire.Counters(accepted=3, done=1, failed=2)
+    assert bench.engine.snapshot().counters == wire.Counters(accepted=4, done=1, failed=3)
+    # Nothing refers any more to what those that ran out of memory had allocated, without a collection.
+    bench.engine.drain(PATIENCE_S)
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("request ")]:
+        thread.join(PATIENCE_S)
+    assert (latents[72](), latents[80]()) == (None, None)
 
 
 def test_a_picture_that_the_safety_checker_withholds_is_an_error(tmp_path: Path) -> None:
@@ -314,9 +340,21 @@ def test_drain_waits_then_cancels(folder: Path) -> None:
     assert error(bench.generate(**SMALL)).kind == "unavailable"
 
     bench = bench_of(folder)
-    endless = bench.submit(**(SMALL | {"steps": 200}))
-    bench.wait_for(lambda: [m for m in bench.of(endless, wire.Progress) if m.step] or None)
-    bench.engine.drain(0.0)
+    begun, drained = threading.Event(), threading.Event()
+
+    def hold(message: Any) -> None:
+        if isinstance(message, wire.Progress) and message.step == 1:
+            begun.set()
+            assert drained.wait(PATIENCE_S)
+
+    bench.on["endless"] = hold
+    endless = bench.submit("endless", **SMALL)
+    assert begun.wait(PATIENCE_S)
+    drain = threading.Thread(target=bench.engine.drain, args=(0.0,))
+    drain.start()
+    bench.wait_for(lambda: bench.engine.snapshot().phase == "draining" or None)
+    drained.set()
+    drain.join(PATIENCE_S)
     assert error(bench.end(endless)).kind == "cancelled"
     assert [type(m) for m in bench.of(endless)].count(wire.Error) == 1
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import checkpoints
 import pytest
 from engines import PATIENCE_S, Bench
-from starweave_image import wire
+from starweave_image import weights, wire
 from starweave_image.catalog import ModelCard, find, shipped
 from starweave_image.errors import ImageError
 from starweave_image.model_cache import Model, ModelCache
@@ -118,6 +119,22 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     assert refused.message == "local/model has its unet as pickled weights only; only safetensors are loaded"
 
 
+def test_weights_that_would_have_to_be_asked_for_by_a_variant_are_incomplete(folder: Path) -> None:
+    plain = folder / "unet/diffusion_pytorch_model.safetensors"
+    plain.rename(plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    refused = error(bench_of(folder).generate(**SMALL))
+    assert refused.message == "local/model is incomplete: its unet is missing or lacks files"
+
+
+def test_an_index_that_leads_to_pickled_weights_is_refused(folder: Path) -> None:
+    unet = folder / "unet"
+    (unet / "weights.bin").write_bytes(b"\x80\x04N.")
+    index = {"metadata": {}, "weight_map": {"conv_in.weight": "weights.bin"}}
+    (unet / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    refused = error(bench_of(folder).generate(**SMALL))
+    assert refused.message == "local/model has its unet in files that are not safetensors"
+
+
 def test_a_load_that_failed_is_told_and_forgotten_when_one_succeeds(folder: Path, tmp_path: Path) -> None:
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     good = weights.read_bytes()
@@ -151,6 +168,34 @@ def test_a_folder_that_appears_later_is_found(tmp_path: Path) -> None:
     assert card(bench).limits.max_size == 128
 
 
+def test_memory_that_runs_out_in_a_load_is_tried_again_without_the_idle_models(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [
+        wire.ModelEntry(id="local/model", path=str(folder)),
+        wire.ModelEntry(id="local/other", path=str(checkpoints.stable_diffusion(tmp_path / "other"))),
+    ]
+    bench = Bench(models=models).start()
+    bench.done(**SMALL)
+    load = weights.load_pipeline
+
+    def crowded(*arguments: Any) -> Any:
+        if "local/model" in bench.engine.snapshot().resident:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return load(*arguments)
+
+    monkeypatch.setattr("starweave_image.engine.load_pipeline", crowded)
+    bench.done(**(SMALL | {"model": "local/other"}))
+    assert bench.engine.snapshot().resident == ["local/other"]
+
+    def full(*arguments: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("starweave_image.engine.load_pipeline", full)
+    refused = error(bench.generate(**SMALL))
+    assert (refused.kind, refused.retryable) == ("out_of_memory", True)
+
+
 def test_words_outside_the_vocabulary_are_told(folder: Path) -> None:
     vocabulary = {"words": ["a", "red", "apple"], "subjects": ["apple"]}
     (folder / "vocabulary.json").write_text(json.dumps(vocabulary))
@@ -158,7 +203,7 @@ def test_words_outside_the_vocabulary_are_told(folder: Path) -> None:
     assert bench.done(prompt="A red apple!", **SMALL)[0].notices == []
     [notice] = bench.done(prompt="a dog, a cat", **SMALL)[0].notices
     assert '"dog", "cat"' in notice
-    assert "choose a larger model, such as stabilityai/sdxl-turbo" in notice
+    assert "choose a larger model, such as stable-diffusion-v1-5/" in notice
 
 
 def test_an_embedded_model_draws_at_its_scale_and_says_so(folder: Path) -> None:
@@ -196,12 +241,13 @@ class Loads:
         self.names: list[str] = []
         self.fail: ImageError | None = None
 
-    def __call__(self, card: ModelCard) -> Model:
+    def __call__(self, card: ModelCard, room: Callable[[int], AbstractContextManager[None]]) -> Model:
         self.names.append(card.id)
-        assert self.opened.wait(PATIENCE_S)
-        if self.fail:
-            raise self.fail
-        return Weighty(card)
+        with room(card.memory_bytes):
+            assert self.opened.wait(PATIENCE_S)
+            if self.fail:
+                raise self.fail
+            return Weighty(card)
 
 
 class Weighty(Model):
@@ -225,14 +271,35 @@ def open_cache(budget: int) -> tuple[ModelCache, Loads]:
     return ModelCache(loads, budget, lambda: None), loads
 
 
+def test_a_model_that_is_still_on_its_way_does_not_keep_others_from_loading() -> None:
+    arriving = Event()
+
+    def load(card: ModelCard, room: Callable[[int], AbstractContextManager[None]]) -> Model:
+        if card is SDXL:
+            assert arriving.wait(PATIENCE_S)
+        with room(card.memory_bytes):
+            return Weighty(card)
+
+    cache = ModelCache(load, 10**12, lambda: None)
+    with pytest.raises(ImageError, match="gone"), cache.use(SDXL, leave):
+        pass
+    with cache.use(TINY, patiently) as model:
+        assert model.card is TINY
+    assert cache.state(SDXL.id) == ("loading", None)
+    arriving.set()
+    with cache.use(SDXL, patiently) as model:
+        assert model.card is SDXL
+
+
+def leave(model: Future[Model]) -> None:
+    raise ImageError("cancelled", "gone")
+
+
 def test_many_waiters_share_one_load_and_one_who_leaves_does_not_stop_it() -> None:
     cache, loads = open_cache(10**12)
     loads.opened.clear()
 
-    def give_up(model: Future[Model]) -> None:
-        raise ImageError("cancelled", "gone")
-
-    with pytest.raises(ImageError, match="gone"), cache.use(TINY, give_up):
+    with pytest.raises(ImageError, match="gone"), cache.use(TINY, leave):
         pass
     assert cache.state(TINY.id) == ("loading", None) and cache.loading()
     with pytest.raises(ImageError, match="in use"):

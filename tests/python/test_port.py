@@ -114,7 +114,7 @@ def test_a_request_ends_with_its_image(ready: Start) -> None:
 
 def test_stats_and_models_are_answered_during_a_generation(ready: Start) -> None:
     sidecar = ready(**config())
-    sidecar.send({"t": "generate", "id": "long", "prompt": "a red apple", "steps": 20, "num_images": 16})
+    sidecar.send({"t": "generate", "id": "long", "prompt": "a red apple", "steps": 100, "num_images": 16})
     sidecar.expect("progress", id="long", phase="denoising", timeout=180)
     sidecar.send({"t": "stats", "id": "s"})
     sidecar.send({"t": "models", "id": "m"})
@@ -178,10 +178,22 @@ def test_another_protocol_version(start: Start) -> None:
 def test_no_hello(start: Start) -> None:
     program = (
         "import os; from starweave_image import process; process.prepare(None);"
-        "from starweave_image.port import Port; os._exit(Port(hello_timeout_s=0.3).run())"
+        "from starweave_image.port import Port; os._exit(Port(hello_timeout_s=3).run())"
     )
     sidecar = start("-c", program)
     assert sidecar.expect("heartbeat")["phase"] == "starting"
+    assert sidecar.wait() == 66
+
+
+def test_a_hello_that_is_wrong_is_answered_and_not_waited_after(start: Start) -> None:
+    sidecar = start()
+    sidecar.send({"t": "hello", "v": 1, "g": 1, "config": {"models": [{"id": "a/b", "path": ""}]}})
+    refused = sidecar.expect("error", id=None)
+    assert (refused["kind"], refused["field"], refused["g"]) == (
+        "invalid_request",
+        "config.models[0].path",
+        0,
+    )
     assert sidecar.wait() == 66
 
 

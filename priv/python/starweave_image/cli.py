@@ -49,10 +49,14 @@ def generate(args: argparse.Namespace) -> int:
     out: Path = Path(args.out)
     try:
         request, config = _request(args, out), _config(args)
-        images = _run(request, config)
-        for path, data in zip(_paths(out, len(images)), images, strict=True):
+        images, done = _run(request, config)
+        assert done.parameters is not None
+        for path, data, seed in zip(_paths(out, len(images)), images, done.parameters["seeds"], strict=True):
             _write(path, data)
-            print(path)
+            print(path, flush=True)
+            print(f"seed {seed}", file=sys.stderr)
+        for notice in done.notices:
+            print(f"Note: {notice}", file=sys.stderr)
     except ImageError as error:
         print(f"starweave-image: {error.message}", file=sys.stderr)
         return _EXIT_CODES.get(error.kind, FAILED)
@@ -122,7 +126,7 @@ def _local_id(folder: str) -> str:
     return "local/" + os.path.basename(os.path.abspath(folder)).lstrip(".")
 
 
-def _run(request: wire.Generate, config: wire.Config) -> list[bytes]:
+def _run(request: wire.Generate, config: wire.Config) -> tuple[list[bytes], wire.Done]:
     from .engine import Engine
 
     events: queue.SimpleQueue[wire.Outgoing] = queue.SimpleQueue()
@@ -139,8 +143,8 @@ def _run(request: wire.Generate, config: wire.Config) -> list[bytes]:
                     images[part.index] += part.data
                 case wire.Error() as error:
                     raise ImageError(error.kind, error.message, error.field, error.retryable)
-                case wire.Done():
-                    return [bytes(image) for image in images]
+                case wire.Done() as done:
+                    return [bytes(image) for image in images], done
     finally:
         _print_over("")
 

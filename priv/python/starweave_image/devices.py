@@ -107,7 +107,13 @@ def present() -> list[Device]:
     """The devices of this machine, the one to prefer first; the CPU is always there and last."""
     import torch
 
-    devices = [_cuda(torch, index) for index in range(torch.cuda.device_count())]
+    devices = []
+    # Without the first the count may be of cards that the driver knows and this build of torch cannot use.
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        try:
+            devices.append(_cuda(torch, index))
+        except Exception:
+            _logger.warning("cuda:%d cannot be used and is left out", index, exc_info=True)
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         for index in range(torch.xpu.device_count()):
             properties = torch.xpu.get_device_properties(index)

@@ -17,17 +17,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, cast
 
 import msgspec
 from PIL import ImageOps
 from PIL.Image import Image
 
-from . import __version__, devices, images, schedulers, wire
+from . import __version__, devices, images, log, schedulers, wire
 from .catalog import ModelCard, Settings, State, rendered_size, settle
-from .errors import ImageError, missing_package
-from .model_cache import Model, ModelCache
+from .errors import ImageError, is_out_of_memory, missing_package
+from .model_cache import Model, ModelCache, release_memory
 from .tasks import image_to_image, inpaint, text_to_image
 from .turn import DeviceTurn, Request
 from .weights import Weights, checksum, load_pipeline, quiet_libraries
@@ -123,14 +123,14 @@ class Engine:
 
     def load_model(self, id: str, model: str) -> None:
         def load(request: Request) -> None:
-            card = self._weights.card(model)
+            card = self._card(model, request)
             with self._use(card, request):
                 pass
 
         self._operate(id, load)
 
     def unload_model(self, id: str, model: str) -> None:
-        self._operate(id, lambda _: self._loaded_models().unload(self._weights.card(model).id))
+        self._operate(id, lambda _: self._loaded_models().unload(self._weights.card(model, fetch=False).id))
 
     def models(self) -> list[wire.Card]:
         """All cards, with the state of each; usable without `start`."""
@@ -187,7 +187,7 @@ class Engine:
     def _serve(self, request: Request, message: wire.Generate) -> None:
         with self._answered(request):
             self._loaded_models()
-            card = self._weights.card(message.model or self._config.default_model)
+            card = self._card(message.model or self._config.default_model, request)
             self._weights.require(card)
             image = None if message.image is None else images.decode(message.image, "image")
             settings = settle(message, card, None if image is None else image.size)
@@ -271,23 +271,29 @@ class Engine:
                 pipeline.scheduler = schedulers.make(scheduler, pipeline.scheduler.config)
             pipeline, call = job.prepare(pipeline)
             job.note(*call.notices)
-            self._hook_steps(request, pipeline, index)
             request.enter("denoising", index)
-            with self._turn.held(request):
+            with self._turn.held(request), self._hooked(request, pipeline, index):
                 try:
                     noise = torch.Generator("cpu").manual_seed(seed)
                     result = pipeline(**call.arguments, generator=noise, output_type="pil")
-                except torch.OutOfMemoryError:
-                    raise ImageError(
-                        "out_of_memory",
-                        f"{job.width}x{job.height} pixels with {job.card.id} need more device memory than is free",
-                        retryable=True,
-                    ) from None
+                except Exception as error:
+                    job.model.restore()
+                    if not is_out_of_memory(error):
+                        raise
+                    result = None
+            # Outside of `except`: an error that remembered the other one would keep all its tensors.
+            if result is None:
+                raise ImageError(
+                    "out_of_memory",
+                    f"{job.width}x{job.height} pixels with {job.card.id} need more device memory than is free",
+                    retryable=True,
+                )
         if any(getattr(result, "nsfw_content_detected", None) or []):
             raise ImageError("unsafe_content", "the model's safety checker withheld the picture")
         return result.images[0], scheduler
 
-    def _hook_steps(self, request: Request, pipeline: Any, index: int) -> None:
+    @contextmanager
+    def _hooked(self, request: Request, pipeline: Any, index: int) -> Iterator[None]:
         """Have the scheduler's `step` report the step and hand the device on.
 
         Every pipeline steps its scheduler once a step, while only some take a callback; and the hook may raise,
@@ -321,6 +327,12 @@ class Engine:
             return result
 
         scheduler.step = hooked
+        try:
+            yield
+        finally:
+            # Each refers to what it hangs on, and that to latents: a circle, which would live on for long.
+            del scheduler.step
+            vars(pipeline).pop("get_timesteps", None)
 
     def _environment(self, model: Model) -> dict[str, Any]:
         """What besides the request decides the picture: the packages, the machine and the model."""
@@ -335,12 +347,41 @@ class Engine:
 
     # Models
 
-    def _load(self, card: ModelCard) -> Model:
-        assert self._choice is not None
-        begun = time.monotonic()
+    def _card(self, name: str, request: Request) -> ModelCard:
+        """The card of an id or alias. One that is not known yet may have to come from the hub, for which a cancel or the
+        deadline does not wait."""
+        card = self._weights.card(name, fetch=False)
+        if card.pipeline:
+            return card
+        answer: Future[ModelCard] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self._weights.card(name))
+            except Exception as error:
+                answer.set_exception(error)
+
+        answer.add_done_callback(lambda _: request.wake.set())
+        threading.Thread(target=ask, name=f"card {card.id}", daemon=True).start()
+        request.wait(answer.done)
+        return answer.result()
+
+    def _load(self, card: ModelCard, room: Callable[[int], AbstractContextManager[None]]) -> Model:
+        assert self._choice is not None and self._cache is not None
         source = self._weights.obtain(card)
         alone = functools.partial(self._turn.held, Request(f"load {card.id}", None))
-        pipeline = load_pipeline(source, card.id, self._choice, alone)
+        load = functools.partial(load_pipeline, source, card.id, self._choice, alone)
+        with room(card.memory_bytes or source.bytes):
+            begun = time.monotonic()
+            pipeline = None
+            try:
+                pipeline = load()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            if pipeline is None:
+                self._cache.make_room()
+                pipeline = load()
         # A hub revision names its files; a folder on this machine may have been changed.
         digest = checksum(source.folder) if source.revision is None else None
         model = Model(card, pipeline, source.folder, source.revision, digest)
@@ -402,15 +443,19 @@ class Engine:
     @contextmanager
     def _answered(self, request: Request) -> Iterator[None]:
         """Whatever is raised inside becomes the one error that ends the request."""
+        log.request_id.set(request.id)
         try:
             yield
         except ImageError as error:
-            known = error
+            # A fresh one: with its traceback it would keep this frame, and all that it passed through.
+            known = ImageError(error.kind, error.message, error.field, error.retryable)
         except Exception:
             _logger.exception("request %s failed", request.id)
             known = ImageError("internal", "something unexpected went wrong; the log has the details")
         else:
             return
+        if known.kind == "out_of_memory":
+            release_memory()
         outcome: Outcome = "cancelled" if known.kind == "cancelled" else "failed"
         self._end(request, outcome, _error(request.id, known))
 
@@ -485,8 +530,8 @@ class Job:
         if unknown := text_to_image.unknown_words(model.folder, message.prompt):
             words = ", ".join(f'"{word[:40]}"' for word in unknown[:5]) + (" …" if len(unknown) > 5 else "")
             self.note(
-                f"{card.name} does not know {words}. {card.description} For anything else choose a larger model, "
-                "such as stabilityai/sdxl-turbo: with `mix image.gen --model`, or in the option `models`."
+                f"{card.name} does not know {words}. {card.description} For anything else choose a larger model, such "
+                "as stable-diffusion-v1-5/stable-diffusion-v1-5: with `mix image.gen --model`, or in the option `models`."
             )
 
         self._image, self._mask = image, mask

@@ -38,6 +38,14 @@ class ImageError(Exception):
         self.retryable = retryable
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of whatever device: most allocators of torch say so in words only."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+    )
+
+
 def missing_package(error: ImportError) -> str:
     """One sentence for a person about an import that failed."""
     package = f"The Python package {error.name.partition('.')[0]}" if error.name else "A Python package"

@@ -10,12 +10,12 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .catalog import ModelCard
-from .errors import ImageError
+from .errors import ImageError, is_out_of_memory
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +37,14 @@ class Model:
         own = {name: part for name, part in pipeline.components.items() if _is_tokenizer(part)}
         self._tokenizers = [own]
         self._spare = copy.deepcopy(own)
+        self._vae_dtype = getattr(getattr(pipeline, "vae", None), "dtype", None)
         self._lock = threading.Lock()
+
+    def restore(self) -> None:
+        """Undo what a call that failed may have left: some widen the shared VAE for the decode and narrow it after."""
+        vae = getattr(self.pipeline, "vae", None)
+        if vae is not None and vae.dtype != self._vae_dtype:
+            vae.to(dtype=self._vae_dtype)
 
     @contextmanager
     def borrow(self) -> Iterator[Any]:
@@ -77,11 +84,16 @@ class _Entry:
         self.used = 0
 
 
+Load = Callable[[ModelCard, Callable[[int], AbstractContextManager[None]]], Model]
+"""Loads a card's model. It enters what the second argument gives for so many bytes when its files are here and the
+loading itself begins: one at a time, with room made for it."""
+
+
 class ModelCache:
     """At most `budget` bytes of loaded models, as far as the idle ones allow. `changed` is called after every
     load and unload."""
 
-    def __init__(self, load: Callable[[ModelCard], Model], budget: int, changed: Callable[[], None]) -> None:
+    def __init__(self, load: Load, budget: int, changed: Callable[[], None]) -> None:
         self._load = load
         self._budget = budget
         self._changed = changed
@@ -117,7 +129,7 @@ class ModelCache:
             del self._entries[id]
         # The last reference goes before the device is asked to give its memory back.
         del entry
-        _release_memory()
+        release_memory()
         self._changed()
 
     def resident(self) -> list[str]:
@@ -153,10 +165,7 @@ class ModelCache:
     def _fill(self, entry: _Entry) -> None:
         id = entry.card.id
         try:
-            # One at a time: two together would each find room for themselves.
-            with self._loading:
-                self._make_room(entry.card.memory_bytes)
-                model = self._load(entry.card)
+            model = self._load(entry.card, self._room)
         except Exception as error:
             known = error if isinstance(error, ImageError) else _unexpected(id, error)
             with self._lock:
@@ -169,7 +178,16 @@ class ModelCache:
             entry.model.set_result(model)
         self._changed()
 
-    def _make_room(self, wanted: int) -> None:
+    @contextmanager
+    def _room(self, wanted: int) -> Iterator[None]:
+        # One at a time: two together would each find room for themselves.
+        with self._loading:
+            self.make_room(wanted)
+            yield
+
+    def make_room(self, wanted: int | None = None) -> None:
+        """Let idle models go until `wanted` bytes more fit into the budget; without a number, all of them."""
+        wanted = self._budget if wanted is None else wanted
         with self._lock:
             loaded = {id: entry for id, entry in self._entries.items() if entry.model.done()}
             held = sum(entry.model.result().bytes for entry in loaded.values())
@@ -184,21 +202,20 @@ class ModelCache:
         if leaving:
             # Before the device is asked to give the memory back, the last reference must be gone.
             del loaded
-            _release_memory()
+            release_memory()
             _logger.info("%s left memory to make room", ", ".join(leaving))
             self._changed()
 
 
 def _unexpected(id: str, error: Exception) -> ImageError:
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return ImageError("out_of_memory", f"there is not enough device memory to load {id}", retryable=True)
     _logger.error("loading %s failed", id, exc_info=error)
     return ImageError("model_load_failed", f"{id} could not be loaded; see the log")
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
+    """Give back to the device what nothing refers to any more."""
     import gc
 
     import torch

@@ -125,7 +125,8 @@ class Port:
             message = wire.decode(body)
         except wire.InvalidMessage as error:
             self._refuse(error.id, error)
-            if error.kind == "unsupported_version" and not self._generation:
+            # There will be no other one to wait for.
+            if error.type == "hello" and not self._generation:
                 self._finish(NO_HELLO)
             return
         id: str | None = getattr(message, "id", None)

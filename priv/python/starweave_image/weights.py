@@ -24,11 +24,13 @@ import msgspec
 from . import wire
 from .catalog import ModelCard, find, shipped
 from .devices import Choice
-from .errors import ImageError
+from .errors import ImageError, is_out_of_memory
 
 _logger = logging.getLogger(__name__)
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+# Without the name of a variant in it, which would have to be asked for.
+_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)?")
 
 
@@ -59,6 +61,11 @@ class Source:
     folder: Path
     revision: str | None
 
+    @property
+    def bytes(self) -> int:
+        """Of its weights, which is about what they take in memory."""
+        return sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
+
 
 class Weights:
     """The models of this machine and of the configuration. All methods may be called from any thread."""
@@ -84,11 +91,12 @@ class Weights:
             known = list(self._cards.values())
         return [self._described(card) for card in known]
 
-    def card(self, name: str) -> ModelCard:
-        """The card of an id or alias, read from the model's own files where the catalog has none."""
+    def card(self, name: str, fetch: bool = True) -> ModelCard:
+        """The card of an id or alias, read from the model's own files where the catalog has none; with `fetch` these may
+        come from the hub."""
         with self._lock:
             known = list(self._cards.values())
-        return self._described(find(name, known), fetch=True)
+        return self._described(find(name, known), fetch)
 
     def presence(self, card: ModelCard) -> str:
         """`available` on this machine, `remote` when it may be downloaded, else `absent`."""
@@ -197,7 +205,7 @@ def _describe(card: ModelCard, folder: Path) -> ModelCard:
     layout = read_layout(folder, card.id)
     denoiser = _read_json(folder / "unet/config.json") or _read_json(folder / "transformer/config.json") or {}
     vae = _read_json(folder / "vae/config.json") or {}
-    blocks = vae.get("block_out_channels")
+    blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
     scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 8
     sample = denoiser.get("sample_size")
     if isinstance(sample, list):
@@ -224,7 +232,7 @@ def _describe(card: ModelCard, folder: Path) -> ModelCard:
             max_pixels=longest * longest,
             max_guidance=50.0,
         ),
-        memory_bytes=sum(file.stat().st_size for file in folder.glob("*/*.safetensors")),
+        memory_bytes=Source(folder, None).bytes,
     )
 
 
@@ -307,11 +315,11 @@ def _check_complete(folder: Path, layout: Layout, id: str) -> None:
             for shard in (_read_json(index) or {}).get("weight_map", {}).values()
         }
         # What has a config.json is a network, and needs weights; the rest are tokenizers, schedulers and the like.
-        weights = "config.json" not in names or any(
-            name.endswith((".safetensors", *_PICKLES)) for name in names
-        )
+        weights = "config.json" not in names or any(map(_WEIGHTS.fullmatch, names))
         if not names or not weights or not shards <= names:
             raise _unfit(id, f"is incomplete: its {name} is missing or lacks files")
+        if not all(shard.endswith(".safetensors") for shard in shards):
+            raise _unfit(id, f"has its {name} in files that are not safetensors")
 
 
 def _unfit(id: str, why: str) -> ImageError:
@@ -421,9 +429,9 @@ def load_pipeline(
                 str(source.folder), dtype=dtype, use_safetensors=True, local_files_only=True
             )
         pipeline.to(choice.device.id)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # What a damaged or mismatched folder raises is anything at all; the log has it.
         _logger.exception("loading %s failed", id)
         raise _unfit(id, "could not be loaded: its files are damaged or do not belong together") from None

@@ -34,11 +34,20 @@ class FramingError(Exception):
 
 
 class InvalidMessage(ImageError):
-    """A frame whose body is no acceptable message; `id` is its request id where that could be read."""
+    """A frame whose body is no acceptable message; `id` is its request id and `type` its type where these could be
+    read."""
 
-    def __init__(self, kind: Kind, message: str, field: str | None = None, id: str | None = None) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        message: str,
+        field: str | None = None,
+        id: str | None = None,
+        type: str | None = None,
+    ) -> None:
         super().__init__(kind, message, field)
         self.id = id
+        self.type = type
 
 
 class FrameDecoder:
@@ -470,17 +479,16 @@ def parse(fields: Any) -> Incoming:
         raise InvalidMessage("unknown_message", f"the message type {_shown(tag)} is not known", "t", id)
     if kind is Hello and type(fields.get("v")) is int and fields["v"] != VERSION:
         # Before anything else: the rest of another version's hello means nothing here.
-        raise InvalidMessage(
-            "unsupported_version", f"the protocol version must be {VERSION}, got {_shown(fields['v'])}", "v"
-        )
+        message = f"the protocol version must be {VERSION}, got {_shown(fields['v'])}"
+        raise InvalidMessage("unsupported_version", message, "v", type=tag)
 
     try:
         return msgspec.convert(fields, kind, builtin_types=(bytes,))
     except _Refused as refused:
-        field, message = refused.field, refused.message
+        field, reason = refused.field, refused.message
     except msgspec.ValidationError as error:
-        field, message = _field_at_fault(str(error)), None
-    raise InvalidMessage("invalid_request", message or _describe(kind, field, fields), field, id)
+        field, reason = _field_at_fault(str(error)), None
+    raise InvalidMessage("invalid_request", reason or _describe(kind, field, fields), field, id, tag)
 
 
 class _Refused(Exception):

@@ -45,6 +45,9 @@ def prepare(pipeline: Any, text: Text) -> Call:
         "height": text.height,
         "num_inference_steps": text.steps,
     }
+    # Else some families draw in the nearest of a few sizes of their own, and scale that.
+    if "use_resolution_binning" in takes:
+        arguments["use_resolution_binning"] = False
     # Where both exist, the one that is above 1 by default is the classifier-free guidance of that family.
     true_guidance = takes.get("true_cfg_scale")
     guided_by = "true_cfg_scale" if true_guidance and (true_guidance.default or 0) > 1 else "guidance_scale"

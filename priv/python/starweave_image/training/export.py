@@ -125,8 +125,8 @@ def export(
     # transformers loads a model in the dtype its config names, diffusers in float32: without this
     # a bare from_pretrained() would mix the two and fail.
     _edit_config(out / "text_encoder" / "config.json", dtype="float32")
-    # A continued run's autoencoder remembers the folder that it came from: nobody else's business.
-    _edit_config(out / "vae" / "config.json", _name_or_path=None)
+    # The folder that a continued run came from is nobody else's business, and diffusers warns of what it derives itself.
+    _edit_config(out / "vae" / "config.json", _name_or_path=None, block_out_channels=None)
     plain = [w for w in words if re.fullmatch("[a-z0-9]+", w)]
     vocabulary = {"words": plain, "subjects": sorted(subjects)}
     (out / "vocabulary.json").write_text(json.dumps(vocabulary, indent=1) + "\n")
