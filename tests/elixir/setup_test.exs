@@ -8,7 +8,7 @@ defmodule StarweaveImage.SetupTest do
   @moduletag :tmp_dir
   @moduletag timeout: 300_000
 
-  @modules %{"pillow" => "PIL"}
+  @modules %{"pillow" => "PIL", "protobuf" => "google/protobuf"}
 
   @server """
   import functools, http.server, sys, threading

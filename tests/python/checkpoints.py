@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,53 @@ def flux(folder: Path) -> Path:
         tokenizer=_clip_tokenizer(),
         tokenizer_2=tokenizer,
     ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def pixart(folder: Path) -> Path:
+    """With its tokenizer as older folders have it: a SentencePiece model alone."""
+    import sentencepiece
+
+    _, encoder = _t5(32)
+    torch.manual_seed(0)
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=16,
+        sample_size=32,
+        patch_size=2,
+        caption_channels=32,
+        use_additional_conditions=False,
+    )
+    diffusers.PixArtSigmaPipeline(
+        transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        vae=_vae(),
+        text_encoder=encoder,
+        tokenizer=_t5(32)[0],
+    ).save_pretrained(folder, safe_serialization=True)
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS * 20),
+        model_prefix=str(folder / "tokenizer" / "spiece"),
+        vocab_size=17,
+        model_type="char",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer" / "spiece.vocab").unlink()
+    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 32, "extra_ids": 0}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(config))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "T5Tokenizer"]
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 

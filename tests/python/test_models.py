@@ -46,6 +46,7 @@ def folder(tmp_path: Path) -> Path:
         (checkpoints.stable_diffusion_xl, "StableDiffusionXLPipeline", (128, 8)),
         (checkpoints.stable_diffusion_3, "StableDiffusion3Pipeline", (128, 8)),
         (checkpoints.flux, "FluxPipeline", (2048, 8)),
+        (checkpoints.pixart, "PixArtSigmaPipeline", (128, 8)),
     ],
 )
 def test_a_local_folder_of_any_family_works(

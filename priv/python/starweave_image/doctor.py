@@ -21,6 +21,9 @@ _PACKAGES = (
     "accelerate",
     "safetensors",
     "huggingface_hub",
+    # Some tokenizers are SentencePiece models, which transformers reads with these two.
+    "sentencepiece",
+    "protobuf",
 )
 _EMBEDDED = "starweave/tiny"
 
