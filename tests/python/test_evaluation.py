@@ -75,6 +75,17 @@ def test_a_thing_is_found_among_all_on_any_background() -> None:
     assert all(rank > 0 for rank in judge.ranks(pictures, others))
 
 
+def test_every_thing_has_a_caption_that_was_not_trained_on() -> None:
+    known = things()
+    for thing in known:
+        prompt = evaluation.thing_prompt(thing)
+        assert data.held_out(prompt.caption) or prompt.caption == f"the {thing.names[0]}"
+        assert prompt.facts["subject"] == thing.names[0]
+    # By their checksums all captions of this one were trained on.
+    dress = evaluation.thing_prompt(Emoji(("dress",), (), known[0].image))
+    assert (dress.caption, dress.facts["background"]) == ("the dress", "white")
+
+
 def test_landscapes_are_told_by_a_judge_that_has_seen_others() -> None:
     judge = train_scene_judge(count=2000, epochs=4)
     pictures, facts = rendered("test", 200)
