@@ -202,7 +202,7 @@ def pixart(folder: Path) -> Path:
     """With its tokenizer as older folders have it: a SentencePiece model alone."""
     import sentencepiece
 
-    _, encoder = _t5(32)
+    tokenizer, encoder = _t5(32)
     torch.manual_seed(0)
     transformer = diffusers.PixArtTransformer2DModel(
         num_attention_heads=2,
@@ -221,7 +221,7 @@ def pixart(folder: Path) -> Path:
         scheduler=diffusers.DPMSolverMultistepScheduler(),
         vae=_vae(),
         text_encoder=encoder,
-        tokenizer=_t5(32)[0],
+        tokenizer=tokenizer,
     ).save_pretrained(folder, safe_serialization=True)
     for file in (folder / "tokenizer").iterdir():
         file.unlink()
