@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 
+def _shares(text: str) -> tuple[float, ...]:
+    shares = tuple(float(part) for part in text.split(","))
+    if len(shares) != 4 or min(shares) < 0 or sum(shares) <= 0:
+        raise argparse.ArgumentTypeError("must be four numbers of 0 or more, not all 0")
+    return shares
+
+
 def _default_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "starweave_image" / "training"
@@ -39,6 +46,12 @@ def add_commands(subparsers: Any) -> None:
         type=Path,
         metavar="DIR",
         help="checkpoint to train further instead of a new model",
+    )
+    tiny.add_argument(
+        "--mix",
+        type=_shares,
+        metavar="A,B,C,D",
+        help="shares of things, shapes, pairs and landscapes in a batch of the denoiser (default: the recipe's)",
     )
     tiny.add_argument("--seed", type=int, default=0)
     tiny.add_argument("--no-emoji", action="store_true", help="shapes and landscapes only")
@@ -89,7 +102,12 @@ def _train_tiny(arguments: argparse.Namespace) -> int:
         emoji=not arguments.no_emoji,
         start=arguments.start,
         vae=VaeRecipe(steps=arguments.vae_steps),
-        denoiser=DenoiserRecipe(steps=arguments.steps, batch=arguments.batch, rate=arguments.rate),
+        denoiser=DenoiserRecipe(
+            steps=arguments.steps,
+            batch=arguments.batch,
+            rate=arguments.rate,
+            mix=arguments.mix or DenoiserRecipe.mix,
+        ),
     )
     work = arguments.work or out.with_name(out.name + ".work")
     train(recipe, out, work, arguments.cache, arguments.device, arguments.threads)
