@@ -24,6 +24,12 @@ settings.register_profile("unhurried", deadline=None, suppress_health_check=[Hea
 settings.load_profile("unhurried")
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured in a test stays in it."""
+    monkeypatch.setenv("STARWEAVE_IMAGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 def config() -> dict[str, Any]:
     """The sidecar's configuration with the embedded model, or with the checkpoint in STARWEAVE_TEST_MODEL."""
     if path := os.environ.get("STARWEAVE_TEST_MODEL"):

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from starweave_image import wire
 from starweave_image.engine import Engine
 
 PATIENCE_S = 180.0
+
+
+def picture_of(data: bytes) -> np.ndarray[Any, Any]:
+    """The pixels (height, width, 3) of an image file, as numbers that may be subtracted."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.int16)
+
+
+def difference(some: list[bytes], others: list[bytes]) -> int:
+    """The largest difference of any two pixels, 0 to 255."""
+    pairs = zip(some, others, strict=True)
+    return max(int(np.abs(picture_of(a) - picture_of(b)).max()) for a, b in pairs)
 
 
 class Bench:

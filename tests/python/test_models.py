@@ -11,7 +11,7 @@ from typing import Any
 
 import checkpoints
 import pytest
-from engines import PATIENCE_S, Bench
+from engines import PATIENCE_S, Bench, difference
 from starweave_image import weights, wire
 from starweave_image.catalog import ModelCard, find, shipped
 from starweave_image.errors import ImageError
@@ -52,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_local_folder_of_any_family_works(
     tmp_path: Path, make: Callable[[Path], Path], pipeline: str, limits: tuple[int, int]
 ) -> None:
-    bench = bench_of(make(tmp_path / "model"))
+    bench = bench_of(make(tmp_path / "model"), dtype="float32")
     known = card(bench)
     assert (known.pipeline, known.source, known.state) == (pipeline, "local", "available")
     assert (known.limits.max_size, known.limits.multiple_of) == limits
@@ -61,7 +61,7 @@ def test_a_local_folder_of_any_family_works(
     ids = [bench.submit(**fields) for fields in requests]
     for id, files in zip(ids, alone, strict=True):
         assert isinstance(bench.end(id), wire.Done)
-        assert bench.files(id) == files
+        assert difference(bench.files(id), files) <= 1
     assert len({files[0] for files in alone}) == 3
     assert card(bench).state == "loaded"
 

@@ -15,7 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 from diffusers.pipelines import auto_pipeline
-from engines import Bench
+from engines import Bench, difference, picture_of
 from PIL import Image
 from starweave_image import images, wire
 from starweave_image.catalog import find, fitted, shipped
@@ -28,11 +28,6 @@ def file(picture: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     out = io.BytesIO()
     picture.save(out, format, **options)
     return out.getvalue()
-
-
-def picture_of(data: bytes) -> np.ndarray[Any, Any]:
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"), np.int16)
 
 
 def halves(width: int = 64, height: int = 64) -> Image.Image:
@@ -72,7 +67,7 @@ def error(end: wire.Done | wire.Error) -> wire.Error:
 )
 def test_every_family_starts_from_an_image(tmp_path: Path, make: Callable[[Path], Path]) -> None:
     models = [wire.ModelEntry(id="local/model", path=str(make(tmp_path / "model")))]
-    bench = Bench(models=models, default_model="local/model").start()
+    bench = Bench(models=models, default_model="local/model", dtype="float32").start()
     requests: list[dict[str, Any]] = [
         SMALL,
         SMALL | {"image": IMAGE, "strength": 0.5},
@@ -80,11 +75,11 @@ def test_every_family_starts_from_an_image(tmp_path: Path, make: Callable[[Path]
     ]
     alone = [bench.done(**fields)[1] for fields in requests]
     assert len({files[0] for files in alone}) == 3
-    # Side by side they share the weights and nothing else.
+    # Side by side they share the passes of the denoiser, whatever the task.
     ids = [bench.submit(**fields) for fields in requests for _ in range(2)]
     for id, files in zip(ids, [files for files in alone for _ in range(2)], strict=True):
         assert isinstance(bench.end(id), wire.Done)
-        assert bench.files(id) == files
+        assert difference(bench.files(id), files) <= 1
     started = bench.submit(**requests[1])
     bench.end(started)
     steps = [p for p in bench.of(started, wire.Progress) if p.phase == "denoising" and p.step]

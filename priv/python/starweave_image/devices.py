@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,47 @@ class Choice:
     device: Device
     dtype: str
     reason: str
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was asked for."""
+        import torch
+
+        if self.device.kind in ("cuda", "xpu", "mps"):
+            getattr(torch, self.device.kind).synchronize()
+
+    def free_bytes(self) -> int:
+        """Memory that this process can still get on the device, in bytes."""
+        import torch
+
+        if self.device.kind == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device.id)
+            cached = torch.cuda.memory_reserved(self.device.id) - torch.cuda.memory_allocated(self.device.id)
+            return int(free + cached)
+        if self.device.kind == "xpu":
+            return self.device.total_bytes - torch.xpu.memory_allocated(self.device.id)
+        if self.device.kind == "mps":
+            return self.device.total_bytes - torch.mps.driver_allocated_memory()
+        return _available_ram() or self.device.total_bytes
+
+    @contextmanager
+    def measured(self) -> Iterator[Callable[[], int]]:
+        """What runs inside is timed to its end on the device; the function gives the most memory that it took on top of
+        what was there before, in bytes, and 0 where that cannot be told."""
+        import torch
+
+        taken = 0
+        if self.device.kind in ("cuda", "xpu"):
+            backend = getattr(torch, self.device.kind)
+            backend.reset_peak_memory_stats(self.device.id)
+            before = backend.memory_allocated(self.device.id)
+            yield lambda: taken
+            self.synchronize()
+            taken = backend.max_memory_allocated(self.device.id) - before
+        else:
+            before = _reset_peak_rss()
+            yield lambda: taken
+            self.synchronize()
+            taken = max(0, _peak_rss() - before) if before else 0
 
     def memory(self) -> wire.DeviceMemory | None:
         """Bytes that this process holds on the device, by its allocator, never the driver; None on a CPU."""
@@ -150,6 +192,37 @@ def _cpu(torch: Any) -> Device:
         dtype, why = "float32", "the CPU has no bfloat16 instructions"
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device("cpu", _cpu_name(), dtype, why, total)
+
+
+def _available_ram() -> int:
+    """Bytes that can be had without swapping, 0 where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def _reset_peak_rss() -> int:
+    """Let the highest resident size be counted anew (proc(5), clear_refs); the size now, 0 where that cannot be done."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS:")
+    except OSError:
+        return 0
+
+
+def _peak_rss() -> int:
+    return _status("VmHWM:")
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _cpu_name() -> str:

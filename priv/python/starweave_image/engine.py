@@ -1,8 +1,8 @@
 """The engine: requests in, pictures out.
 
-Each request is a thread that runs the *stock* pipeline call on a copy of the loaded pipeline. One of them
-computes at a time: it holds the device turn and hands it on after each denoise step, so all of them advance
-together, and each notices a cancel or its deadline before its next step.
+Each picture is drawn by a thread that runs the *stock* pipeline call on a copy of the loaded pipeline. What these ask
+of their networks is run by the executor, together where it can be (executor.py): so all of them advance together, and
+each notices a cancel or its deadline before its next step.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
 from PIL import ImageOps
@@ -27,15 +27,21 @@ from PIL.Image import Image
 from . import __version__, devices, images, log, schedulers, wire
 from .catalog import ModelCard, Settings, State, rendered_size, settle
 from .errors import ImageError, is_out_of_memory, missing_package
+from .limits import Limits, default_path
 from .model_cache import Model, ModelCache, release_memory
+from .request import Lane, Request
 from .tasks import image_to_image, inpaint, text_to_image
-from .turn import DeviceTurn, Request
 from .weights import Weights, checksum, load_pipeline, quiet_libraries
+
+if TYPE_CHECKING:
+    from .executor import Executor
 
 _logger = logging.getLogger(__name__)
 
 _MEMORY_SHARE = 0.85
 _CANCEL_WAIT_S = 5.0
+# So many pictures of one request are drawn at a time.
+_ABREAST = 8
 
 Outcome = Literal["done", "failed", "cancelled"]
 
@@ -54,7 +60,7 @@ class Engine:
         self._choice: devices.Choice | None = None
         self._cache: ModelCache | None = None
         self._versions: dict[str, str] = {}
-        self._turn = DeviceTurn()
+        self._executor: Executor | None = None
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._running: dict[str, Request] = {}
@@ -83,8 +89,13 @@ class Engine:
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
         }
+        from .executor import Executor
+
         choice = self._choice = devices.choose(self._config)
-        self._cache = ModelCache(self._load, int(choice.device.total_bytes * _MEMORY_SHARE), self._changed)
+        cache = ModelCache(self._load, int(choice.device.total_bytes * _MEMORY_SHARE), self._changed)
+        limits = Limits(default_path(), choice.free_bytes)
+        self._executor = Executor(choice, limits, cache.make_room, release_memory)
+        self._cache = cache
         default = self._weights.card(self._config.default_model)
         # A sidecar whose requests would all fail is better not started: so its application learns of it now.
         self._weights.check_folder(default)
@@ -144,7 +155,10 @@ class Engine:
             running = [request.on_wire(now) for request in self._running.values()]
             counters = msgspec.structs.replace(self._counters)
             draining, operating = self._draining, bool(self._operations)
-        grant = 0 if draining or cache is None else max(0, self._config.capacity - len(running))
+        capacity = self._config.capacity
+        if self._executor is not None and (room := self._executor.room()) is not None:
+            capacity = min(capacity, room)
+        grant = 0 if draining or cache is None else max(0, capacity - len(running))
         phase: Literal["starting", "loading", "ready", "busy", "draining"]
         if draining:
             phase = "draining"
@@ -156,7 +170,7 @@ class Engine:
             phase = "loading" if running or operating or cache.loading() else "ready"
         return wire.Snapshot(
             phase=phase,
-            capacity=self._config.capacity,
+            capacity=capacity,
             grant=grant,
             running=running,
             resident=cache.resident() if cache else [],
@@ -219,7 +233,7 @@ class Engine:
             )
             with self._use(card, request) as model:
                 job = Job(message, card, settings, model, self._environment(model), image, mask)
-                files = [self._picture(request, job, index, seed) for index, seed in enumerate(seeds)]
+                files = self._pictures(request, job, seeds)
             done = wire.Done(
                 id=request.id,
                 model=card.id,
@@ -233,13 +247,51 @@ class Engine:
                     self._send(request, part)
             self._finish(request, done)
 
-    def _picture(self, request: Request, job: Job, index: int, seed: int) -> tuple[bytes, dict[str, Any]]:
+    def _pictures(self, request: Request, job: Job, seeds: list[int]) -> list[tuple[bytes, dict[str, Any]]]:
+        """The pictures of a request, in order, each drawn by a lane of its own."""
+        lanes = request.lanes(len(seeds))
+        if len(lanes) == 1:
+            return [self._picture(lanes[0], job, seeds[0])]
+        slots = threading.Semaphore(_ABREAST)
+        files: list[Future[tuple[bytes, dict[str, Any]]]] = [Future() for _ in lanes]
+
+        def draw(lane: Lane, seed: int, file: Future[tuple[bytes, dict[str, Any]]]) -> None:
+            log.request_id.set(request.id)
+            with slots:
+                try:
+                    file.set_result(self._picture(lane, job, seed))
+                except BaseException as error:
+                    file.set_exception(error)
+
+        threads = [
+            threading.Thread(target=draw, args=each, name=f"request {request.id}", daemon=True)
+            for each in zip(lanes, seeds, files, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        ended, _ = wait(files, return_when=FIRST_EXCEPTION)
+        failure = next((error for file in files if file in ended and (error := file.exception())), None)
+        if failure is not None:
+            request.abandon()
+        for thread in threads:
+            thread.join()
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                # It keeps this frame, and with it the other pictures.
+                del failure
+        return [file.result() for file in files]
+
+    def _picture(self, lane: Lane, job: Job, seed: int) -> tuple[bytes, dict[str, Any]]:
         """One picture as an encoded file, and the record of it."""
         message, settings = job.message, job.settings
-        picture, scheduler = self._draw(request, job, index, seed)
-        request.check()
-        request.enter("encoding", index)
-        self._send(request, request.progress())
+        lane.request.check()
+        lane.begin()
+        picture, scheduler = self._draw(lane, job, seed)
+        lane.request.check()
+        lane.enter("encoding")
+        self._send(lane.request, lane.progress())
         record = {
             "prompt": job.prompt,
             "negative_prompt": message.negative_prompt,
@@ -257,12 +309,14 @@ class Engine:
         }
         picture = job.finish(picture)
         data = images.encode(picture, message.format, message.quality, record if message.metadata else None)
+        lane.finish()
         return data, record
 
-    def _draw(self, request: Request, job: Job, index: int, seed: int) -> tuple[Image, str]:
+    def _draw(self, lane: Lane, job: Job, seed: int) -> tuple[Image, str]:
         """One picture at the size at which the model draws, and the class of the scheduler used."""
         import torch
 
+        assert self._executor is not None
         with job.model.borrow() as pipeline:
             own = type(pipeline.scheduler).__name__
             wanted = job.message.scheduler or job.card.defaults.scheduler
@@ -271,16 +325,18 @@ class Engine:
                 pipeline.scheduler = schedulers.make(scheduler, pipeline.scheduler.config)
             pipeline, call = job.prepare(pipeline)
             job.note(*call.notices)
-            request.enter("denoising", index)
-            with self._turn.held(request), self._hooked(request, pipeline, index):
+            exact = job.message.reproducible
+            result = None
+            with (
+                self._executor.drawing(lane, pipeline, job.model.networks, exact),
+                self._hooked(lane, pipeline),
+            ):
                 try:
                     noise = torch.Generator("cpu").manual_seed(seed)
                     result = pipeline(**call.arguments, generator=noise, output_type="pil")
                 except Exception as error:
-                    job.model.restore()
                     if not is_out_of_memory(error):
                         raise
-                    result = None
             # Outside of `except`: an error that remembered the other one would keep all its tensors.
             if result is None:
                 raise ImageError(
@@ -293,13 +349,13 @@ class Engine:
         return result.images[0], scheduler
 
     @contextmanager
-    def _hooked(self, request: Request, pipeline: Any, index: int) -> Iterator[None]:
-        """Have the scheduler's `step` report the step and hand the device on.
+    def _hooked(self, lane: Lane, pipeline: Any) -> Iterator[None]:
+        """Have the scheduler's `step` report the step.
 
         Every pipeline steps its scheduler once a step, while only some take a callback; and the hook may raise,
         which ends the call and leaves the weights usable.
         """
-        scheduler = pipeline.scheduler
+        request, scheduler = lane.request, pipeline.scheduler
         step = scheduler.step
         # What starts from an image leaves the first steps out.
         chosen: list[int] = []
@@ -316,14 +372,12 @@ class Engine:
         @functools.wraps(step)
         def hooked(*args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
-            request.stepped(chosen[0] if chosen else len(scheduler.timesteps))
-            self._send(request, request.progress())
-            if request.step < request.steps:
-                self._turn.hand_over(request)
-            else:
-                request.check()
-                request.enter("decoding", index)
-                self._send(request, request.progress())
+            lane.stepped(chosen[0] if chosen else len(scheduler.timesteps))
+            self._send(request, lane.progress())
+            request.check()
+            if lane.step >= lane.steps:
+                lane.enter("decoding")
+                self._send(request, lane.progress())
             return result
 
         scheduler.step = hooked
@@ -361,16 +415,16 @@ class Engine:
             except Exception as error:
                 answer.set_exception(error)
 
-        answer.add_done_callback(lambda _: request.wake.set())
+        answer.add_done_callback(lambda _: request.wake())
         threading.Thread(target=ask, name=f"card {card.id}", daemon=True).start()
-        request.wait(answer.done)
+        request.first.wait(answer.done)
         return answer.result()
 
     def _load(self, card: ModelCard, room: Callable[[int], AbstractContextManager[None]]) -> Model:
         assert self._choice is not None and self._cache is not None
         source = self._weights.obtain(card)
-        alone = functools.partial(self._turn.held, Request(f"load {card.id}", None))
-        load = functools.partial(load_pipeline, source, card.id, self._choice, alone)
+        assert self._executor is not None
+        load = functools.partial(load_pipeline, source, card.id, self._choice, self._executor.alone)
         with room(card.memory_bytes or source.bytes):
             begun = time.monotonic()
             pipeline = None
@@ -384,20 +438,20 @@ class Engine:
                 pipeline = load()
         # A hub revision names its files; a folder on this machine may have been changed.
         digest = checksum(source.folder) if source.revision is None else None
-        model = Model(card, pipeline, source.folder, source.revision, digest)
+        model = Model(card, pipeline, source.folder, source.revision, digest, self._choice)
         _logger.info("%s loaded in %.1f s, %d MB", card.id, time.monotonic() - begun, model.bytes // 10**6)
         return model
 
     @contextmanager
     def _use(self, card: ModelCard, request: Request) -> Iterator[Model]:
-        def wait(model: Future[Model]) -> None:
+        def patiently(model: Future[Model]) -> None:
             if not model.done():
-                request.enter("loading", 0)
-                self._send(request, request.progress())
-                model.add_done_callback(lambda _: request.wake.set())
-                request.wait(model.done)
+                request.first.enter("loading")
+                self._send(request, request.first.progress())
+                model.add_done_callback(lambda _: request.wake())
+                request.first.wait(model.done)
 
-        with self._loaded_models().use(card, wait) as model:
+        with self._loaded_models().use(card, patiently) as model:
             yield model
 
     def _loaded_models(self) -> ModelCache:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .catalog import ModelCard
+from .devices import Choice
 from .errors import ImageError, is_out_of_memory
 
 _logger = logging.getLogger(__name__)
@@ -24,7 +25,13 @@ class Model:
     """A loaded pipeline. `borrow` gives a copy of it for one request; all copies share the weights."""
 
     def __init__(
-        self, card: ModelCard, pipeline: Any, folder: Path, revision: str | None, checksum: str | None
+        self,
+        card: ModelCard,
+        pipeline: Any,
+        folder: Path,
+        revision: str | None,
+        checksum: str | None,
+        choice: Choice,
     ) -> None:
         self.card = card
         self.pipeline = pipeline
@@ -37,14 +44,11 @@ class Model:
         own = {name: part for name, part in pipeline.components.items() if _is_tokenizer(part)}
         self._tokenizers = [own]
         self._spare = copy.deepcopy(own)
-        self._vae_dtype = getattr(getattr(pipeline, "vae", None), "dtype", None)
         self._lock = threading.Lock()
+        from .executor import networks_of
 
-    def restore(self) -> None:
-        """Undo what a call that failed may have left: some widen the shared VAE for the decode and narrow it after."""
-        vae = getattr(self.pipeline, "vae", None)
-        if vae is not None and vae.dtype != self._vae_dtype:
-            vae.to(dtype=self._vae_dtype)
+        where = f"{card.id} {revision or checksum} {choice.device.name} {choice.dtype}"
+        self.networks = networks_of(pipeline, where)
 
     @contextmanager
     def borrow(self) -> Iterator[Any]:
@@ -185,8 +189,9 @@ class ModelCache:
             self.make_room(wanted)
             yield
 
-    def make_room(self, wanted: int | None = None) -> None:
-        """Let idle models go until `wanted` bytes more fit into the budget; without a number, all of them."""
+    def make_room(self, wanted: int | None = None) -> bool:
+        """Let idle models go until `wanted` bytes more fit into the budget; without a number, all of them. Whether any
+        went."""
         wanted = self._budget if wanted is None else wanted
         with self._lock:
             loaded = {id: entry for id, entry in self._entries.items() if entry.model.done()}
@@ -205,6 +210,7 @@ class ModelCache:
             release_memory()
             _logger.info("%s left memory to make room", ", ".join(leaving))
             self._changed()
+        return bool(leaving)
 
 
 def _unexpected(id: str, error: Exception) -> ImageError:

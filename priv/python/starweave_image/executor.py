@@ -1,0 +1,410 @@
+"""The one thread that computes: it runs the networks of all pictures, several calls in one pass where they stack.
+
+A pipeline that draws is given networks that look like its own, but whose forward waits here for its turn
+(`Executor.drawing`). So the pipelines stay as diffusers ships them, and the device sees one caller.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import devices, stacking
+from .batching import Batch, Batcher, Call
+from .errors import is_out_of_memory
+from .limits import Limits
+from .request import Lane
+
+_logger = logging.getLogger(__name__)
+
+_REMEMBERED_BYTES = 64 * 1024 * 1024
+
+
+class Network:
+    """A network of a loaded model. `name` tells it from all others of this machine; one that `remembers` is asked once for
+    each of its questions."""
+
+    def __init__(self, name: str, module: Any, remembers: bool) -> None:
+        self.name = name
+        self.module = module
+        self.kind = type(module).__name__
+        self.is_autoencoder = hasattr(module, "encode") and hasattr(module, "decode")
+        self.memory = Memory(_REMEMBERED_BYTES) if remembers else None
+
+    def tiled(self) -> Callable[..., Any] | None:
+        """Its decoder, working tile by tile: less memory, and seams that hardly show. None for what has no such way."""
+        if not hasattr(self.module, "enable_tiling"):
+            return None
+        twin = copy.copy(self.module)
+        try:
+            twin.enable_tiling()
+        except NotImplementedError:
+            return None
+        decode: Callable[..., Any] = twin.decode
+        return decode
+
+
+def networks_of(pipeline: Any, where: str) -> dict[str, Network]:
+    """The networks of a loaded pipeline by their names in it; `where` names the model, the device and the format."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    return {
+        name: Network(f"{where} {name}", part, name.startswith("text_encoder"))
+        for name, part in parts.items()
+    }
+
+
+class Memory:
+    """What a network answered before, the latest of it, up to so many bytes: for text encoders, which are asked the same
+    by each picture of a request, and again for each empty negative prompt."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._held = 0
+        self._lock = threading.Lock()
+        self._answers: OrderedDict[str, tuple[int, Any]] = OrderedDict()
+
+    def get(self, question: str) -> Any:
+        with self._lock:
+            if question not in self._answers:
+                return None
+            self._answers.move_to_end(question)
+            return self._answers[question][1]
+
+    def put(self, question: str, answer: Any) -> None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(answer))
+        with self._lock:
+            if question in self._answers or size > self._budget:
+                return
+            self._answers[question] = (size, answer)
+            self._held += size
+            while self._held > self._budget:
+                _, (freed, _) = self._answers.popitem(last=False)
+                self._held -= freed
+
+
+@dataclass(eq=False)
+class _Ticket(Call[Lane]):
+    """A call that waits for the device, and what became of it."""
+
+    network: Network
+    run: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    stackable: stacking.Stackable | None
+    label: str
+    exact: bool
+    asked: float = field(default_factory=time.monotonic)
+    begun: float = 0.0
+    done: bool = False
+    result: Any = None
+    error: Exception | None = None
+
+
+class Gate:
+    """Many may pass together, or one alone; who waits to be alone goes first."""
+
+    def __init__(self) -> None:
+        self._news = threading.Condition()
+        self._inside = 0
+        self._alone = False
+        self._waiting = 0
+
+    def enter(self) -> None:
+        with self._news:
+            self._news.wait_for(lambda: not self._alone and not self._waiting)
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._news:
+            self._inside -= 1
+            self._news.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._news:
+            self._waiting += 1
+            self._news.wait_for(lambda: not self._alone and not self._inside)
+            self._waiting -= 1
+            self._alone = True
+        try:
+            yield
+        finally:
+            with self._news:
+                self._alone = False
+                self._news.notify_all()
+
+
+class Executor:
+    """Runs what the pipelines ask of their networks. `evict` lets idle models go and tells whether there were any,
+    `release` gives back to the device what nothing refers to."""
+
+    def __init__(
+        self, choice: devices.Choice, limits: Limits, evict: Callable[[], bool], release: Callable[[], None]
+    ) -> None:
+        self._choice = choice
+        self._limits = limits
+        self._evict = evict
+        self._release = release
+        self._news = threading.Condition()
+        self._batcher: Batcher[Lane] = Batcher(self._most)
+        self._gate = Gate()
+        threading.Thread(target=self._work, name="executor", daemon=True).start()
+
+    @property
+    def alone(self) -> Callable[[], Any]:
+        """A context in which nothing computes: neither a pipeline nor a network."""
+        return self._gate.alone
+
+    @contextmanager
+    def drawing(self, lane: Lane, pipeline: Any, networks: dict[str, Network], alone: bool) -> Iterator[None]:
+        """For the time of one call of `pipeline`, by the thread of `lane`. With `alone` nothing of it is stacked."""
+        for name, network in networks.items():
+            if vars(pipeline).get(name) is network.module:
+                vars(pipeline)[name] = self._twin(lane, network, alone)
+        self._gate.enter()
+        try:
+            yield
+        finally:
+            self._gate.leave()
+            with self._news:
+                self._batcher.leave(lane)
+                self._news.notify_all()
+
+    def room(self) -> int | None:
+        """How many pictures of the kinds that are drawn now can be worked on at once, one pass for each kind; None while
+        nothing tells."""
+        with self._news:
+            active = {label: rows for key, rows in self._batcher.active().items() if (label := _label(key))}
+        fit = [max(1, self._limits.ceiling(label) // rows) for label, rows in active.items()]
+        return sum(fit) or None
+
+    def _twin(self, lane: Lane, network: Network, alone: bool) -> Any:
+        """A copy of the network's surface over the same weights, whose forward waits for the device."""
+        module = network.module
+        twin = copy.copy(module)
+        surface = vars(twin)
+
+        def waits_for(run: Callable[..., Any], alone: bool = alone) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self._call(lane, network, run, args, kwargs, alone)
+
+        if not network.is_autoencoder:
+            surface["forward"] = waits_for(module)
+            return twin
+        decode, encode = waits_for(module.decode), waits_for(module.encode, alone=True)
+        surface["decode"] = lambda latents, *args, **kwargs: decode(latents.to(module.dtype), *args, **kwargs)
+        surface["encode"] = lambda image, *args, **kwargs: encode(image.to(module.dtype), *args, **kwargs)
+        # Some pipelines widen it for one decode: the weights are everybody's, and were loaded in the right format.
+        surface["to"] = lambda *_, **__: twin
+        return twin
+
+    # In the threads of the lanes
+
+    def _call(
+        self,
+        lane: Lane,
+        network: Network,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        alone: bool,
+    ) -> Any:
+        question = _question(args, kwargs) if network.memory else None
+        if network.memory and question and (answer := network.memory.get(question)) is not None:
+            return answer
+        ticket = self._ticket(lane, network, run, args, kwargs, alone)
+        self._gate.leave()
+        try:
+            self._await(ticket)
+        finally:
+            self._gate.enter()
+        lane.queued(ticket.begun - ticket.asked)
+        if ticket.error is not None:
+            try:
+                raise ticket.error
+            finally:
+                # It keeps this frame, and with it all that was passed.
+                ticket.error = None
+        if network.memory and question:
+            network.memory.put(question, ticket.result)
+        return ticket.result
+
+    def _ticket(
+        self,
+        lane: Lane,
+        network: Network,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        alone: bool,
+    ) -> _Ticket:
+        forward = getattr(run, "forward", run)
+        stackable = None if alone else stacking.read(network.kind, forward, args, kwargs)
+        if stackable is None:
+            return _Ticket(lane, ("alone", lane), 1, network, run, args, kwargs, None, "", alone)
+        label = f"{network.name} {hashlib.sha256(repr(stackable.key).encode()).hexdigest()[:16]}"
+        key = (id(network), label)
+        return _Ticket(lane, key, stackable.rows, network, run, args, kwargs, stackable, label, alone)
+
+    def _await(self, ticket: _Ticket) -> None:
+        with self._news:
+            self._batcher.add(ticket)
+            self._news.notify_all()
+        try:
+            ticket.member.wait(lambda: ticket.done)
+        except BaseException:
+            with self._news:
+                if not ticket.begun:
+                    self._batcher.leave(ticket.member, ticket)
+                    self._news.notify_all()
+                # What has begun ends within a pass; until then the model must not be taken for idle.
+                self._news.wait_for(lambda: ticket.done or not ticket.begun)
+            ticket.result = ticket.error = None
+            raise
+
+    # In the executor's own thread
+
+    def _work(self) -> None:
+        torch.set_grad_enabled(False)
+        while True:
+            with self._news:
+                while not isinstance(batch := self._batcher.next(time.monotonic()), Batch):
+                    self._news.wait(batch)
+                self._batcher.begin(batch)
+                begun = time.monotonic()
+                tickets: Any = batch.calls
+                for ticket in tickets:
+                    ticket.begun = begun
+            self._gate.enter()
+            try:
+                self._compute(tickets)
+                # Else the time of a pass would be that of its being asked for.
+                self._choice.synchronize()
+            finally:
+                self._gate.leave()
+            with self._news:
+                self._batcher.ran(batch, time.monotonic() - begun)
+                for ticket in tickets:
+                    ticket.done = True
+                    ticket.member.wake.set()
+                self._news.notify_all()
+            # Whatever was computed belongs to the lanes now.
+            del batch, tickets, ticket
+
+    def _compute(self, tickets: Sequence[_Ticket]) -> None:
+        """Run the tickets in one pass, or as memory and their errors allow; each gets its result or its own error."""
+        error = self._attempt(tickets)
+        if error is None:
+            return
+        if not is_out_of_memory(error):
+            if len(tickets) == 1:
+                tickets[0].error = error
+                return
+            # One of them spoils it: that one alone shall fail.
+            for ticket in tickets:
+                self._compute([ticket])
+            return
+        error.__traceback__ = None
+        self._release()
+        if self._evict() and self._attempt(tickets) is None:
+            return
+        rows, first = sum(ticket.rows for ticket in tickets), tickets[0]
+        if first.stackable is not None and rows > 1:
+            self._limits.overflow(first.label, rows)
+            _logger.warning("%d rows of %s do not fit into memory together", rows, first.network.kind)
+            self._release()
+            if len(tickets) > 1:
+                half = len(tickets) // 2
+                self._compute(tickets[:half])
+                self._compute(tickets[half:])
+            else:
+                self._compute_by_halves(first)
+            return
+        if not first.exact and first.network.is_autoencoder and (tiled := first.network.tiled()):
+            _logger.warning("%s works tile by tile, for want of memory", first.network.kind)
+            first.run = tiled
+            if self._attempt(tickets) is None:
+                return
+        self._release()
+        first.error = error
+
+    def _compute_by_halves(self, ticket: _Ticket) -> None:
+        whole = ticket.stackable
+        assert whole is not None
+        results = []
+        for start, stop in ((0, whole.rows // 2), (whole.rows // 2, whole.rows)):
+            part = whole.cut(start, stop)
+            half = dataclasses.replace(ticket, rows=part.rows, stackable=part)
+            self._compute([half])
+            if half.error is not None:
+                ticket.error = half.error
+                return
+            results.append(half.result)
+        ticket.result = stacking.unite(results)
+
+    def _attempt(self, tickets: Sequence[_Ticket]) -> Exception | None:
+        first = tickets[0]
+        try:
+            if first.stackable is None:
+                first.result = first.run(*first.args, **first.kwargs)
+                return None
+            calls = [ticket.stackable for ticket in tickets if ticket.stackable]
+            rows = [call.rows for call in calls]
+            if self._limits.wants(first.label, sum(rows)):
+                begun = time.monotonic()
+                with self._choice.measured() as peak:
+                    result = first.run(**stacking.stack(calls))
+                self._limits.record(first.label, sum(rows), time.monotonic() - begun, peak())
+            else:
+                result = first.run(**stacking.stack(calls))
+            results = [result] if len(calls) == 1 else stacking.split(result, rows)
+        except Exception as error:
+            return error
+        for ticket, part in zip(tickets, results, strict=True):
+            ticket.result = part
+        return None
+
+    def _most(self, key: Any) -> int:
+        label = _label(key)
+        return self._limits.rows(label) if label else 1
+
+
+def _label(key: Any) -> str | None:
+    """The name under which the limits of a key are kept; None for what runs alone."""
+    return key[1] if isinstance(key[1], str) else None
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _question(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The arguments as text, where they are tensors and plain values."""
+    digest = hashlib.sha256()
+    for name, value in [*enumerate(args), *sorted(kwargs.items())]:
+        if isinstance(value, torch.Tensor):
+            data = value.detach().to("cpu").contiguous().flatten()
+            digest.update(f"{name} {list(value.shape)} {value.dtype} {value.device}".encode())
+            digest.update(data.view(torch.uint8).numpy().tobytes())
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            digest.update(f"{name} {value!r}".encode())
+        else:
+            return None
+    return digest.hexdigest()
