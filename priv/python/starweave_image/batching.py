@@ -63,16 +63,17 @@ class Batcher(Generic[Member]):
         self._queues: dict[Hashable, _KeyQueue[Member]] = {}
         self._ring: deque[Hashable] = deque()
         self._home: dict[Member, Hashable] = {}
+        self._debts: dict[Hashable, float] = {}
 
     def add(self, call: Call[Member]) -> None:
         """A member waits for a pass; it is no longer expected where it was before."""
-        self._come_back(call.member)
         queue = self._queues.get(call.key)
         if queue is None:
-            queue = self._queues[call.key] = _KeyQueue()
+            queue = self._queues[call.key] = _KeyQueue(credit_s=self._debts.pop(call.key, 0.0))
             self._ring.append(call.key)
         queue.waiting.append(call)
         queue.rows = call.rows
+        self._come_back(call.member)
 
     def leave(self, member: Member, call: Call[Member] | None = None) -> None:
         """A member makes no further call for now; with `call`, that one is withdrawn if it still waits."""
@@ -157,6 +158,12 @@ class Batcher(Generic[Member]):
         if not queue.waiting and not queue.away:
             del self._queues[key]
             self._ring.remove(key)
+            # Members that go back and forth between keys must not lose their debts on the way; once all are gone,
+            # nobody is owed anything.
+            if not self._queues:
+                self._debts.clear()
+            elif queue.credit_s < 0:
+                self._debts[key] = queue.credit_s
 
 
 def wait_bound(own_s: float, others: Iterable[tuple[int, float]]) -> float:

@@ -194,6 +194,8 @@ class Executor:
         module = network.module
         twin = copy.copy(module)
         surface = vars(twin)
+        # The network runs its own hooks.
+        surface |= {name: OrderedDict() for name in surface if name.endswith("_hooks")}
 
         def waits_for(run: Callable[..., Any], alone: bool = alone) -> Callable[..., Any]:
             return lambda *args, **kwargs: self._call(lane, network, run, args, kwargs, alone)
