@@ -298,6 +298,12 @@ defmodule StarweaveImage.Sidecar do
         default_model: config[:default_model],
         device: config[:device],
         dtype: config[:dtype],
+        preload: config[:preload],
+        pinned: config[:pinned],
+        memory_budget: config[:memory_budget],
+        ram_budget: config[:ram_budget],
+        offload: config[:offload],
+        compile: config[:compile],
         offline: config[:offline],
         capacity: config[:capacity],
         heartbeat_interval_ms: config[:heartbeat_interval]

@@ -44,6 +44,16 @@ defmodule StarweaveImage.Supervisor do
   def device(_name), do: :error
 
   @doc false
+  def model_ids(ids) when is_list(ids) do
+    if length(ids) <= 256 and
+         Enum.all?(ids, &match?({:ok, id} when id != nil, Options.check(:id, :model_id, &1))),
+       do: {:ok, ids},
+       else: :error
+  end
+
+  def model_ids(_ids), do: :error
+
+  @doc false
   def names(names) when is_list(names),
     do: if(Enum.all?(names, &is_binary/1), do: {:ok, names}, else: :error)
 
@@ -70,6 +80,24 @@ defmodule StarweaveImage.Supervisor do
     dtype:
       {{:one_of, [:auto, :float32, :bfloat16, :float16]}, :auto,
        "`TORCH_DTYPE` in the environment wins."},
+    preload:
+      {{:custom, "a list of model ids", &__MODULE__.model_ids/1}, [],
+       "Models to load at the start, one after the other; the first request need not wait for them."},
+    pinned:
+      {{:custom, "a list of model ids", &__MODULE__.model_ids/1}, [],
+       "Models that stay in memory once they are loaded."},
+    memory_budget:
+      {{:integer, 0, 1_125_899_906_842_624}, nil,
+       "Bytes of device memory for models; by default 85 % of it. The longest unused make room for the next."},
+    ram_budget:
+      {{:integer, 0, 1_125_899_906_842_624}, 0,
+       "Bytes of main memory for models that had to leave the device: from there they are back in a fraction of a load. Without effect on a CPU."},
+    offload:
+      {{:one_of, [:auto, :none, :model, :sequential]}, :auto,
+       "Whether a model's weights wait in main memory and visit the device by network or by layer: slower, for models that do not fit. `:auto` looks at what is free."},
+    compile:
+      {{:one_of, [:none, :blocks]}, :none,
+       "`:blocks` compiles the blocks that a denoiser repeats: the first picture takes longer, the others less. Needs a C++ compiler on a CPU."},
     offline: {:boolean, false, "true never asks the hub."},
     env:
       {{:custom, "a list of names", &__MODULE__.names/1}, [],

@@ -43,6 +43,10 @@ defmodule StarweaveImage.Wire do
        max_pixels: :uint,
        max_guidance: :number},
     memory_bytes: :uint,
+    bytes: {:maybe, :uint},
+    parked: {:maybe, :bool},
+    idle_ms: {:maybe, :uint},
+    load_ms: {:maybe, :uint},
     state: {:one_of, ~w(loaded loading available remote absent failed)a},
     error: {:maybe, :str}
   ]

@@ -499,6 +499,10 @@ CARD = {
         "max_guidance": 20.0,
     },
     "memory_bytes": 30_000_000,
+    "bytes": None,
+    "parked": False,
+    "idle_ms": None,
+    "load_ms": None,
     "state": "available",
     "error": None,
 }
@@ -507,6 +511,14 @@ FAILED_CARD = CARD | {
     "state": "failed",
     "error": "the weights are not safetensors",
     "revision": "a1b2",
+}
+LOADED_CARD = CARD | {
+    "id": "local/loaded",
+    "state": "loaded",
+    "bytes": 24_000_000,
+    "parked": True,
+    "idle_ms": 1500,
+    "load_ms": 900,
 }
 VITALS = {
     "phase": "busy",
@@ -541,6 +553,12 @@ to_sidecar(
             "device": "cuda:1",
             "dtype": "bfloat16",
             "offline": True,
+            "preload": ["starweave/tiny"],
+            "pinned": ["owner/hub", "local"],
+            "memory_budget": 2**50,
+            "ram_budget": 2**33,
+            "offload": "model",
+            "compile": "blocks",
             "capacity": 4,
             "heartbeat_interval_ms": 250,
         },
@@ -579,7 +597,7 @@ to_application(
         "device_name": "NVIDIA H100",
         "capacity": 8,
         "default_model": "starweave/tiny",
-        "catalog": [CARD, FAILED_CARD],
+        "catalog": [CARD, FAILED_CARD, LOADED_CARD],
     },
 )
 to_application(
@@ -688,7 +706,9 @@ to_application(
         "field": None,
     },
 )
-to_application("models reply", {"t": "models", "g": 1, "id": "op-3", "models": [CARD, FAILED_CARD]})
+to_application(
+    "models reply", {"t": "models", "g": 1, "id": "op-3", "models": [CARD, FAILED_CARD, LOADED_CARD]}
+)
 to_application("no models", {"t": "models", "g": 1, "id": "op-3", "models": []})
 to_application("stats reply", {"t": "stats", "g": 1, "id": "op-4", "seq": 61, **VITALS})
 to_application("heartbeat while starting", {"t": "heartbeat", "g": 0, "seq": 0, **IDLE})
@@ -857,6 +877,12 @@ for field, values in {
     "device": ["gpu", "cuda:", "cuda:x", "CPU", "", 0],
     "dtype": ["fp16", "int8", "", 16],
     "offline": ["yes", 0],
+    "preload": ["starweave/tiny", {}],
+    "pinned": ["starweave/tiny", 1],
+    "memory_budget": [-1, 2**50 + 1, "1GB", 1.5],
+    "ram_budget": [-1, 2**50 + 1, "1GB"],
+    "offload": ["layers", "", True],
+    "compile": ["all", "", True],
     "capacity": [0, 65, -1, 8.0, "8", True],
     "heartbeat_interval_ms": [49, 10_001, 1000.0, "1000"],
 }.items():
@@ -866,10 +892,20 @@ for field, values in {
             HELLO | {"config": {field: value}},
             refused("invalid_request", f"config.{field}"),
         )
+to_sidecar(
+    "hello with 257 names to preload",
+    HELLO | {"config": {"preload": ["a"] * 257}},
+    refused("invalid_request", "config.preload"),
+)
 for field, values in {
     "device": ["auto", "cpu", "mps", "xpu", "cuda", "cuda:0"],
     "dtype": ["auto", "float32", "float16"],
     "capacity": [1, 64],
+    "preload": [[], ["starweave/tiny", "a/b"]],
+    "memory_budget": [0, 2**50],
+    "ram_budget": [0, 2**50],
+    "offload": ["auto", "none", "sequential"],
+    "compile": ["none"],
     "heartbeat_interval_ms": [50, 10_000],
 }.items():
     for value in values:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from starweave_image import devices
 from starweave_image.devices import Device, decide, present
 from starweave_image.errors import ImageError
 
@@ -66,3 +67,29 @@ def test_a_gpu_that_the_driver_knows_and_torch_cannot_use_is_left_out(
     # Its properties are asked for in earnest, which fails here.
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: 1 / 0)
     assert [device.kind for device in present()] == ["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "weights", "largest", "free", "how"),
+    [
+        ("auto", 4, 3, 8, "none"),
+        ("auto", 7, 4, 8, "model"),
+        ("auto", 7, 7, 8, "sequential"),
+        ("none", 7, 7, 8, "none"),
+        ("sequential", 1, 1, 8, "sequential"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_offloaded(
+    wanted: str, weights: int, largest: int, free: int, how: str
+) -> None:
+    assert devices.placement(wanted, weights, largest, free) == how
+
+
+def test_what_runs_is_measured_in_time_and_memory() -> None:
+    import torch
+
+    choice = devices.decide("cpu", "float32", devices.present(), {})
+    with choice.measured() as peak:
+        torch.ones(64 * 2**20 // 4).sum()
+    assert 32 * 2**20 < peak() < 512 * 2**20
+    assert 0 < choice.free_bytes() <= choice.device.total_bytes

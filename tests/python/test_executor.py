@@ -128,13 +128,15 @@ def test_cancel_of_one_member_frees_it_within_a_step_and_changes_no_other(
     ids = together(bench, requests)
 
     def cancel(message: Any) -> None:
-        if isinstance(message, wire.Progress) and message.step == 3:
+        if isinstance(message, wire.Progress) and message.step and not cancelled:
+            cancelled.append(message.step)
             bench.engine.cancel("t1")
 
+    cancelled: list[int] = []
     bench.on["t1"] = cancel
     ended = bench.end("t1")
     assert isinstance(ended, wire.Error) and ended.kind == "cancelled"
-    assert max(m.step for m in bench.of("t1", wire.Progress)) <= 4
+    assert max(m.step for m in bench.of("t1", wire.Progress)) == cancelled[0] < 20
     for id, files in ((ids[0], alone[0]), (ids[2], alone[2])):
         assert isinstance(bench.end(id), wire.Done)
         assert difference(bench.files(id), files) <= 1

@@ -82,6 +82,34 @@ def test_a_signal_drains(ready: Start, tracked: Tracked) -> None:
     assert tracked.gone()
 
 
+def test_what_is_reproducible_is_the_same_in_company_and_after_a_kill(ready: Start) -> None:
+    def drawn(sidecar: Sidecar, id: str) -> bytes:
+        parts = sidecar.collect_until("done", "error", id=id)
+        assert parts[-1]["t"] == "done"
+        return b"".join(part["data"] for part in parts if part["t"] == "image")
+
+    def draw(sidecar: Sidecar, id: str, **fields: Any) -> None:
+        fields = {"prompt": "a red apple", "steps": 8} | fields
+        sidecar.send({"t": "generate", "g": 1, "id": id} | fields)
+
+    exact = {"seed": 11, "reproducible": True}
+    sidecar = ready()
+    draw(sidecar, "alone", **exact)
+    alone = drawn(sidecar, "alone")
+    for index in range(5):
+        draw(sidecar, f"other-{index}", prompt="a blue square", steps=30)
+    draw(sidecar, "accompanied", **exact)
+    assert drawn(sidecar, "accompanied") == alone
+    draw(sidecar, "killed", steps=100, **exact)
+    sidecar.expect("progress", id="killed", phase="denoising")
+    sidecar.signal(signal.SIGKILL)
+    assert sidecar.wait() == -signal.SIGKILL
+
+    sidecar = ready()
+    draw(sidecar, "again", **exact)
+    assert drawn(sidecar, "again") == alone
+
+
 def test_shutdown_lets_what_runs_end(ready: Start, tracked: Tracked) -> None:
     sidecar = ready(**config())
     sidecar.send({"t": "generate", "id": "short", "prompt": "a red apple", "steps": 2})

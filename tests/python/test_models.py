@@ -257,6 +257,14 @@ class Weighty(Model):
     def __init__(self, card: ModelCard) -> None:
         self.card = card
         self.bytes = card.memory_bytes
+        self.load_s = 2.5
+        self.moves: list[str] = []
+
+    def park(self) -> None:
+        self.moves.append("park")
+
+    def unpark(self) -> None:
+        self.moves.append("unpark")
 
 
 SDXL, TURBO, TINY = (find(name, shipped()) for name in ("sdxl", "sdxl-turbo", "tiny"))
@@ -335,6 +343,102 @@ def test_the_longest_unused_leave_first_and_one_in_use_never() -> None:
     cache.unload(SDXL.id)
     cache.unload("nobody")
     assert cache.resident() == [TURBO.id]
+
+
+def test_what_leaves_the_device_is_parked_while_main_memory_has_room_and_comes_back_without_a_load() -> None:
+    loads = Loads()
+    loads.opened.set()
+    budget, aside = SDXL.memory_bytes + TINY.memory_bytes, SDXL.memory_bytes + 2 * TINY.memory_bytes
+    cache = ModelCache(loads, budget, lambda: None, parked_budget=aside)
+    with cache.use(SDXL, patiently) as sdxl:
+        pass
+    with cache.use(TINY, patiently):
+        pass
+    with cache.use(TURBO, patiently) as turbo:
+        assert isinstance(sdxl, Weighty) and sdxl.moves == ["park"]
+    report = cache.report(SDXL.id)
+    assert report is not None and (report.parked, report.bytes, report.load_s) == (
+        True,
+        SDXL.memory_bytes,
+        2.5,
+    )
+    with cache.use(SDXL, patiently) as again:
+        assert again is sdxl and sdxl.moves == ["park", "unpark"]
+        report = cache.report(SDXL.id)
+        assert report is not None and (report.parked, report.idle_s) == (False, 0.0)
+    assert isinstance(turbo, Weighty) and turbo.moves == ["park"]
+    assert loads.names == [SDXL.id, TINY.id, TURBO.id]
+    assert cache.report("nobody") is None
+
+
+def test_main_memory_too_has_a_budget() -> None:
+    loads = Loads()
+    loads.opened.set()
+    cache = ModelCache(loads, SDXL.memory_bytes, lambda: None, parked_budget=SDXL.memory_bytes)
+    for card in (SDXL, TURBO, SDXL, TURBO):
+        with cache.use(card, patiently):
+            pass
+    # One is on the device and the other aside: after the first round nothing is loaded again.
+    assert loads.names == [SDXL.id, TURBO.id] and cache.resident() == sorted([SDXL.id, TURBO.id])
+    with cache.use(TINY, patiently):
+        pass
+    # The last that left the device keeps its place aside; who was there before is gone.
+    assert cache.resident() == sorted([TURBO.id, TINY.id])
+
+
+def test_a_pinned_model_stays() -> None:
+    loads = Loads()
+    loads.opened.set()
+    cache = ModelCache(loads, SDXL.memory_bytes, lambda: None, pinned=[TINY.id])
+    for card in (TINY, SDXL, TURBO):
+        with cache.use(card, patiently):
+            pass
+    assert cache.resident() == sorted([TINY.id, TURBO.id])
+    assert cache.make_room() and cache.resident() == [TINY.id]
+    assert not cache.make_room()
+
+
+def test_a_model_that_does_not_come_back_is_an_error_of_that_request_alone() -> None:
+    class Stuck(Weighty):
+        def unpark(self) -> None:
+            if not self.moves.count("unpark"):
+                self.moves.append("unpark")
+                raise RuntimeError("CUDA out of memory")
+
+    def load(card: ModelCard, room: Callable[[int], AbstractContextManager[None]]) -> Model:
+        with room(card.memory_bytes):
+            return Stuck(card)
+
+    cache = ModelCache(load, SDXL.memory_bytes, lambda: None, parked_budget=10**12)
+    for card in (SDXL, TURBO):
+        with cache.use(card, patiently):
+            pass
+    with pytest.raises(ImageError) as refused, cache.use(SDXL, patiently):
+        pass
+    assert refused.value.kind == "out_of_memory"
+    with cache.use(SDXL, patiently) as model:
+        assert model.card is SDXL
+
+
+def test_models_are_preloaded_in_order_and_one_that_fails_stops_no_other(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = bench_of(
+        folder, preload=["local/model", "sdxl", "starweave/tiny"], pinned=["starweave/tiny"], capacity=3
+    )
+    bench.wait_for(lambda: bench.engine.snapshot().resident == ["local/model", "starweave/tiny"] or None)
+    loaded = card(bench, "local/model")
+    assert (loaded.state, loaded.parked) == ("loaded", False)
+    assert loaded.bytes and loaded.load_ms is not None and loaded.idle_ms is not None
+    assert "sdxl" in caplog.text and "was not preloaded" in caplog.text
+    # Nothing of it is told to whoever sends requests.
+    assert bench.said == []
+    bench.engine.drain(PATIENCE_S)
+
+
+def test_a_name_to_preload_that_nobody_knows_keeps_the_engine_from_starting(folder: Path) -> None:
+    with pytest.raises(ImageError, match="model nobody is not known"):
+        bench_of(folder, preload=["nobody"])
 
 
 def test_a_copied_folder_is_another_model(folder: Path, tmp_path: Path) -> None:

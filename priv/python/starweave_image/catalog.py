@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -59,7 +59,8 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
             return "text_to_image", "image_to_image", "inpaint"
         return ("text_to_image",)
 
-    def on_wire(self, state: State, error: str | None) -> wire.Card:
+    def on_wire(self, state: State, error: str | None, **loaded: Any) -> wire.Card:
+        """`loaded` are the fields of the wire's card that only a loaded model has."""
         return wire.Card(
             id=self.id,
             name=self.name,
@@ -75,6 +76,7 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
             memory_bytes=self.memory_bytes,
             state=state,
             error=error,
+            **loaded,
         )
 
 

@@ -107,6 +107,16 @@ class Choice:
         return wire.DeviceMemory(used=used, total=self.device.total_bytes)
 
 
+def placement(wanted: str, weights: int, largest: int, free: int) -> str:
+    """How a model of `weights` bytes, its largest network `largest` of them, is kept with `free` bytes on the device:
+    `none`, all of it there; `model`, the network at work there; `sequential`, layer by layer. What is not `auto` is as
+    it was wanted. A fifth of what is free is left for the work itself."""
+    if wanted != "auto":
+        return wanted
+    room = 0.8 * free
+    return "none" if weights <= room else "model" if largest <= room else "sequential"
+
+
 def choose(config: wire.Config) -> Choice:
     """The device and dtype for this process, logged in one line; raises `unavailable`."""
     choice = decide(config.device, config.dtype, present(), os.environ)

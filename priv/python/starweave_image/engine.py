@@ -64,6 +64,7 @@ class Engine:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._running: dict[str, Request] = {}
+        self._preloading = Request("preload", None, silent=True)
         self._operations: dict[str, Request] = {}
         self._counters = wire.Counters()
         self._ending = 0
@@ -92,7 +93,15 @@ class Engine:
         from .executor import Executor
 
         choice = self._choice = devices.choose(self._config)
-        cache = ModelCache(self._load, int(choice.device.total_bytes * _MEMORY_SHARE), self._changed)
+        budget = self._config.memory_budget
+        cache = ModelCache(
+            self._load,
+            int(choice.device.total_bytes * _MEMORY_SHARE) if budget is None else budget,
+            self._changed,
+            # A CPU computes where it would park.
+            0 if choice.device.kind == "cpu" else self._config.ram_budget,
+            [self._weights.card(name, fetch=False).id for name in self._config.pinned],
+        )
         limits = Limits(default_path(), choice.free_bytes)
         self._executor = Executor(choice, limits, cache.make_room, release_memory)
         self._cache = cache
@@ -100,6 +109,10 @@ class Engine:
         # A sidecar whose requests would all fail is better not started: so its application learns of it now.
         self._weights.check_folder(default)
         self._changed()
+        if self._config.preload:
+            for name in self._config.preload:
+                self._weights.card(name, fetch=False)
+            threading.Thread(target=self._preload, name="preload", daemon=True).start()
         return wire.Ready(
             pid=os.getpid(),
             versions=self._versions,
@@ -145,7 +158,9 @@ class Engine:
 
     def models(self) -> list[wire.Card]:
         """All cards, with the state of each; usable without `start`."""
-        return [card.on_wire(*self._state(card)) for card in self._weights.cards()]
+        return [
+            card.on_wire(*self._state(card), **self._loaded_fields(card)) for card in self._weights.cards()
+        ]
 
     def snapshot(self) -> wire.Snapshot:
         """What a heartbeat tells; from any thread, never blocks."""
@@ -182,6 +197,7 @@ class Engine:
         """Take no more work, wait for what runs, and cancel what is left after `grace_s` seconds."""
         with self._lock:
             self._draining = True
+        self._preloading.cancel()
         self._changed()
         if self._settled(grace_s):
             return
@@ -424,7 +440,11 @@ class Engine:
         assert self._choice is not None and self._cache is not None
         source = self._weights.obtain(card)
         assert self._executor is not None
-        load = functools.partial(load_pipeline, source, card.id, self._choice, self._executor.alone)
+        config, executor = self._config, self._executor
+        compiled = config.compile == "blocks"
+        load = functools.partial(
+            load_pipeline, source, card.id, self._choice, executor.alone, config.offload, compiled
+        )
         with room(card.memory_bytes or source.bytes):
             begun = time.monotonic()
             pipeline = None
@@ -439,6 +459,7 @@ class Engine:
         # A hub revision names its files; a folder on this machine may have been changed.
         digest = checksum(source.folder) if source.revision is None else None
         model = Model(card, pipeline, source.folder, source.revision, digest, self._choice)
+        model.load_s = time.monotonic() - begun
         _logger.info("%s loaded in %.1f s, %d MB", card.id, time.monotonic() - begun, model.bytes // 10**6)
         return model
 
@@ -462,6 +483,36 @@ class Engine:
     def _state(self, card: ModelCard) -> tuple[State, str | None]:
         state, error = self._cache.state(card.id) if self._cache else (None, None)
         return cast(State, state or self._weights.presence(card)), error
+
+    def _loaded_fields(self, card: ModelCard) -> dict[str, Any]:
+        report = self._cache.report(card.id) if self._cache else None
+        if report is None:
+            return {}
+        return {
+            "bytes": report.bytes,
+            "parked": report.parked,
+            "idle_ms": round(report.idle_s * 1000),
+            "load_ms": round(report.load_s * 1000),
+        }
+
+    def _preload(self) -> None:
+        """Load the configured models one by one, and let each make a step: the first pass of a shape is slow on most
+        devices. One that fails is told in the log and in its state."""
+        for name in self._config.preload:
+            try:
+                card = self._card(name, self._preloading)
+                with self._use(card, self._preloading) as model:
+                    message = wire.Generate(id=self._preloading.id, prompt="a picture", steps=1)
+                    job = Job(message, card, settle(message, card), model, {}, None, None)
+                    lane = self._preloading.first
+                    lane.begin()
+                    self._draw(lane, job, seed=0)
+            except ImageError as error:
+                if error.kind == "cancelled":
+                    return
+                _logger.warning("%s was not preloaded: %s", name, error.message)
+            except Exception:
+                _logger.exception("%s was not preloaded", name)
 
     def _operate(self, id: str, work: Callable[[Request], None]) -> None:
         request = Request(id, None)
@@ -542,7 +593,7 @@ class Engine:
             )
 
     def _send(self, request: Request, message: wire.Outgoing) -> None:
-        if not request.ended:
+        if not request.ended and not request.silent:
             self._emit(message)
 
     def _fail(self, id: str, error: ImageError) -> None:

@@ -1,6 +1,8 @@
 """Loaded models: each is loaded once for all who wait for it, and the longest unused make room for the next.
 
-A load runs in a thread of its own and goes on when those who asked for it have left.
+There are two tiers. What must leave the device is parked in main memory where there is room for it, from where it comes
+back in a fraction of a load; on a CPU both are the same memory, and there is one tier. A load runs in a thread of its
+own and goes on when those who asked for it have left.
 """
 
 from __future__ import annotations
@@ -8,9 +10,11 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,9 @@ class Model:
         self.revision = revision
         self.checksum = checksum
         self.bytes = _weight_bytes(pipeline)
+        self.load_s = 0.0
+        self._home = choice.device.id
+        self._offloaded = any(hasattr(part, "_hf_hook") for part in pipeline.components.values())
         # A tokenizer keeps the padding and truncation of its last call, and a large one takes a second to
         # copy: sets of them are lent, and made from the spare one, which nobody uses, when all are out.
         own = {name: part for name, part in pipeline.components.items() if _is_tokenizer(part)}
@@ -50,12 +57,25 @@ class Model:
         where = f"{card.id} {revision or checksum} {choice.device.name} {choice.dtype}"
         self.networks = networks_of(pipeline, where)
 
+    def park(self) -> None:
+        """Take it from the device to main memory."""
+        # One that is offloaded is there already, but for the network that works.
+        if not self._offloaded:
+            self.pipeline.to("cpu")
+            release_memory()
+
+    def unpark(self) -> None:
+        if not self._offloaded:
+            self.pipeline.to(self._home)
+
     @contextmanager
     def borrow(self) -> Iterator[Any]:
         """A pipeline whose per-call state, scheduler and tokenizers are its own."""
         with self._lock:
             tokenizers = self._tokenizers.pop() if self._tokenizers else copy.deepcopy(self._spare)
         pipeline = copy.copy(self.pipeline)
+        # At the end of a call it would send the weights away from others that are at work with them.
+        pipeline.maybe_free_model_hooks = _nothing
         for name, part in tokenizers.items():
             setattr(pipeline, name, part)
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
@@ -64,6 +84,10 @@ class Model:
         finally:
             with self._lock:
                 self._tokenizers.append(tokenizers)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _is_tokenizer(part: Any) -> bool:
@@ -85,7 +109,11 @@ class _Entry:
         self.card = card
         self.model: Future[Model] = Future()
         self.users = 0
-        self.used = 0
+        self.turn = 0
+        self.used = time.monotonic()
+        self.parked = False
+        # Held by whoever moves it between the tiers.
+        self.moving = threading.Lock()
 
 
 Load = Callable[[ModelCard, Callable[[int], AbstractContextManager[None]]], Model]
@@ -94,12 +122,21 @@ loading itself begins: one at a time, with room made for it."""
 
 
 class ModelCache:
-    """At most `budget` bytes of loaded models, as far as the idle ones allow. `changed` is called after every
-    load and unload."""
+    """At most `budget` bytes of models on the device and `parked_budget` beside it, as far as those in use and those that
+    are `pinned` allow. `changed` is called after every load and unload."""
 
-    def __init__(self, load: Load, budget: int, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        load: Load,
+        budget: int,
+        changed: Callable[[], None],
+        parked_budget: int = 0,
+        pinned: Collection[str] = (),
+    ) -> None:
         self._load = load
         self._budget = budget
+        self._parked_budget = parked_budget
+        self._pinned = frozenset(pinned)
         self._changed = changed
         self._lock = threading.Lock()
         self._loading = threading.Lock()
@@ -117,10 +154,28 @@ class ModelCache:
             if isinstance(error, ImageError):
                 # A fresh one for each who waited: an exception keeps the traceback of whoever raised it.
                 raise ImageError(error.kind, error.message, error.field, error.retryable)
+            self._fetch(entry)
             yield entry.model.result()
         finally:
             with self._lock:
                 entry.users -= 1
+                entry.used = time.monotonic()
+
+    def _fetch(self, entry: _Entry) -> None:
+        """Have the entry's model on the device."""
+        model = entry.model.result()
+        with entry.moving:
+            if not entry.parked:
+                return
+            begun = time.monotonic()
+            with self._room(model.bytes):
+                try:
+                    model.unpark()
+                except Exception as error:
+                    raise _unexpected(entry.card.id, error) from None
+                with self._lock:
+                    entry.parked = False
+            _logger.info("%s back on the device in %.2f s", entry.card.id, time.monotonic() - begun)
 
     def unload(self, id: str) -> None:
         """Forget an idle model, loaded or not; raises `invalid_request` for one in use."""
@@ -144,6 +199,16 @@ class ModelCache:
         with self._lock:
             return any(not entry.model.done() for entry in self._entries.values())
 
+    def report(self, id: str) -> Report | None:
+        """What is known of a model that is loaded."""
+        with self._lock:
+            entry = self._entries.get(id)
+            if entry is None or not entry.model.done() or entry.model.exception():
+                return None
+            model = entry.model.result()
+            idle_s = 0.0 if entry.users else time.monotonic() - entry.used
+            return Report(model.bytes, entry.parked, idle_s, model.load_s)
+
     def state(self, id: str) -> tuple[str | None, str | None]:
         """`loaded`, `loading` or `failed`, with the last error; None where nothing was tried."""
         with self._lock:
@@ -160,7 +225,7 @@ class ModelCache:
                 entry = self._entries[card.id] = _Entry(card)
             self._clock += 1
             entry.users += 1
-            entry.used = self._clock
+            entry.turn = self._clock
         if fresh:
             threading.Thread(target=self._fill, args=(entry,), name=f"load {card.id}", daemon=True).start()
             self._changed()
@@ -193,24 +258,56 @@ class ModelCache:
         """Let idle models go until `wanted` bytes more fit into the budget; without a number, all of them. Whether any
         went."""
         wanted = self._budget if wanted is None else wanted
+        parking: list[_Entry] = []
+        leaving: list[str] = []
         with self._lock:
-            loaded = {id: entry for id, entry in self._entries.items() if entry.model.done()}
-            held = sum(entry.model.result().bytes for entry in loaded.values())
-            leaving = []
-            for id in sorted(loaded, key=lambda id: loaded[id].used):
+            loaded = [
+                entry
+                for entry in sorted(self._entries.values(), key=lambda entry: entry.turn)
+                if entry.model.done() and not entry.model.exception()
+            ]
+            held = sum(entry.model.result().bytes for entry in loaded if not entry.parked)
+            for entry in loaded:
                 if held + wanted <= self._budget:
                     break
-                if not loaded[id].users:
-                    held -= loaded[id].model.result().bytes
-                    del self._entries[id]
-                    leaving.append(id)
+                if entry.users or entry.parked or entry.card.id in self._pinned:
+                    continue
+                held -= entry.model.result().bytes
+                entry.parked = True
+                parking.append(entry)
+            # The longest unused have to leave main memory for those that leave the device now. One that is parked and
+            # has users is on its way back.
+            aside = [entry for entry in loaded if entry.parked and not entry.users]
+            while sum(entry.model.result().bytes for entry in aside) > self._parked_budget:
+                leaving.append(aside.pop(0).card.id)
+                del self._entries[leaving[-1]]
+            parking = [entry for entry in parking if entry.card.id not in leaving]
+        if not parking and not leaving:
+            return False
+        for entry in parking:
+            with entry.moving:
+                if entry.parked:
+                    entry.model.result().park()
+        if parking:
+            _logger.info("%s parked in main memory", ", ".join(entry.card.id for entry in parking))
+        # Before the device is asked to give the memory back, the last reference must be gone.
+        del loaded, parking, aside
+        entry = None  # type: ignore[assignment]
         if leaving:
-            # Before the device is asked to give the memory back, the last reference must be gone.
-            del loaded
             release_memory()
             _logger.info("%s left memory to make room", ", ".join(leaving))
-            self._changed()
-        return bool(leaving)
+        self._changed()
+        return True
+
+
+@dataclass(frozen=True)
+class Report:
+    """A loaded model: its weights in bytes, whether it is parked, seconds since its last use, and those of its load."""
+
+    bytes: int
+    parked: bool
+    idle_s: float
+    load_s: float
 
 
 def _unexpected(id: str, error: Exception) -> ImageError:

@@ -14,10 +14,12 @@ Phase = Literal["loading", "denoising", "decoding", "encoding"]
 
 
 class Request:
-    """A request and its lanes: the first loads the model, and each draws one picture in a thread of its own."""
+    """A request and its lanes: the first loads the model, and each draws one picture in a thread of its own. Of a silent
+    one nothing is told."""
 
-    def __init__(self, id: str, timeout_ms: int | None) -> None:
+    def __init__(self, id: str, timeout_ms: int | None, silent: bool = False) -> None:
         self.id = id
+        self.silent = silent
         self.ended = False
         self.begun = time.monotonic()
         self._deadline = None if timeout_ms is None else self.begun + timeout_ms / 1000

@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from . import wire
+from . import devices, wire
 from .catalog import ModelCard, find, shipped
 from .devices import Choice
 from .errors import ImageError, is_out_of_memory
@@ -64,7 +64,18 @@ class Source:
     @property
     def bytes(self) -> int:
         """Of its weights, which is about what they take in memory."""
-        return sum(file.stat().st_size for file in self.folder.glob("*/*.safetensors"))
+        return sum(self._parts().values())
+
+    @property
+    def largest(self) -> int:
+        """Bytes of its largest network."""
+        return max(self._parts().values(), default=0)
+
+    def _parts(self) -> dict[str, int]:
+        parts: dict[str, int] = {}
+        for file in self.folder.glob("*/*.safetensors"):
+            parts[file.parent.name] = parts.get(file.parent.name, 0) + file.stat().st_size
+        return parts
 
 
 class Weights:
@@ -413,9 +424,15 @@ def quiet_libraries() -> None:
 
 
 def load_pipeline(
-    source: Source, id: str, choice: Choice, alone: Callable[[], AbstractContextManager[None]]
+    source: Source,
+    id: str,
+    choice: Choice,
+    alone: Callable[[], AbstractContextManager[None]],
+    offload: str = "auto",
+    compiled: bool = False,
 ) -> Any:
-    """The stock pipeline with its weights on the chosen device; raises `model_load_failed`.
+    """The stock pipeline with its weights on the chosen device, or offloaded as `devices.placement` says; raises
+    `model_load_failed`.
 
     What `alone` gives is held while a network is constructed: nothing may compute then.
     """
@@ -423,12 +440,13 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
 
     dtype = getattr(torch, choice.dtype)
+    how = devices.placement(offload, source.bytes, source.largest, choice.free_bytes())
     try:
         with _LOADING, _constructing(torch, alone):
             pipeline = DiffusionPipeline.from_pretrained(
                 str(source.folder), dtype=dtype, use_safetensors=True, local_files_only=True
             )
-        pipeline.to(choice.device.id)
+        _place(pipeline, choice, how)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -440,7 +458,37 @@ def load_pipeline(
         for name in ("unet", "vae"):
             if getattr(pipeline, name, None) is not None:
                 getattr(pipeline, name).to(memory_format=torch.channels_last)
+    if compiled:
+        _compile(pipeline, id)
     return pipeline
+
+
+def _compile(pipeline: Any, id: str) -> None:
+    """Compile the blocks that a denoiser repeats, each kind once, when it is first used."""
+    import torch._dynamo
+
+    # What cannot be compiled runs as it is.
+    torch._dynamo.config.suppress_errors = True
+    for name in ("unet", "transformer"):
+        if (denoiser := getattr(pipeline, name, None)) is not None:
+            try:
+                denoiser.compile_repeated_blocks()
+            except ValueError:
+                _logger.warning("%s has no blocks that diffusers knows how to compile", id)
+
+
+def _place(pipeline: Any, choice: Choice, how: str) -> None:
+    if choice.device.kind == "cpu" or how == "none":
+        pipeline.to(choice.device.id)
+    elif how == "model":
+        pipeline.enable_model_cpu_offload(device=choice.device.id)
+    else:
+        pipeline.enable_sequential_cpu_offload(device=choice.device.id)
+    if how != "none" and choice.device.kind != "cpu":
+        _logger.info("offloading by %s: the weights do not fit on the device at once", how)
+    # In half precision this decoder overflows; its pipelines widen it for each decode, which others would see.
+    if choice.dtype == "float16" and hasattr(pipeline, "upcast_vae") and pipeline.vae.config.force_upcast:
+        pipeline.upcast_vae()
 
 
 # accelerate swaps a method of torch.nn.Module while it loads: two loads that overlap leave the wrong one behind.

@@ -98,6 +98,8 @@ EncodedImage = Annotated[
     ),
 ]
 Format = Annotated[Literal["png", "jpeg", "webp"], Meta(description="one of png, jpeg, webp")]
+ModelIds = Annotated[list[ModelId], Meta(max_length=256, description="a list of at most 256 model names")]
+Bytes = Annotated[int, Meta(ge=0, le=2**50, description="an integer of bytes from 0 to 2^50")]
 Bool = Annotated[bool, Meta(description="true or false")]
 Path = Annotated[
     str,
@@ -144,6 +146,15 @@ class Config(Struct, kw_only=True):
     ] = "auto"
     offline: Bool = False
     capacity: Annotated[int, Meta(ge=1, le=64, description="an integer from 1 to 64")] = 8
+    preload: ModelIds = []
+    pinned: ModelIds = []
+    memory_budget: Bytes | None = None
+    ram_budget: Bytes = 0
+    offload: Annotated[
+        Literal["auto", "none", "model", "sequential"],
+        Meta(description="one of auto, none, model, sequential"),
+    ] = "auto"
+    compile: Annotated[Literal["none", "blocks"], Meta(description="one of none, blocks")] = "none"
     heartbeat_interval_ms: Annotated[
         int, Meta(ge=50, le=10_000, description="an integer from 50 to 10000")
     ] = 1000
@@ -275,6 +286,10 @@ class Card(Struct, kw_only=True):
     defaults: Defaults
     limits: Limits
     memory_bytes: int
+    bytes: int | None = None
+    parked: bool = False
+    idle_ms: int | None = None
+    load_ms: int | None = None
     state: Literal["loaded", "loading", "available", "remote", "absent", "failed"]
     error: str | None = None
 
