@@ -375,7 +375,8 @@ defmodule StarweaveImage.Sidecar do
         }
       )
 
-      state = %{state | ready_at: now(), ever_ready: true, phase: :ready}
+      # The silence of its imports ends here, not with the next heartbeat.
+      state = %{state | ready_at: now(), heard_at: now(), ever_ready: true, phase: :ready}
       tell(state, {:ready, ready})
       state
     else
