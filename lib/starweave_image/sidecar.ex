@@ -242,7 +242,7 @@ defmodule StarweaveImage.Sidecar do
 
       state = %{state | port: port, os_pid: os_pid, log: log}
       report(state, state.phase)
-      push(state, hello(state))
+      state
     else
       {:error, sentence} -> ended(state, sentence)
     end
@@ -325,6 +325,8 @@ defmodule StarweaveImage.Sidecar do
   end
 
   defp receive_message(state, %{t: :heartbeat, g: g} = beat) when g in [0, state.generation] do
+    # Greeted at its first sign of life: a write to one that has ended already would cost its exit status.
+    state = if state.heartbeat, do: state, else: push(state, hello(state))
     known = state.heartbeat && state.heartbeat.resident
     state = listed(%{state | heard_at: now(), heartbeat: beat})
 
