@@ -346,7 +346,8 @@ defmodule StarweaveImage.Sidecar do
         fail(%{state | phase: :stalled}, reason)
 
       state.ready_at ->
-        report(state, beat.phase)
+        # One that was written as it got ready may come just after `ready`.
+        report(state, if(beat.phase == :starting, do: :ready, else: beat.phase))
         if beat.resident != known, do: ask_for_models(state), else: state
 
       true ->
