@@ -19,6 +19,8 @@ defmodule StarweaveImage.Sidecar do
   @reap_ms 3_000
   # Between the polite signal and the kill, when the grace period is over.
   @term_ms 1_500
+  # For its log to be read to the end, once nobody is left to write to it.
+  @last_words_ms 1_000
   # After a crash of a sidecar that had worked, so many starts in a row may fail before the accepted requests do.
   @patience 3
   # A start that reaches `ready` and stays up this long is a good one: the back-off begins anew.
@@ -171,11 +173,19 @@ defmodule StarweaveImage.Sidecar do
 
   def terminate(_reason, state) do
     grace = state.config[:shutdown_grace]
+    reader = Process.monitor(state.log)
 
     state
     |> push(%{t: "shutdown", g: state.generation, grace_ms: grace})
     |> drain(now() + grace)
     |> close()
+
+    # What stops after us may be Logger: the last words come first.
+    receive do
+      {:DOWN, ^reader, _, _, _} -> :ok
+    after
+      @last_words_ms -> :ok
+    end
   end
 
   # What runs may come to its end within the grace period, and then its answer counts.
