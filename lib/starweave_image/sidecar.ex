@@ -285,9 +285,15 @@ defmodule StarweaveImage.Sidecar do
       {:os_pid, os_pid} ->
         {:ok, port, os_pid}
 
+      # It has ended already, and its status came before the port was closed.
       nil ->
         SidecarLog.stop(log)
-        {:error, "the Python process ended as it was started: run `mix image.setup`"}
+
+        receive do
+          {^port, {:exit_status, status}} -> {:error, exit_reason(status, nil)}
+        after
+          0 -> {:error, "the Python process ended as it was started: run `mix image.setup`"}
+        end
     end
   rescue
     # ErlangError with :enoent, :eacces, …
