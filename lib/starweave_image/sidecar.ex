@@ -19,6 +19,8 @@ defmodule StarweaveImage.Sidecar do
   @reap_ms 3_000
   # Between the polite signal and the kill, when the grace period is over.
   @term_ms 1_500
+  # For its log to be read to the end, once nobody is left to write to it.
+  @last_words_ms 1_000
   # After a crash of a sidecar that had worked, so many starts in a row may fail before the accepted requests do.
   @patience 3
   # A start that reaches `ready` and stays up this long is a good one: the back-off begins anew.
@@ -171,11 +173,19 @@ defmodule StarweaveImage.Sidecar do
 
   def terminate(_reason, state) do
     grace = state.config[:shutdown_grace]
+    reader = Process.monitor(state.log)
 
     state
     |> push(%{t: "shutdown", g: state.generation, grace_ms: grace})
     |> drain(now() + grace)
     |> close()
+
+    # What stops after us may be Logger: the last words come first.
+    receive do
+      {:DOWN, ^reader, _, _, _} -> :ok
+    after
+      @last_words_ms -> :ok
+    end
   end
 
   # What runs may come to its end within the grace period, and then its answer counts.
@@ -242,7 +252,7 @@ defmodule StarweaveImage.Sidecar do
 
       state = %{state | port: port, os_pid: os_pid, log: log}
       report(state, state.phase)
-      push(state, hello(state))
+      state
     else
       {:error, sentence} -> ended(state, sentence)
     end
@@ -275,9 +285,15 @@ defmodule StarweaveImage.Sidecar do
       {:os_pid, os_pid} ->
         {:ok, port, os_pid}
 
+      # It has ended already, and its status came before the port was closed.
       nil ->
         SidecarLog.stop(log)
-        {:error, "the Python process ended as it was started: run `mix image.setup`"}
+
+        receive do
+          {^port, {:exit_status, status}} -> {:error, exit_reason(status, nil)}
+        after
+          0 -> {:error, "the Python process ended as it was started: run `mix image.setup`"}
+        end
     end
   rescue
     # ErlangError with :enoent, :eacces, …
@@ -331,6 +347,8 @@ defmodule StarweaveImage.Sidecar do
   end
 
   defp receive_message(state, %{t: :heartbeat, g: g} = beat) when g in [0, state.generation] do
+    # Greeted at its first sign of life: a write to one that has ended already would cost its exit status.
+    state = if state.heartbeat, do: state, else: push(state, hello(state))
     known = state.heartbeat && state.heartbeat.resident
     state = listed(%{state | heard_at: now(), heartbeat: beat})
 
@@ -350,7 +368,8 @@ defmodule StarweaveImage.Sidecar do
         fail(%{state | phase: :stalled}, reason)
 
       state.ready_at ->
-        report(state, beat.phase)
+        # One that was written as it got ready may come just after `ready`.
+        report(state, if(beat.phase == :starting, do: :ready, else: beat.phase))
         if beat.resident != known, do: ask_for_models(state), else: state
 
       true ->
@@ -381,7 +400,8 @@ defmodule StarweaveImage.Sidecar do
         }
       )
 
-      state = %{state | ready_at: now(), ever_ready: true, phase: :ready}
+      # The silence of its imports ends here, not with the next heartbeat.
+      state = %{state | ready_at: now(), heard_at: now(), ever_ready: true, phase: :ready}
       tell(state, {:ready, ready})
       state
     else

@@ -32,8 +32,14 @@ defmodule StarweaveImage.HostsTest do
     repository = Path.join(tmp_dir, "library")
     File.mkdir!(repository)
 
-    for name <- ~w(mix.exs lib priv),
-        do: File.cp_r!(Path.join(@root, name), Path.join(repository, name))
+    # One by one, without Python's caches: it renames files there while other tests run.
+    for pattern <- ~w(mix.exs lib/** priv/**),
+        path <- Path.wildcard(Path.join(@root, pattern)),
+        File.regular?(path) and not (path =~ "__pycache__") do
+      copy = Path.join(repository, Path.relative_to(path, @root))
+      File.mkdir_p!(Path.dirname(copy))
+      File.cp!(path, copy)
+    end
 
     git = fn arguments ->
       run(repository, "git", ["-c", "user.name=t", "-c", "user.email=t@localhost" | arguments])

@@ -90,8 +90,8 @@ defmodule StarweaveImage.SupervisionTest do
 
       log =
         capture_log(fn ->
-          instance = start(nil, python: python, backoff_min: 100, backoff_max: 1_000)
           began = System.monotonic_time(:millisecond)
+          instance = start(nil, python: python, backoff_min: 100, backoff_max: 1_000)
           assert await(fn -> File.exists?(starts) and count.() >= 5 end)
           took = System.monotonic_time(:millisecond) - began
           # At the least: the halves of 100, 200, 400 and 800 ms.

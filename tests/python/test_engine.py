@@ -360,6 +360,8 @@ def test_a_model_is_loaded_and_unloaded_by_name(bench: Bench) -> None:
     bench.engine.load_model("load", "local/sd")
     assert isinstance(bench.end("load"), wire.Done)
     assert [m.phase for m in bench.of("load", wire.Progress)] == ["loading"]
+    # Whoever has the answer finds the model's new state.
+    assert states(bench, "load")["local/sd"] == "loaded"
     assert bench.engine.snapshot().resident == ["local/sd"]
 
     def unload_while_running(message: Any) -> None:
@@ -372,9 +374,17 @@ def test_a_model_is_loaded_and_unloaded_by_name(bench: Bench) -> None:
     assert error(bench.end("too soon")).kind == "invalid_request"
     bench.engine.unload_model("unload", "local/sd")
     assert isinstance(bench.end("unload"), wire.Done)
+    assert states(bench, "unload")["local/sd"] == "available"
     assert bench.engine.snapshot().resident == []
     bench.engine.load_model("unknown", "local/nobody")
     assert error(bench.end("unknown")).kind == "model_not_found"
+
+
+def states(bench: Bench, id: str) -> dict[str, str]:
+    """Of each model, as told just before the end of the operation `id`."""
+    [*_, told, end] = bench.of(id)
+    assert isinstance(told, wire.ModelsReply) and isinstance(end, wire.Done)
+    return {card.id: card.state for card in told.models}
 
 
 def test_a_snapshot_shows_where_each_request_stands(bench: Bench) -> None:

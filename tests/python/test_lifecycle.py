@@ -72,12 +72,23 @@ def test_a_signal_drains(ready: Start, tracked: Tracked) -> None:
     sidecar.send(LONG)
     sidecar.expect("progress", id="long", phase="denoising", timeout=180)
     sidecar.signal(signal.SIGTERM)
+    [end] = [message for message in sidecar.drain_frames() if message["t"] in ("done", "error")]
+    assert end["id"] == "long" and (end["t"] == "done" or end["kind"] == "cancelled")
+    assert sidecar.wait() == 0
+    assert tracked.gone()
+
+
+def test_a_sidecar_that_drains_takes_no_more(ready: Start, tracked: Tracked) -> None:
+    sidecar = ready(**config())
+    sidecar.send({**LONG, "steps": 100})
+    sidecar.expect("progress", id="long", phase="denoising", timeout=180)
+    # Its grace outlasts the test, which ends what runs itself: a signal's would be over before a slow machine is here.
+    sidecar.send({"t": "shutdown", "grace_ms": 600_000})
     sidecar.expect("heartbeat", phase="draining")
     sidecar.send({"t": "generate", "id": "late", "prompt": "x"})
-    messages = sidecar.drain_frames()
-    ends = {message["id"]: message for message in messages if message["t"] in ("done", "error")}
-    assert ends["late"]["kind"] == "unavailable"
-    assert ends["long"]["t"] == "done" or ends["long"]["kind"] == "cancelled"
+    assert sidecar.expect("error", id="late")["kind"] == "unavailable"
+    sidecar.send({"t": "cancel", "id": "long"})
+    assert sidecar.expect("error", id="long")["kind"] == "cancelled"
     assert sidecar.wait() == 0
     assert tracked.gone()
 

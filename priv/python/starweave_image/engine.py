@@ -526,7 +526,11 @@ class Engine:
 
         def run() -> None:
             with self._answered(request):
-                work(request)
+                try:
+                    work(request)
+                finally:
+                    # Before the answer, so that whoever has it finds the model's new state.
+                    self._send(request, wire.ModelsReply(id=id, models=self.models()))
                 self._finish(request, wire.Done(id=id))
 
         threading.Thread(target=run, name=f"operation {id}", daemon=True).start()

@@ -34,7 +34,7 @@ class Sidecar:
         self.received: list[list[str | None]] = []
         self.started = time.monotonic()
         self._sequence = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._connect_log(sys.argv[sys.argv.index("--log-socket") + 1])
 
     def run(self) -> None:
@@ -176,23 +176,23 @@ class Sidecar:
             time.sleep(self.interval_s)
 
     def beat(self) -> None:
+        # Written as it was seen: an older view of what runs must not come after a younger one.
         with self._lock:
-            sequence = self._sequence
+            running = [self.state_of(id) for id in list(self.running)]
+            self.send(
+                "heartbeat",
+                seq=self._sequence,
+                phase="busy" if running else self.phase,
+                uptime_ms=int((time.monotonic() - self.started) * 1000),
+                capacity=self.capacity,
+                grant=max(0, self.capacity - len(running)),
+                running=running,
+                resident=[],
+                device_memory=None,
+                rss=1,
+                counters={"accepted": 0, "done": 0, "failed": 0, "cancelled": 0},
+            )
             self._sequence += 1
-        running = [self.state_of(id) for id in list(self.running)]
-        self.send(
-            "heartbeat",
-            seq=sequence,
-            phase="busy" if running else self.phase,
-            uptime_ms=int((time.monotonic() - self.started) * 1000),
-            capacity=self.capacity,
-            grant=max(0, self.capacity - len(running)),
-            running=running,
-            resident=[],
-            device_memory=None,
-            rss=1,
-            counters={"accepted": 0, "done": 0, "failed": 0, "cancelled": 0},
-        )
 
     def state_of(self, id: str) -> Message:
         return {"id": id, "phase": "denoising", "step": 1, "steps": 4, "step_age_ms": 0, "step_ms": 1}
