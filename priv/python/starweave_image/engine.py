@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import msgspec
@@ -28,6 +28,7 @@ from . import __version__, devices, images, log, schedulers, wire
 from .catalog import ModelCard, Settings, State, rendered_size, settle
 from .errors import ImageError, is_out_of_memory, missing_package
 from .model_cache import Model, ModelCache, release_memory
+from .preview import Previews
 from .tasks import image_to_image, inpaint, text_to_image
 from .turn import DeviceTurn, Request
 from .weights import Weights, checksum, load_pipeline, quiet_libraries
@@ -218,7 +219,8 @@ class Engine:
                 ),
             )
             with self._use(card, request) as model:
-                job = Job(message, card, settings, model, self._environment(model), image, mask)
+                send = functools.partial(self._send, request)
+                job = Job(message, card, settings, model, self._environment(model), image, mask, send)
                 files = [self._picture(request, job, index, seed) for index, seed in enumerate(seeds)]
             done = wire.Done(
                 id=request.id,
@@ -272,7 +274,11 @@ class Engine:
             pipeline, call = job.prepare(pipeline)
             job.note(*call.notices)
             request.enter("denoising", index)
-            with self._turn.held(request), self._hooked(request, pipeline, index):
+            with (
+                self._turn.held(request),
+                job.previews.watch(pipeline, index) if job.previews else nullcontext(),
+                self._hooked(request, pipeline, index),
+            ):
                 try:
                     noise = torch.Generator("cpu").manual_seed(seed)
                     result = pipeline(**call.arguments, generator=noise, output_type="pil")
@@ -513,6 +519,7 @@ class Job:
         environment: dict[str, Any],
         image: Image | None,
         mask: Image | None,
+        send: Callable[[wire.Outgoing], None],
     ) -> None:
         self.message = message
         self.card = card
@@ -527,6 +534,10 @@ class Job:
             self.note(
                 f"Rendered at {self.width}x{self.height} and enlarged: {card.name} draws at that scale only."
             )
+        rendered, size = (self.width, self.height), (settings.width, settings.height)
+        self.previews = (
+            Previews(message.id, model.pipeline, rendered, size, send) if message.preview else None
+        )
         if unknown := text_to_image.unknown_words(model.folder, message.prompt):
             words = ", ".join(f'"{word[:40]}"' for word in unknown[:5]) + (" …" if len(unknown) > 5 else "")
             self.note(
