@@ -31,8 +31,9 @@ _PICTURES = 3
 _SHAPES = (4, 6, 8, 10, 12)
 _MIN_SIDE = 128
 _RIDGE = 1e-3
-_ROUNDS = 10
+# From here on a colour counts as full: the map may go beyond it, which is cut off again when it is drawn.
 _FULL = 0.98
+_ROUNDS = 10
 
 _logger = logging.getLogger(__name__)
 _maps: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
@@ -187,7 +188,7 @@ def draw(latents: Any, map: Any) -> Image:
 
     colours = torch.nn.functional.conv2d(_with_ones(latents.float().cpu()), map, padding=1)[0]
     levels = ((colours.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return fromarray(levels.numpy(), "RGB")
+    return fromarray(levels.numpy())
 
 
 def fitted(vae: Any, scale: int) -> Any:
