@@ -171,6 +171,7 @@ defmodule Mix.Tasks.Image.GenTest do
       lines = String.split(command.output, "\n")
       line = in_folder("[image.gen] Preview in FOLDER/x.preview.jpg, until the end", command)
       assert Enum.count(lines, &(&1 == line)) == 1
+      assert Enum.count(lines, &(&1 == "[image.gen] Loading the model...")) == 1
       assert Enum.find_index(lines, &(&1 == line)) < Enum.find_index(lines, &(&1 =~ "Saved to"))
     end
   end

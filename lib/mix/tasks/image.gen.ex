@@ -591,7 +591,8 @@ defmodule Mix.Tasks.Image.Gen do
   defp announce_preview(%{previewed?: false, mode: mode} = bar) when mode != :silent do
     clear(bar)
     Mix.shell().info("[image.gen] Preview in #{bar.preview}, until the end")
-    redraw(%{bar | previewed?: true, drawn: nil})
+    # The bar of a terminal was cleared for that line, a plain line stands.
+    redraw(%{bar | previewed?: true, drawn: if(mode == :plain, do: bar.drawn)})
   end
 
   defp announce_preview(bar), do: bar
