@@ -48,9 +48,22 @@ defmodule StarweaveImage do
   @type event ::
           {:queued, %{position: pos_integer, attempt: pos_integer}}
           | {:progress, map}
-          | {:preview, map}
+          | {:preview, preview}
           | {:image, Image.t()}
           | {:error, Error.t()}
+
+  @typedoc """
+  How image number `image` (from 0) of request `id` stands after `step` steps: a picture file of at most 256 pixels a side.
+  """
+  @type preview :: %{
+          id: id,
+          image: non_neg_integer,
+          step: pos_integer,
+          format: :jpeg | :png | :webp,
+          width: pos_integer,
+          height: pos_integer,
+          data: binary
+        }
 
   # How much later than a request's own deadline its answer may come before the queue counts as dead.
   @slack_ms 5_000
@@ -247,14 +260,17 @@ defmodule StarweaveImage do
   `{:error, error}`. Whoever consumes it owns the request: leaving the stream early cancels
   it, unless somebody else waits for it too.
 
-      for event <- StarweaveImage.stream("a red apple") do
+      for event <- StarweaveImage.stream("a red apple", preview: true) do
         case event do
           {:queued, %{position: n}} -> IO.puts("number \#{n} in the queue")
           {:progress, p} -> IO.puts("\#{p.phase} \#{p.step}/\#{p.steps}")
+          {:preview, preview} -> File.write!("apple.preview.jpg", preview.data)
           {:image, image} -> StarweaveImage.Image.save(image, "apple.png")
           {:error, error} -> IO.puts(error.message)
         end
       end
+
+  Previews come with `preview: true` only.
   """
   @spec stream(String.t(), keyword | map) :: Enumerable.t()
   def stream(prompt, opts \\ []) do

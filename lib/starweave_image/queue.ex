@@ -436,8 +436,11 @@ defmodule StarweaveImage.Queue do
   end
 
   defp sidecar_event(state, index, {:message, %{t: :preview, id: id} = preview}) do
-    if job = running(state, index, id),
-      do: tell(job, {:preview, Map.drop(preview, [:t, :g, :id])})
+    # Told and not kept. A copy, or whoever keeps it would keep all that was read from the port with it.
+    if job = running(state, index, id) do
+      event = %{Map.drop(preview, [:t, :g]) | data: :binary.copy(preview.data)}
+      tell(job, {:preview, event})
+    end
 
     state
   end

@@ -33,7 +33,8 @@ defmodule StarweaveImage.Request do
     metadata: {:boolean, true, "Whether the parameters are written into the file."},
     reproducible: {:boolean, false, "The same bytes for the same request, whatever else runs."},
     preview:
-      {:boolean, false, "Accepted, and without effect yet: previews while the image forms."},
+      {:boolean, false,
+       "Small pictures of how the image forms, as `{:preview, preview}` events of `StarweaveImage.stream/2` and `StarweaveImage.subscribe/1`: at most ten an image."},
     id:
       {:id, nil,
        "Name of the request, drawn at random unless given. A second request with the id of one that waits, runs or is done is that request; one that failed may be asked for again."},

@@ -32,6 +32,8 @@ defmodule Mix.Tasks.Image.GenTest do
     sentence
   end
 
+  defp in_folder(text, command), do: String.replace(text, "FOLDER", command.folder)
+
   defp written(command, prefix),
     do:
       command.folder |> File.ls!() |> Enum.filter(&String.starts_with?(&1, prefix)) |> Enum.sort()
@@ -145,6 +147,33 @@ defmodule Mix.Tasks.Image.GenTest do
     assert {command.status, Command.stderr(command)} == {0, ""}
     assert command.output =~ ~s(model: "local/starweave-tiny")
     assert png_size(command.folder <> "/x") == {64, 64}
+  end
+
+  describe "--preview" do
+    test "shows how the image forms in a file, which is gone at the end" do
+      command = Command.start(@long ++ ["--preview"])
+      line = in_folder("[image.gen] Preview in FOLDER/x.preview.jpg", command)
+      command = Command.await_output(command, line)
+      # It stands there from the moment on that it is announced, whole, whatever replaces it.
+      assert <<0xFF, 0xD8, 0xFF, _::binary>> =
+               jpeg = File.read!(command.folder <> "/x.preview.jpg")
+
+      assert binary_part(jpeg, byte_size(jpeg), -2) == <<0xFF, 0xD9>>
+      assert ended(command, "TERM").status == 143
+      assert written(command, "x") == []
+    end
+
+    test "says so in one line, and leaves the image alone" do
+      argv = ~w(image.gen --prompt x --out FOLDER/x.webp --num-images 2 --preview) ++ @small
+      command = Command.run(argv)
+      assert {command.status, Command.stderr(command)} == {0, ""}
+      assert written(command, "x") == ["x-1.webp", "x-2.webp"]
+      lines = String.split(command.output, "\n")
+      line = in_folder("[image.gen] Preview in FOLDER/x.preview.jpg, until the end", command)
+      assert Enum.count(lines, &(&1 == line)) == 1
+      assert Enum.count(lines, &(&1 == "[image.gen] Loading the model...")) == 1
+      assert Enum.find_index(lines, &(&1 == line)) < Enum.find_index(lines, &(&1 =~ "Saved to"))
+    end
   end
 
   test "on a terminal: a bar with steps" do

@@ -135,6 +135,43 @@ defmodule StarweaveImageTest do
     refute_received _
   end
 
+  test "stream/2 with previews shows each image before it is there" do
+    opts = [id: "shown", num_images: 2, width: 128, height: 64, steps: 20, preview: true]
+    events = Enum.to_list(StarweaveImage.stream("a red apple", opts))
+    previews = for {:preview, preview} <- events, do: preview
+    {before, [{:image, _}, {:image, _}]} = Enum.split(events, -2)
+    assert length(previews) == Enum.count(before, &match?({:preview, _}, &1))
+
+    for index <- 0..1 do
+      steps = for %{image: ^index, step: step} <- previews, do: step
+      assert length(steps) in 1..10
+      assert steps == Enum.uniq(Enum.sort(steps))
+      assert Enum.all?(steps, &(&1 in 1..20))
+    end
+
+    for preview <- previews do
+      assert %{id: "shown", format: :jpeg, width: 128, height: 64} = preview
+      assert <<0xFF, 0xD8, 0xFF, _::binary>> = preview.data
+      assert byte_size(preview.data) < 20_000
+      # Its own bytes, not a piece of what was read from the port.
+      assert :binary.referenced_byte_size(preview.data) == byte_size(preview.data)
+    end
+
+    refute_received _
+  end
+
+  test "a subscriber sees previews; one that was not asked for does not come" do
+    {:ok, id} = StarweaveImage.submit("a red apple", [preview: true] ++ @small)
+    :ok = StarweaveImage.subscribe(id)
+    assert_receive {:starweave_image, ^id, {:preview, %{id: ^id, image: 0}}}, 60_000
+    assert_receive {:starweave_image, ^id, {:image, _}}, 60_000
+    :ok = StarweaveImage.unsubscribe(id)
+
+    events = Enum.to_list(StarweaveImage.stream("a red apple", @small))
+    refute Enum.any?(events, &match?({:preview, _}, &1))
+    assert {:image, %Image{}} = List.last(events)
+  end
+
   test "stream/2 of a bad request is one error" do
     assert [{:error, %Error{kind: :invalid_request}}] =
              Enum.to_list(StarweaveImage.stream("", []))

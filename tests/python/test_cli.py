@@ -44,6 +44,14 @@ def test_generate_starts_from_an_image(tracked: Tracked, tmp_path: Path) -> None
         assert image.size == (96, 64)
 
 
+def test_the_preview_is_a_file_until_the_end(tracked: Tracked, tmp_path: Path) -> None:
+    arguments = ["--out", "apple.png", "--preview", "--steps", "4"]
+    result = run(tracked, "generate", "a red apple", *arguments, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "apple.png\n"), result.stderr
+    assert result.stderr.count("Preview in apple.preview.jpg, until the end\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["apple.png"]
+
+
 def test_several_images_are_numbered(tracked: Tracked, tmp_path: Path) -> None:
     result = run(tracked, "generate", "a red apple", "--num-images", "2", "--steps", "1", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, "image-1.png\nimage-2.png\n"), result.stderr

@@ -22,6 +22,9 @@ defmodule Mix.Tasks.Image.Gen do
     variations: {:integer, "N", "N variations of `--image`, or else of the prompt"},
     format: {:string, "FORMAT", "`png`, `jpeg` or `webp` (default: what `--out` ends in)"},
     quality: {:integer, "N", "1 to 100, for JPEG and WebP (default: 90)"},
+    preview:
+      {:boolean, nil,
+       "show how the image forms in a file beside `--out`, such as `image.preview.jpg`, removed at the end"},
     metadata: {:boolean, nil, "`--no-metadata` leaves the parameters out of the file"},
     timeout: {:integer, "SECONDS", "give up after so long, loading included (default: 3600)"},
     device: {:string, "DEVICE", "`auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`"},
@@ -39,6 +42,7 @@ defmodule Mix.Tasks.Image.Gen do
       mix image.gen --prompt "a red apple" --out apple.png
       mix image.gen --prompt "a cat" --out cats.webp --num-images 4 --seed 1
       mix image.gen --prompt "a red apple" --model ./my-model --width 512 --height 512
+      mix image.gen --prompt "a red apple" --out apple.png --preview
       mix image.gen --prompt "a green pear" --image apple.png --strength 0.7 --out pear.png
       mix image.gen --prompt "a red apple" --image apple.png --variations 4 --out apples.png
       mix image.gen --list-models
@@ -412,10 +416,15 @@ defmodule Mix.Tasks.Image.Gen do
           else: "Waiting"
 
       images = max(Map.get(job.request, :num_images, 1), 1)
-      bar = show(new_bar(opts), {:phase, phase})
+      preview = Path.rootname(job.out) <> ".preview.jpg"
+      bar = show(%{new_bar(opts) | preview: preview}, {:phase, phase})
 
-      with {:ok, images} <- receive_images({id, instance, monitor}, images, bar, []),
-           do: save(images, job, opts)
+      try do
+        with {:ok, images} <- receive_images({id, instance, monitor}, images, bar, []),
+             do: save(images, job, opts)
+      after
+        if opts[:preview], do: File.rm(preview)
+      end
     end
   end
 
@@ -529,7 +538,15 @@ defmodule Mix.Tasks.Image.Gen do
         true -> :plain
       end
 
-    %{mode: mode, text: nil, detail: nil, since: now(), drawn: nil}
+    %{
+      mode: mode,
+      text: nil,
+      detail: nil,
+      since: now(),
+      drawn: nil,
+      preview: nil,
+      previewed?: false
+    }
   end
 
   defp show(bar, {:phase, text}), do: change(bar, text, nil)
@@ -556,7 +573,29 @@ defmodule Mix.Tasks.Image.Gen do
   defp show(bar, {:progress, %{phase: phase}}),
     do: change(bar, phase |> Atom.to_string() |> String.capitalize(), nil)
 
+  defp show(bar, {:preview, preview}) do
+    part = bar.preview <> ".part"
+
+    # One that cannot be written is no reason to stop: the image may yet be.
+    with :ok <- File.write(part, preview.data), :ok <- File.rename(part, bar.preview) do
+      announce_preview(bar)
+    else
+      {:error, _reason} ->
+        _ = File.rm(part)
+        bar
+    end
+  end
+
   defp show(bar, _event), do: bar
+
+  defp announce_preview(%{previewed?: false, mode: mode} = bar) when mode != :silent do
+    clear(bar)
+    Mix.shell().info("[image.gen] Preview in #{bar.preview}, until the end")
+    # The bar of a terminal was cleared for that line, a plain line stands.
+    redraw(%{bar | previewed?: true, drawn: if(mode == :plain, do: bar.drawn)})
+  end
+
+  defp announce_preview(bar), do: bar
 
   defp change(bar, text, detail) do
     bar = if bar.text == text, do: bar, else: %{bar | text: text, since: now()}

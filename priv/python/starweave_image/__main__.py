@@ -85,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--mask", metavar="FILE", help="where the picture may change: white in it")
     generate.add_argument("--format", help="png, jpeg or webp (default: what --out ends in)")
     generate.add_argument("--no-metadata", dest="metadata", action="store_false", default=None)
+    generate.add_argument(
+        "--preview",
+        action="store_true",
+        default=None,
+        help="show how the image forms in a file beside --out, such as image.preview.jpg, removed at the end",
+    )
     _add_engine_options(generate)
 
     models = commands.add_parser("models", help="list the models that can be used")

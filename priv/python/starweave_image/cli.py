@@ -6,6 +6,7 @@ import argparse
 import os
 import queue
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ _REQUEST_FIELDS = (
     "quality",
     "strength",
     "metadata",
+    "preview",
 )
 
 
@@ -49,7 +51,7 @@ def generate(args: argparse.Namespace) -> int:
     out: Path = Path(args.out)
     try:
         request, config = _request(args, out), _config(args)
-        images, done = _run(request, config)
+        images, done = _run(request, config, out.with_name(f"{out.stem}.preview.jpg"))
         assert done.parameters is not None
         for path, data, seed in zip(_paths(out, len(images)), images, done.parameters["seeds"], strict=True):
             _write(path, data)
@@ -126,7 +128,8 @@ def _local_id(folder: str) -> str:
     return "local/" + os.path.basename(os.path.abspath(folder)).lstrip(".")
 
 
-def _run(request: wire.Generate, config: wire.Config) -> tuple[list[bytes], wire.Done]:
+def _run(request: wire.Generate, config: wire.Config, preview: Path) -> tuple[list[bytes], wire.Done]:
+    """The images; while they are made, the file `preview` shows the latest preview if that was asked for."""
     from .engine import Engine
 
     events: queue.SimpleQueue[wire.Outgoing] = queue.SimpleQueue()
@@ -134,11 +137,20 @@ def _run(request: wire.Generate, config: wire.Config) -> tuple[list[bytes], wire
     engine.start()
     engine.generate(request)
     images: list[bytearray] = [bytearray() for _ in range(request.num_images)]
+    previewed = False
     try:
         while True:
             match events.get():
                 case wire.Progress() as progress:
                     _show(progress)
+                case wire.Preview() as latest:
+                    # One that cannot be written is no reason to stop: the image may yet be.
+                    with suppress(OSError):
+                        _write(preview, latest.data)
+                    if not previewed:
+                        _print_over("")
+                        print(f"Preview in {preview}, until the end", file=sys.stderr)
+                    previewed = True
                 case wire.ImagePart() as part:
                     images[part.index] += part.data
                 case wire.Error() as error:
@@ -147,6 +159,8 @@ def _run(request: wire.Generate, config: wire.Config) -> tuple[list[bytes], wire
                     return [bytes(image) for image in images], done
     finally:
         _print_over("")
+        if previewed:
+            preview.unlink(missing_ok=True)
 
 
 def _show(progress: wire.Progress) -> None:
@@ -166,7 +180,7 @@ def _paths(out: Path, count: int) -> list[Path]:
     return [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, count + 1)]
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | memoryview) -> None:
     # Beside its place and renamed: whoever looks sees the whole file or none.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import msgspec
@@ -29,6 +29,7 @@ from .catalog import ModelCard, Settings, State, rendered_size, settle
 from .errors import ImageError, is_out_of_memory, missing_package
 from .limits import Limits, default_path
 from .model_cache import Model, ModelCache, release_memory
+from .preview import Previews
 from .request import Lane, Request
 from .tasks import image_to_image, inpaint, text_to_image
 from .weights import Weights, checksum, load_pipeline, quiet_libraries
@@ -248,7 +249,8 @@ class Engine:
                 ),
             )
             with self._use(card, request) as model:
-                job = Job(message, card, settings, model, self._environment(model), image, mask)
+                send = functools.partial(self._send, request)
+                job = Job(message, card, settings, model, self._environment(model), image, mask, send)
                 files = self._pictures(request, job, seeds)
             done = wire.Done(
                 id=request.id,
@@ -345,6 +347,7 @@ class Engine:
             result = None
             with (
                 self._executor.drawing(lane, pipeline, job.model.networks, exact),
+                job.previews.watch(pipeline, lane.image) if job.previews else nullcontext(),
                 self._hooked(lane, pipeline),
             ):
                 try:
@@ -503,7 +506,7 @@ class Engine:
                 card = self._card(name, self._preloading)
                 with self._use(card, self._preloading) as model:
                     message = wire.Generate(id=self._preloading.id, prompt="a picture", steps=1)
-                    job = Job(message, card, settle(message, card), model, {}, None, None)
+                    job = Job(message, card, settle(message, card), model, {}, None, None, self._emit)
                     lane = self._preloading.first
                     lane.begin()
                     self._draw(lane, job, seed=0)
@@ -622,6 +625,7 @@ class Job:
         environment: dict[str, Any],
         image: Image | None,
         mask: Image | None,
+        send: Callable[[wire.Outgoing], None],
     ) -> None:
         self.message = message
         self.card = card
@@ -636,6 +640,10 @@ class Job:
             self.note(
                 f"Rendered at {self.width}x{self.height} and enlarged: {card.name} draws at that scale only."
             )
+        rendered, size = (self.width, self.height), (settings.width, settings.height)
+        self.previews = (
+            Previews(message.id, model.pipeline, rendered, size, send) if message.preview else None
+        )
         if unknown := text_to_image.unknown_words(model.folder, message.prompt):
             words = ", ".join(f'"{word[:40]}"' for word in unknown[:5]) + (" …" if len(unknown) > 5 else "")
             self.note(
