@@ -138,6 +138,8 @@ def _add_models_commands(models: argparse.ArgumentParser) -> None:
     pull.add_argument(
         "--dry-run", action="store_true", help="fetch nothing; exit code 3 if there is something"
     )
+    # For a parent that has called it with --dry-run before.
+    pull.add_argument("--shown", action="store_true", help=argparse.SUPPRESS)
 
     verify = commands.add_parser("verify", parents=[offline], help="compare the files with their checksums")
     verify.add_argument("model", nargs="?", help="id or alias (default: all)")

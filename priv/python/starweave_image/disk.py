@@ -51,12 +51,6 @@ class Snapshot:
     def in_use(self) -> bool:
         return lease.in_use(self.folder)
 
-    @property
-    def licence(self) -> str:
-        """As the catalog or the model's own card states it, else `unknown`."""
-        card = known(self.repository)
-        return card.licence if card else _licence(self.folder / "README.md")
-
 
 class InUse(ImageError):
     def __init__(self, id: str) -> None:
@@ -154,6 +148,17 @@ def remove(snapshot: Snapshot) -> None:
         raise ImageError("internal", f"{id} could not be deleted: the cache cannot be written or is damaged")
 
 
+def licence_in(folder: Path) -> str:
+    """As the model's own card states it, else `unknown`."""
+    from huggingface_hub import metadata_load
+
+    try:
+        return stated_licence(metadata_load(folder / "README.md"))
+    except Exception:
+        # There is none, or somebody wrote it by hand.
+        return "unknown"
+
+
 @dataclass(frozen=True)
 class Pruning:
     """What was deleted, or would be: whole revisions and the beginnings of files; and how many bytes stay."""
@@ -229,13 +234,3 @@ def _files(folder: Path) -> list[Path]:
 def _blob(file: Path) -> Path:
     # The first link only: a blob may be one itself, into a store that several repositories share.
     return Path(os.path.abspath(file.parent / file.readlink())) if file.is_symlink() else file
-
-
-def _licence(card: Path) -> str:
-    from huggingface_hub import metadata_load
-
-    try:
-        return stated_licence(metadata_load(card))
-    except Exception:
-        # There is none, or somebody wrote it by hand.
-        return "unknown"

@@ -11,17 +11,17 @@ import threading
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
+from . import disk, hub
 from .catalog import ModelCard, shipped
 from .cli import FAILED, INTERRUPTED, exit_code, print_over
+from .disk import Snapshot
 from .errors import ImageError
-
-if TYPE_CHECKING:
-    from .disk import Snapshot
-    from .hub import Plan
+from .hub import File, Plan, shown_bytes
+from .weights import cached, embedded_folder, quiet_libraries
 
 CONSENT = 3
 
@@ -59,9 +59,6 @@ def _end_with_input() -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from . import disk
-    from .hub import shown_bytes
-
     snapshots = disk.snapshots()
     rows = [*_packaged(), *map(_own, args.local), *map(_cached, reversed(snapshots))]
     if args.json:
@@ -86,10 +83,10 @@ def _row(id: str, state: str, folder: Path, card: ModelCard | None, **fields: An
         "id": id,
         "revision": None,
         "state": state,
-        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "bytes": 0,
         "last_used": None,
         "in_use": False,
-        "licence": card.licence if card else "unknown",
+        "licence": card.licence if card else disk.licence_in(folder),
         "known": card is not None,
         "folder": str(folder),
     }
@@ -97,22 +94,19 @@ def _row(id: str, state: str, folder: Path, card: ModelCard | None, **fields: An
 
 
 def _packaged() -> list[dict[str, Any]]:
-    from .weights import embedded_folder
-
-    cards = [card for card in shipped() if card.source == "embedded"]
-    return [_row(card.id, "embedded", embedded_folder(card.id), card) for card in cards]
+    placed = [(card, embedded_folder(card.id)) for card in shipped() if card.source == "embedded"]
+    return [_row(card.id, "embedded", folder, card, bytes=_bytes(folder)) for card, folder in placed]
 
 
 def _own(named: str) -> dict[str, Any]:
-    id, _, folder = named.partition("=")
-    if not os.path.isdir(folder):
+    id, _, path = named.partition("=")
+    folder = Path(path).expanduser().absolute()
+    if not path or not folder.is_dir():
         raise ImageError("invalid_request", f"local must be ID=FOLDER with a folder that exists, got {named}")
-    return _row(id, "local", Path(os.path.abspath(folder)), None)
+    return _row(id, "local", folder, None, bytes=_bytes(folder))
 
 
 def _cached(snapshot: Snapshot) -> dict[str, Any]:
-    from . import disk
-
     return _row(
         snapshot.repository,
         "complete" if snapshot.complete else "incomplete",
@@ -122,8 +116,11 @@ def _cached(snapshot: Snapshot) -> dict[str, Any]:
         bytes=snapshot.bytes,
         last_used=datetime.fromtimestamp(snapshot.used, timezone.utc).isoformat(timespec="seconds"),
         in_use=snapshot.in_use,
-        licence=snapshot.licence,
     )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 # pull
@@ -131,8 +128,6 @@ def _cached(snapshot: Snapshot) -> dict[str, Any]:
 
 def _pull(args: argparse.Namespace) -> int:
     from huggingface_hub.constants import is_offline_mode
-
-    from . import disk, hub
 
     card = disk.known(args.model)
     if card is not None and card.source == "embedded":
@@ -142,8 +137,9 @@ def _pull(args: argparse.Namespace) -> int:
     revision = args.revision or (card.revision if card else None)
     if is_offline_mode():
         return _pull_offline(repository, revision)
-    plan = hub.plan(repository, revision)
-    _show(plan, card)
+    plan = _planned(repository, revision)
+    if not args.shown:
+        _show(plan, card)
     if args.dry_run:
         return CONSENT if plan.missing else 0
     if plan.missing and not args.yes and not _agreed(plan):
@@ -155,10 +151,13 @@ def _pull(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pull_offline(repository: str, revision: str | None) -> int:
-    from . import disk, weights
+def _planned(repository: str, revision: str | None) -> Plan:
+    quiet_libraries()
+    return hub.plan(repository, revision)
 
-    source = weights.cached(sorted(disk.names(repository)), revision)
+
+def _pull_offline(repository: str, revision: str | None) -> int:
+    source = cached(sorted(disk.names(repository)), revision)
     if source is not None:
         print(
             f"{repository} is here, revision {source.revision}; offline mode forbids to look for a newer one"
@@ -171,21 +170,16 @@ def _pull_offline(repository: str, revision: str | None) -> int:
 
 
 def _show(plan: Plan, card: ModelCard | None) -> None:
-    from . import hub
-
-    size = hub.shown_bytes
     licence = plan.licence if plan.licence != "unknown" or card is None else card.licence
     print(f"{plan.repository} at revision {plan.revision}")
     print(f"  licence   {licence}")
     print(f"  gated     {'yes, and you have access' if plan.gated else 'no'}")
-    print(f"  size      {size(plan.bytes)} in {len(plan.files)} files")
-    print(f"  to fetch  {size(plan.bytes_missing)} in {len(plan.missing)} files")
-    print(f"  disk      {size(hub.free_bytes(plan.folder))} free", flush=True)
+    print(f"  size      {shown_bytes(plan.bytes)} in {len(plan.files)} files")
+    print(f"  to fetch  {shown_bytes(plan.bytes_missing)} in {len(plan.missing)} files")
+    print(f"  disk      {shown_bytes(hub.free_bytes(plan.folder))} free", flush=True)
 
 
 def _agreed(plan: Plan) -> bool:
-    from .hub import shown_bytes
-
     if not sys.stdin.isatty():
         print("starweave-image: nothing is fetched without consent: repeat it with --yes", file=sys.stderr)
         return False
@@ -207,9 +201,7 @@ class _Progress:
         self._drawn = time.monotonic()
         self._tenth = sum(self._here.values()) * 10 // max(self._total, 1)
 
-    def report(self, file: Any, size: int) -> None:
-        from .hub import shown_bytes
-
+    def report(self, file: File, size: int) -> None:
         self._here[file.name] = size
         done = sum(self._here.values())
         line = f"{done * 100 // max(self._total, 1)} %, {shown_bytes(done)} of {shown_bytes(self._total)}"
@@ -226,9 +218,6 @@ class _Progress:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from . import disk, hub
-    from .hub import shown_bytes
-
     intact = True
     chosen = _chosen(args)
     if not chosen:
@@ -242,7 +231,7 @@ def _verify(args: argparse.Namespace) -> int:
             print(f"{name}: {damage.name} is {damage.state}")
         bad = {damage.name for damage in damages if damage.state != "unchecked"}
         if args.repair and (bad or not snapshot.complete):
-            plan = hub.plan(snapshot.repository, snapshot.revision)
+            plan = _planned(snapshot.repository, snapshot.revision)
             hub.fetch(plan, again=bad, report=_Progress(plan).report)
             print_over("")
             # What other tools fetched and this library does not use.
@@ -258,8 +247,6 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _chosen(args: argparse.Namespace) -> list[Snapshot]:
     """Those that the command line names; raises `model_not_found` where it names none that is here."""
-    from . import disk
-
     chosen = disk.snapshots(args.model, args.revision)
     if args.model and not chosen:
         revision = f" in revision {args.revision}" if args.revision else ""
@@ -271,8 +258,6 @@ def _chosen(args: argparse.Namespace) -> list[Snapshot]:
 
 
 def _remove(args: argparse.Namespace) -> int:
-    from . import disk
-
     for snapshot in _chosen(args):
         disk.remove(snapshot)
         print(f"Deleted {snapshot.repository} {snapshot.revision[:12]}")
@@ -280,9 +265,6 @@ def _remove(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
-    from . import disk
-    from .hub import shown_bytes
-
     quota = _size(args.quota)
     verb = "Would delete" if args.dry_run else "Deleted"
     pruning = disk.prune(quota, args.keep, args.dry_run)
