@@ -196,7 +196,8 @@ class _Progress:
     """One line that is drawn over on a terminal, a line for each tenth elsewhere."""
 
     def __init__(self, plan: Plan) -> None:
-        self._here = {file.name: file.size for file in plan.files if file not in plan.missing}
+        missing = plan.missing
+        self._here = {file.name: file.size for file in plan.files if file not in missing}
         self._total = plan.bytes
         self._drawn = time.monotonic()
         self._tenth = sum(self._here.values()) * 10 // max(self._total, 1)

@@ -54,7 +54,9 @@ class Hub:
     def __post_init__(self) -> None:
         handlers = [type("Handler", (kind,), {"hub": self}) for kind in (_Hub, _Storage)]
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for handler in handlers]
-        self.url, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        # Two hosts, not only two ports: older clients take those for one.
+        hosts = zip(("127.0.0.1", "localhost"), self._servers, strict=True)
+        self.url, self.storage = (f"http://{host}:{server.server_port}" for host, server in hosts)
         for server in self._servers:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, daemon=True).start()
