@@ -242,6 +242,8 @@ def test_what_arrives_damaged_is_thrown_away(hub: Hub, machine: Machine) -> None
     said = machine.models("pull", "owner/small", "--yes", code=1)
     assert "arrived damaged" in said
     assert [path for path in machine.repository().glob("blobs/*") if len(path.name) > 40] == []
+    resolved = [path.partition(f"/resolve/{COMMIT}/")[2] for path in hub.asked if "/resolve/" in path]
+    assert resolved[:2] == ["model_index.json"] * 2, "once to look, and then before all others"
     hub.spoil = False
     machine.models("pull", "owner/small", "--yes")
     assert "intact" in machine.models("verify")

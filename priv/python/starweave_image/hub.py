@@ -13,6 +13,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
@@ -42,7 +43,7 @@ class File:
 
     @property
     def large(self) -> bool:
-        return len(self.blob) == 64
+        return re.fullmatch("[0-9a-f]{64}", self.blob) is not None
 
 
 Report = Callable[[File, int], None]
@@ -166,8 +167,9 @@ def fetch(
             plan,
             sum(file.size if file.name in again else file.size - plan.bytes_here(file) for file in wanted),
         )
-        # The smallest first: what is left of a broken download lacks weights, and is seen to be incomplete.
-        for file in sorted(wanted, key=lambda file: file.size):
+        # The index, by which a model is known, and then the smallest: what is left of a broken download lacks weights,
+        # and is seen to be incomplete.
+        for file in sorted(wanted, key=lambda file: (file.name != INDEX, file.size)):
             # What is larger than that, huggingface_hub alone can fetch.
             received = file.large and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE
             if received:
