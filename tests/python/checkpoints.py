@@ -107,13 +107,13 @@ def _ddim() -> Any:
     )
 
 
-def stable_diffusion(folder: Path) -> Path:
+def stable_diffusion(folder: Path, **unet: Any) -> Path:
     """64 by 64 pixels, latents half that."""
     diffusers.StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=_clip_encoder(),
         tokenizer=_clip_tokenizer(),
-        unet=_unet(),
+        unet=_unet(**unet),
         scheduler=_ddim(),
         safety_checker=None,
         feature_extractor=None,

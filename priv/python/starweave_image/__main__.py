@@ -19,8 +19,9 @@ UNAVAILABLE = 69
 _EXIT_CODES = """\
 exit codes:
   0    done
-  1    the image could not be made, or doctor found something missing
+  1    the image could not be made, or something is missing or damaged
   2    wrong arguments
+  3    nothing was fetched without consent
   69   a Python package is missing or cannot be imported
   130  interrupted
 """
@@ -93,10 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_engine_options(generate)
 
-    models = commands.add_parser("models", help="list the models that can be used")
+    models = commands.add_parser(
+        "models", help="list the models that can be used, or manage those on the disk"
+    )
     models.set_defaults(run=_models)
     models.add_argument("--json", action="store_true")
     _add_engine_options(models)
+    _add_models_commands(models)
 
     doctor = commands.add_parser("doctor", help="report what is installed and what is missing")
     doctor.set_defaults(run=_doctor)
@@ -114,6 +118,54 @@ def _parser() -> argparse.ArgumentParser:
 def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+
+
+def _add_models_commands(models: argparse.ArgumentParser) -> None:
+    commands = models.add_subparsers(title="commands", metavar="COMMAND", dest="action")
+    model, offline = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
+    model.add_argument("model", help="id or alias")
+    offline.add_argument(
+        "--offline", action="store_true", help="do not ask the hub, as HF_HUB_OFFLINE=1 says"
+    )
+
+    listing = commands.add_parser("list", help="list the models on this machine")
+    listing.add_argument("--json", action="store_true")
+    listing.add_argument(
+        "--local", metavar="ID=FOLDER", action="append", default=[], help="and this folder's"
+    )
+
+    pull = commands.add_parser(
+        "pull",
+        parents=[model, offline],
+        help="fetch a model from the hub, after its size and licence are shown",
+    )
+    pull.add_argument("--revision", help="branch, tag or commit (default: the catalog's, else main)")
+    pull.add_argument("--yes", action="store_true", help="do not ask for consent")
+    pull.add_argument(
+        "--dry-run", action="store_true", help="fetch nothing; exit code 3 if there is something"
+    )
+    # For a parent that has called it with --dry-run before.
+    pull.add_argument("--shown", action="store_true", help=argparse.SUPPRESS)
+
+    verify = commands.add_parser("verify", parents=[offline], help="compare the files with their checksums")
+    verify.add_argument("model", nargs="?", help="id or alias (default: all)")
+    verify.add_argument("--repair", action="store_true", help="fetch again what is missing or damaged")
+
+    remove = commands.add_parser("rm", parents=[model], help="delete a model, unless a process uses it")
+    for parser in (verify, remove):
+        parser.add_argument("--revision", help="a commit, or the beginning of one (default: all)")
+
+    prune = commands.add_parser("prune", help="delete the longest unused models until the rest fits")
+    prune.add_argument("--quota", required=True, metavar="SIZE", help="what may stay, such as 40GB")
+    prune.add_argument(
+        "--keep", metavar="MODEL", action="append", default=[], help="not this one; repeatable"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+
+    for parser in (listing, pull, verify, remove, prune):
+        parser.set_defaults(run=_disk)
+        # For a parent that cannot end its children: the command ends with its standard input.
+        parser.add_argument("--attached", action="store_true", help=argparse.SUPPRESS)
 
 
 def _port(args: argparse.Namespace) -> int:
@@ -139,6 +191,12 @@ def _models(args: argparse.Namespace) -> int:
     from . import cli
 
     return cli.models(args)
+
+
+def _disk(args: argparse.Namespace) -> int:
+    from . import models_cli
+
+    return models_cli.run(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:

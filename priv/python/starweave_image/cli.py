@@ -46,6 +46,10 @@ _REQUEST_FIELDS = (
 )
 
 
+def exit_code(error: ImageError) -> int:
+    return _EXIT_CODES.get(error.kind, FAILED)
+
+
 def generate(args: argparse.Namespace) -> int:
     """Make the images, write them and print where they are; returns the exit code."""
     out: Path = Path(args.out)
@@ -61,7 +65,7 @@ def generate(args: argparse.Namespace) -> int:
             print(f"Note: {notice}", file=sys.stderr)
     except ImageError as error:
         print(f"starweave-image: {error.message}", file=sys.stderr)
-        return _EXIT_CODES.get(error.kind, FAILED)
+        return exit_code(error)
     except OSError as error:
         print(f"starweave-image: {out} cannot be written: {error.strerror}", file=sys.stderr)
         return FAILED
@@ -78,7 +82,7 @@ def models(args: argparse.Namespace) -> int:
         cards = Engine(_config(args), lambda message: None, lambda: None).models()
     except ImageError as error:
         print(f"starweave-image: {error.message}", file=sys.stderr)
-        return _EXIT_CODES.get(error.kind, FAILED)
+        return exit_code(error)
     if args.json:
         print(msgspec.json.encode(cards).decode())
     else:
@@ -148,7 +152,7 @@ def _run(request: wire.Generate, config: wire.Config, preview: Path) -> tuple[li
                     with suppress(OSError):
                         _write(preview, latest.data)
                     if not previewed:
-                        _print_over("")
+                        print_over("")
                         print(f"Preview in {preview}, until the end", file=sys.stderr)
                     previewed = True
                 case wire.ImagePart() as part:
@@ -158,17 +162,17 @@ def _run(request: wire.Generate, config: wire.Config, preview: Path) -> tuple[li
                 case wire.Done() as done:
                     return [bytes(image) for image in images], done
     finally:
-        _print_over("")
+        print_over("")
         if previewed:
             preview.unlink(missing_ok=True)
 
 
 def _show(progress: wire.Progress) -> None:
     steps = f" {progress.step}/{progress.steps}" if progress.steps else ""
-    _print_over(f"{progress.phase}{steps}")
+    print_over(f"{progress.phase}{steps}")
 
 
-def _print_over(line: str) -> None:
+def print_over(line: str) -> None:
     """Write over the one progress line of a terminal; nothing elsewhere."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -1,36 +1,32 @@
-"""Where a model's files are, and whether they may be loaded.
+"""Where a model's files are, and loading them.
 
 Only ids that stand in the catalog or in the configuration are ever looked up, so no request can name a path or
-start a download by itself. Only safetensors are read, and only classes of diffusers and transformers are made: a
-folder with pickled weights or code of its own is refused before anything in it is opened.
+start a download by itself. What is loaded has passed `inspect` (layout.py).
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from . import devices, wire
+from . import devices, hub, wire
 from .catalog import ModelCard, find, shipped
 from .devices import Choice
 from .errors import ImageError, is_out_of_memory
+from .layout import INDEX, Layout, check_complete, inspect, read_json, read_layout, unfit
+from .lease import Lease, take
 
 _logger = logging.getLogger(__name__)
 
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-# Without the name of a variant in it, which would have to be asked for.
-_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
 _ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)?")
 
 
@@ -43,23 +39,12 @@ def embedded_folder(id: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What `model_index.json` says: the pipeline class, and the library and class of each component."""
-
-    pipeline: str
-    components: dict[str, tuple[str, str]] = field(default_factory=dict)
-
-    @property
-    def scheduler(self) -> str | None:
-        return self.components.get("scheduler", ("", ""))[1] or None
-
-
-@dataclass(frozen=True)
 class Source:
     """A model's files: a folder with a diffusers layout that has passed `inspect`."""
 
     folder: Path
     revision: str | None
+    lease: Lease | None = field(default=None, repr=False, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -124,13 +109,16 @@ class Weights:
             return None
 
     def obtain(self, card: ModelCard) -> Source:
-        """The model's files, downloaded where the configuration allows; raises `model_not_found` or
-        `model_load_failed`."""
+        """The model's files, downloaded where the configuration allows, and not deleted while the source or a pipeline
+        of it lives; raises `model_not_found` or `model_load_failed`."""
         source = self._local(card)
-        if source is None and self.presence(card) == "remote":
+        if source is not None:
+            source = replace(source, lease=take(source.folder))
+        elif self.presence(card) == "remote":
             source = _download(card.source, card.revision)
-        if source is None:
+        else:
             raise self._missing(card)
+        # With the lease in hand: what was found may have been deleted meanwhile.
         inspect(source.folder, card.id)
         return source
 
@@ -150,9 +138,9 @@ class Weights:
 
     def _missing(self, card: ModelCard) -> ImageError:
         if card.id in self._folders or card.source == "embedded":
-            return _unfit(card.id, "is not where it should be: its folder does not exist")
+            return unfit(card.id, "is not where it should be: its folder does not exist")
         if card.id in self._configured:
-            return _unfit(card.id, "is not on this machine, and offline mode forbids to download it")
+            return unfit(card.id, "is not on this machine, and offline mode forbids to download it")
         why = "is not on this machine; add it to the configured models to have it downloaded"
         return ImageError("model_not_found", f"{card.id} {why}", "model")
 
@@ -162,7 +150,7 @@ class Weights:
             folder = embedded_folder(card.id)
         if folder is not None:
             return Source(folder, None) if folder.is_dir() else None
-        return _cached((card.source, *card.aliases), card.revision)
+        return cached((card.source, *card.aliases), card.revision)
 
     def _card(self, entry: wire.ModelEntry) -> ModelCard:
         try:
@@ -214,8 +202,8 @@ def _unread(id: str) -> ModelCard:
 def _describe(card: ModelCard, folder: Path) -> ModelCard:
     """Fill a card from the model's own files: its native size, what sizes are a multiple of, its bytes."""
     layout = read_layout(folder, card.id)
-    denoiser = _read_json(folder / "unet/config.json") or _read_json(folder / "transformer/config.json") or {}
-    vae = _read_json(folder / "vae/config.json") or {}
+    denoiser = read_json(folder / "unet/config.json") or read_json(folder / "transformer/config.json") or {}
+    vae = read_json(folder / "vae/config.json") or {}
     blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
     scale = 2 ** (len(blocks) - 1) if isinstance(blocks, list) else 8
     sample = denoiser.get("sample_size")
@@ -247,111 +235,21 @@ def _describe(card: ModelCard, folder: Path) -> ModelCard:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-# What may be loaded
-
-
-def read_layout(folder: Path, id: str) -> Layout:
-    """The layout of a folder; raises `model_load_failed` where it is none of diffusers or brings code."""
-    index = _read_json(folder / "model_index.json")
-    if index is None:
-        raise _unfit(id, "has no readable model_index.json, so it is not a model in diffusers layout")
-    return _parse_layout(index, id)
-
-
-def _parse_layout(index: dict[str, Any], id: str) -> Layout:
-    pipeline = index.get("_class_name")
-    if not isinstance(pipeline, str) or not pipeline.isidentifier():
-        # A list of two names is diffusers' form for a pipeline with code of its own.
-        raise _unfit(id, "needs a pipeline with code of its own, which is never run")
-    components: dict[str, tuple[str, str]] = {}
-    for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list) or value[:2] == [None, None]:
-            continue
-        if (
-            not all(isinstance(word, str) and word.isidentifier() for word in (name, *value))
-            or len(value) != 2
-        ):
-            raise _unfit(id, f"has a {name} with code of its own, which is never run")
-        components[name] = (value[0], value[1])
-    return Layout(pipeline, components)
-
-
-def inspect(folder: Path, id: str) -> None:
-    """Refuse what may not be loaded or is not all there; raises `model_load_failed`. Imports diffusers."""
-    layout = read_layout(folder, id)
-    _check_classes(layout, id)
-    for name in layout.components:
-        _check_pickles(id, name, [file.name for file in (folder / name).glob("*")])
-    _check_complete(folder, layout, id)
-
-
-def _check_classes(layout: Layout, id: str) -> None:
-    import diffusers
-    import diffusers.pipelines
-    import transformers
-
-    pipeline = getattr(diffusers, layout.pipeline, None)
-    if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
-        raise _unfit(id, f"needs the pipeline {layout.pipeline}, which the installed diffusers does not have")
-    for name, (library, kind) in layout.components.items():
-        # Parts that belong to one pipeline family, such as its safety checker, name that family's module.
-        home = {"diffusers": diffusers, "transformers": transformers}.get(library) or getattr(
-            diffusers.pipelines, library, None
-        )
-        if not isinstance(getattr(home, kind, None), type):
-            raise _unfit(id, f"has a {name} that is no class of diffusers or transformers, and is never run")
-
-
-def _check_pickles(id: str, name: str, files: Sequence[str]) -> None:
-    pickled = any(file.endswith(_PICKLES) for file in files)
-    if pickled and not any(file.endswith(".safetensors") for file in files):
-        raise _unfit(id, f"has its {name} as pickled weights only; only safetensors are loaded")
-
-
-def _check_complete(folder: Path, layout: Layout, id: str) -> None:
-    for name in layout.components:
-        part = folder / name
-        names = {file.name for file in part.glob("*")}
-        shards = {
-            str(shard)
-            for index in part.glob("*.safetensors.index.json")
-            for shard in (_read_json(index) or {}).get("weight_map", {}).values()
-        }
-        # What has a config.json is a network, and needs weights; the rest are tokenizers, schedulers and the like.
-        weights = "config.json" not in names or any(map(_WEIGHTS.fullmatch, names))
-        if not names or not weights or not shards <= names:
-            raise _unfit(id, f"is incomplete: its {name} is missing or lacks files")
-        if not all(shard.endswith(".safetensors") for shard in shards):
-            raise _unfit(id, f"has its {name} in files that are not safetensors")
-
-
-def _unfit(id: str, why: str) -> ImageError:
-    return ImageError("model_load_failed", f"{id} {why}")
-
-
 # The hub
 
 
-def _cached(repositories: Sequence[str], revision: str | None) -> Source | None:
+def cached(repositories: Sequence[str], revision: str | None) -> Source | None:
     """A complete snapshot in the hub cache under any of these names: a rename is no reason to fetch again."""
     from huggingface_hub import try_to_load_from_cache
 
     for repository in repositories:
         if not _ID.fullmatch(repository):
             continue
-        index = try_to_load_from_cache(repository, "model_index.json", revision=revision)
+        index = try_to_load_from_cache(repository, INDEX, revision=revision)
         if isinstance(index, str):
             folder = Path(index).parent
             try:
-                _check_complete(folder, read_layout(folder, repository), repository)
+                check_complete(folder, read_layout(folder, repository), repository)
             except ImageError:
                 continue
             return Source(folder, folder.name)
@@ -359,55 +257,12 @@ def _cached(repositories: Sequence[str], revision: str | None) -> Source | None:
 
 
 def _download(repository: str, revision: str | None, weights: bool = True) -> Source:
-    """Fetch a model, or its configuration only. What would be refused is refused before its weights travel."""
-    from diffusers import DiffusionPipeline
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-
-    try:
-        info = HfApi().model_info(repository, revision=revision)
-        # By the name that was asked for, which the hub's cache then remembers for a start without the hub.
-        index = Path(hf_hub_download(repository, "model_index.json", revision=revision))
-        layout = read_layout(index.parent, repository)
-        _check_classes(layout, repository)
-        names = [sibling.rfilename for sibling in info.siblings or []]
-        for name in layout.components:
-            _check_pickles(repository, name, [file for file in names if file.startswith(f"{name}/")])
-        if weights:
-            _logger.info("downloading %s", repository)
-            folder = DiffusionPipeline.download(repository, revision=info.sha, use_safetensors=True)
-        else:
-            folder = snapshot_download(repository, revision=info.sha, allow_patterns="*/*config.json")
-    except ImageError:
-        raise
-    except Exception as error:
-        _logger.warning("download of %s failed", repository, exc_info=True)
-        raise hub_error(repository, error) from None
-    return Source(Path(folder), info.sha)
-
-
-def hub_error(repository: str, error: Exception) -> ImageError:
-    """One sentence that a person can act on for what went wrong with the hub."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        why = "asks for consent on its hub page first; give it there and set HF_TOKEN"
-        return ImageError("model_load_failed", f"{repository} {why}")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return ImageError("model_not_found", f"{repository} has no such revision on the hub", "model")
-    if isinstance(
-        error, (errors.RepositoryNotFoundError, errors.HFValidationError, errors.DisabledRepoError)
-    ):
-        why = "is not on the hub, or is private and HF_TOKEN does not open it"
-        return ImageError("model_not_found", f"{repository} {why}", "model")
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return _unfit(repository, "has no model_index.json, so it is not a model in diffusers layout")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return ImageError("model_load_failed", f"there is no space left on the disk to download {repository}")
-    return ImageError(
-        "model_load_failed",
-        f"{repository} could not be downloaded: the hub cannot be reached",
-        retryable=True,
-    )
+    """Fetch a model, or its configuration only."""
+    plan = hub.plan(repository, revision)
+    lease = take(plan.folder)
+    if weights:
+        _logger.info("downloading %s", repository)
+    return Source(hub.fetch(plan, weights=weights), plan.revision, lease)
 
 
 # Loading
@@ -452,7 +307,9 @@ def load_pipeline(
             raise
         # What a damaged or mismatched folder raises is anything at all; the log has it.
         _logger.exception("loading %s failed", id)
-        raise _unfit(id, "could not be loaded: its files are damaged or do not belong together") from None
+        raise unfit(id, "could not be loaded: its files are damaged or do not belong together") from None
+    # Copies of the pipeline share it.
+    pipeline.lease = source.lease
     pipeline.set_progress_bar_config(disable=True)
     if choice.device.kind == "cpu" and choice.dtype == "bfloat16":
         for name in ("unet", "vae"):
