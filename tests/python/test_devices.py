@@ -90,6 +90,7 @@ def test_what_runs_is_measured_in_time_and_memory() -> None:
 
     choice = devices.decide("cpu", "float32", devices.present(), {})
     with choice.measured() as peak:
-        torch.ones(64 * 2**20 // 4).sum()
-    assert 32 * 2**20 < peak() < 512 * 2**20
+        for _ in range(3):
+            torch.ones(64 * 2**20 // 4).sum()
+    assert 64 * 2**20 <= peak() < 65 * 2**20
     assert 0 < choice.free_bytes() <= choice.device.total_bytes

@@ -6,6 +6,7 @@ themselves; none is set here. `TORCH_DTYPE` is ours to read, and wins over the c
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import platform
@@ -86,11 +87,14 @@ class Choice:
             yield lambda: taken
             self.synchronize()
             taken = backend.max_memory_allocated(self.device.id) - before
+        elif self.device.kind == "cpu":
+            # Allocations one by one: what the process holds says little, for much of it was freed and not given back.
+            with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
+                yield lambda: taken
+            taken = _highest(profile.kineto_results.events())
         else:
-            before = _reset_peak_rss()
             yield lambda: taken
             self.synchronize()
-            taken = max(0, _peak_rss() - before) if before else 0
 
     def memory(self) -> wire.DeviceMemory | None:
         """Bytes that this process holds on the device, by its allocator, never the driver; None on a CPU."""
@@ -120,6 +124,10 @@ def placement(wanted: str, weights: int, largest: int, free: int) -> str:
 def choose(config: wire.Config) -> Choice:
     """The device and dtype for this process, logged in one line; raises `unavailable`."""
     choice = decide(config.device, config.dtype, present(), os.environ)
+    if choice.device.kind == "cpu":
+        # The profiler wants to be used first in the thread that has imported torch, and complains in the log if it is not.
+        with choice.measured():
+            pass
     _logger.info(
         "device %s (%s), dtype %s: %s", choice.device.id, choice.device.name, choice.dtype, choice.reason
     )
@@ -215,24 +223,12 @@ def _available_ram() -> int:
     return 0
 
 
-def _reset_peak_rss() -> int:
-    """Let the highest resident size be counted anew (proc(5), clear_refs); the size now, 0 where that cannot be done."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS:")
-    except OSError:
-        return 0
-
-
-def _peak_rss() -> int:
-    return _status("VmHWM:")
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 0
+def _highest(events: Any) -> int:
+    """The most bytes held at once, from a profile's allocations and releases."""
+    changes: list[tuple[int, int]] = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    )
+    return max(itertools.accumulate((change for _, change in changes), initial=0))
 
 
 def _cpu_name() -> str:

@@ -76,6 +76,8 @@ class Engine:
         when the default model is not to be had."""
         # OpenMP threads that spin while they wait for each other lose tenfold when anyone else wants a core.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Measuring memory on a CPU would write lines of its own to the log.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         try:
             import diffusers
             import torch

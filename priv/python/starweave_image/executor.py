@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -29,6 +30,8 @@ from .request import Lane
 _logger = logging.getLogger(__name__)
 
 _REMEMBERED_BYTES = 64 * 1024 * 1024
+# As port.INTERNAL: docs/protocol.md, exit codes.
+_BROKEN = 70
 
 
 class Network:
@@ -104,6 +107,7 @@ class _Ticket(Call[Lane]):
     stackable: stacking.Stackable | None
     label: str
     exact: bool
+    question: str | None = None
     asked: float = field(default_factory=time.monotonic)
     begun: float = 0.0
     done: bool = False
@@ -225,6 +229,7 @@ class Executor:
         if network.memory and question and (answer := network.memory.get(question)) is not None:
             return answer
         ticket = self._ticket(lane, network, run, args, kwargs, alone)
+        ticket.question = question
         self._gate.leave()
         try:
             self._await(ticket)
@@ -237,8 +242,6 @@ class Executor:
             finally:
                 # It keeps this frame, and with it all that was passed.
                 ticket.error = None
-        if network.memory and question:
-            network.memory.put(question, ticket.result)
         return ticket.result
 
     def _ticket(
@@ -277,8 +280,17 @@ class Executor:
     # In the executor's own thread
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        except BaseException:
+            # Nobody would ever be answered again: better a process that is seen to end, and its work done elsewhere.
+            _logger.critical("the executor failed", exc_info=True)
+            os._exit(_BROKEN)
+
+    def _serve(self) -> None:
         torch.set_grad_enabled(False)
         while True:
+            self._limits.refresh()
             with self._news:
                 while not isinstance(batch := self._batcher.next(time.monotonic()), Batch):
                     self._news.wait(batch)
@@ -358,7 +370,13 @@ class Executor:
         first = tickets[0]
         try:
             if first.stackable is None:
-                first.result = first.run(*first.args, **first.kwargs)
+                memory, question = first.network.memory, first.question
+                # Another may have asked the same while this one waited.
+                first.result = memory.get(question) if memory and question else None
+                if first.result is None:
+                    first.result = first.run(*first.args, **first.kwargs)
+                    if memory and question:
+                        memory.put(question, first.result)
                 return None
             calls = [ticket.stackable for ticket in tickets if ticket.stackable]
             rows = [call.rows for call in calls]

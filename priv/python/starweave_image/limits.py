@@ -26,6 +26,7 @@ LONGEST_S = 5.0
 """No pass is made longer than this by adding to it: a cancel waits for it to end."""
 _MARGIN = 0.9
 _SAVE_S = 5.0
+_REFRESH_S = 1.0
 
 
 class Size(msgspec.Struct):
@@ -90,25 +91,34 @@ class Profile(msgspec.Struct):
 
 
 class Limits:
-    """The profiles of this machine, kept in the file `path`; `free` gives the bytes free on the device. From any thread."""
+    """The profiles of this machine, kept in the file `path`; `free` gives the bytes free on the device. From any thread, but
+    for `refresh`, which asks the device."""
 
     def __init__(self, path: Path | None, free: Callable[[], int]) -> None:
         self._path = path
-        self._free = free
+        self._ask = free
+        self._free = free()
+        self._asked = time.monotonic()
         self._lock = threading.Lock()
         self._profiles = _read(path) if path else {}
         self._changed: set[str] = set()
         self._saved = time.monotonic()
 
+    def refresh(self) -> None:
+        """Look again how much is free, at most once a second."""
+        now = time.monotonic()
+        if now - self._asked >= _REFRESH_S:
+            self._free, self._asked = self._ask(), now
+
     def rows(self, key: str) -> int:
         """The most rows for the next pass."""
         with self._lock:
-            return self._profiles.get(key, Profile()).most(self._free())
+            return self._profiles.get(key, Profile()).most(self._free)
 
     def ceiling(self, key: str) -> int:
         """The most rows that fit, whether so many were tried yet or not."""
         with self._lock:
-            return self._profiles.get(key, Profile()).ceiling(self._free())
+            return self._profiles.get(key, Profile()).ceiling(self._free)
 
     def wants(self, key: str, rows: int) -> bool:
         """Whether a pass of this size is worth measuring."""
@@ -124,8 +134,9 @@ class Limits:
 
     def overflow(self, key: str, rows: int) -> None:
         """A pass of so many rows ran out of memory."""
+        self._free, self._asked = self._ask(), time.monotonic()
         with self._lock:
-            self._profiles.setdefault(key, Profile()).overflow = (rows, self._free())
+            self._profiles.setdefault(key, Profile()).overflow = (rows, self._free)
             self._changed.add(key)
         self._save(0.0)
 
