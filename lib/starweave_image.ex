@@ -381,7 +381,9 @@ defmodule StarweaveImage do
 
   @doc """
   The models that the sidecar knows: id, name, description, aliases, tasks, defaults, limits,
-  licence, memory estimate, `state` and the `error` of the last load. Empty until a sidecar was ready.
+  licence, memory estimate, `state` and the `error` of the last load; of a loaded one also the `bytes` of its
+  weights, whether it is `parked` in main memory, `idle_ms` since its last use and `load_ms`, the time of its load.
+  Empty until a sidecar was ready.
 
       [%{id: "starweave/tiny", state: :loaded} | _] = StarweaveImage.models()
   """

@@ -254,5 +254,18 @@ defmodule StarweaveImageTest do
     end
   end
 
+  test "a model that is preloaded is there without a request, and tells what it takes" do
+    options = [preload: ["starweave/tiny"], pinned: ["starweave/tiny"], memory_budget: 0]
+    start_supervised!({StarweaveImage, [name: Preloaded] ++ options})
+    assert :ok = StarweaveImage.await_ready(120_000, Preloaded)
+    loaded = fn -> Enum.find(StarweaveImage.models(Preloaded), &(&1.state == :loaded)) end
+    assert StarweaveImage.TestOSProcess.await(fn -> loaded.() != nil end)
+    assert %{id: "starweave/tiny", bytes: bytes, load_ms: load_ms, parked: false} = loaded.()
+    assert bytes > 10_000_000 and load_ms > 0
+    # Over its budget, and still there: it is pinned.
+    assert {:ok, _} = StarweaveImage.generate("a red apple", [instance: Preloaded] ++ @small)
+    assert [%{resident: ["starweave/tiny"]}] = StarweaveImage.status(Preloaded).sidecars
+  end
+
   defp tiny, do: Enum.find(StarweaveImage.models(), &(&1.id == "starweave/tiny"))
 end

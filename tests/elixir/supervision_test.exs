@@ -269,6 +269,11 @@ defmodule StarweaveImage.SupervisionTest do
             {[models: [{"a/b", path: ""}]], ~r/models must be a list of model ids/},
             {[models: [{"a/b", revision: "v1.0+fix"}]], ~r/revisions of A-Z a-z 0-9/},
             {[max_queue: 0], ~r/max_queue must be an integer from 1/},
+            {[preload: [nil]], ~r/preload must be a list of model ids/},
+            {[pinned: ["../x"]], ~r/pinned must be a list of model ids/},
+            {[memory_budget: -1], ~r/memory_budget must be an integer from 0/},
+            {[offload: :layers], ~r/offload must be one of auto, none, model, sequential/},
+            {[compile: true], ~r/compile must be one of none, blocks/},
             {[env: [:HOME]], ~r/env must be a list of names/}
           ] do
         assert_raise ArgumentError, message, fn -> StarweaveImage.start_link(opts) end
