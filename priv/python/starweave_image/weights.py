@@ -49,10 +49,6 @@ class Layout:
     pipeline: str
     components: dict[str, tuple[str, str]] = field(default_factory=dict)
 
-    @property
-    def scheduler(self) -> str | None:
-        return self.components.get("scheduler", ("", ""))[1] or None
-
 
 @dataclass(frozen=True)
 class Source:
@@ -104,13 +100,18 @@ class Weights:
             return "available"
         return "remote" if card.id in self._configured and not self._offline else "absent"
 
-    def layout(self, card: ModelCard) -> Layout | None:
-        """The layout where the files are on this machine and sound; never asks the hub."""
+    def scheduler(self, card: ModelCard) -> tuple[str | None, dict[str, Any]]:
+        """The class name of the model's scheduler and what it is made with, where the files are on this machine and sound;
+        never asks the hub."""
         source = self._local(card)
         try:
-            return read_layout(source.folder, card.id) if source else None
+            components = read_layout(source.folder, card.id).components if source else {}
         except ImageError:
-            return None
+            components = {}
+        if source is None or "scheduler" not in components:
+            return None, {}
+        config = _read_json(source.folder / "scheduler/scheduler_config.json") or {}
+        return components["scheduler"][1], config
 
     def obtain(self, card: ModelCard) -> Source:
         """The model's files, downloaded where the configuration allows; raises `model_not_found` or
