@@ -439,8 +439,10 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     if choice.device.kind == "cpu" and choice.dtype == "bfloat16":
         for name in ("unet", "vae"):
-            if getattr(pipeline, name, None) is not None:
-                getattr(pipeline, name).to(memory_format=torch.channels_last)
+            network = getattr(pipeline, name, None)
+            # There is no such format for the weights of what sees in three dimensions, as Qwen-Image's decoder does.
+            if network is not None and all(weight.ndim < 5 for weight in network.parameters()):
+                network.to(memory_format=torch.channels_last)
     return pipeline
 
 
