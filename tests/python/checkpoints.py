@@ -67,6 +67,42 @@ def _t5(width: int) -> tuple[Any, Any]:
     )
 
 
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _qwen_tokenizer() -> Any:
+    """A token for each letter, so that captions differ in length as their texts do."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(["<|endoftext|>", *letters])}
+    return transformers.Qwen2Tokenizer(
+        vocab=vocab,
+        merges=[],
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+        chat_template=_CHAT,
+        model_max_length=2048,
+    )
+
+
+def _qwen_3(layers: int, kind: Any) -> tuple[Any, Any]:
+    tokenizer = _qwen_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    return tokenizer, kind(config).eval()
+
+
 def _vae(channels: int = 4, shift: float | None = None) -> Any:
     torch.manual_seed(0)
     return diffusers.AutoencoderKL(
@@ -101,6 +137,14 @@ def _unet(**extra: Any) -> Any:
     return diffusers.UNet2DConditionModel(**(options | extra))
 
 
+def _heeding(transformer: Any) -> Any:
+    """Fresh weights are so small that any caption gives nearly the same picture; not so with these."""
+    with torch.no_grad():
+        for weight in transformer.transformer_blocks.parameters():
+            weight.mul_(3)
+    return transformer
+
+
 def _ddim() -> Any:
     return diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
@@ -115,6 +159,21 @@ def stable_diffusion(folder: Path, **unet: Any) -> Path:
         tokenizer=_clip_tokenizer(),
         unet=_unet(**unet),
         scheduler=_ddim(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def stable_diffusion_2(folder: Path) -> Path:
+    """What the second generation changed: v-prediction, linear projections, heads of a fixed size."""
+    diffusers.StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=_clip_encoder(),
+        tokenizer=_clip_tokenizer(),
+        unet=_unet(use_linear_projection=True, attention_head_dim=(2, 4)),
+        scheduler=diffusers.DDIMScheduler.from_config(_ddim().config, prediction_type="v_prediction"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -171,7 +230,8 @@ def stable_diffusion_3(folder: Path) -> Path:
     return folder
 
 
-def flux(folder: Path) -> Path:
+def flux(folder: Path, guided: bool = False) -> Path:
+    """With `guided` the network itself is told the guidance scale, as FLUX.1-dev is."""
     tokenizer, encoder = _t5(32)
     torch.manual_seed(0)
     transformer = diffusers.FluxTransformer2DModel(
@@ -184,16 +244,185 @@ def flux(folder: Path) -> Path:
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=[4, 4, 8],
-        guidance_embeds=False,
+        guidance_embeds=guided,
     )
     diffusers.FluxPipeline(
-        transformer=transformer,
+        transformer=_heeding(transformer),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         vae=_vae(shift=0.0),
         text_encoder=_clip_encoder(),
         text_encoder_2=encoder,
         tokenizer=_clip_tokenizer(),
         tokenizer_2=tokenizer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def flux_2_klein(folder: Path, distilled: bool = False) -> Path:
+    """The pipeline reads the 27th layer of its text encoder."""
+    tokenizer, encoder = _qwen_3(27, transformers.Qwen3ForCausalLM)
+    torch.manual_seed(0)
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 16,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=False,
+    )
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    diffusers.Flux2KleinPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=_heeding(transformer),
+        is_distilled=distilled,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def z_image(folder: Path) -> Path:
+    """Its turbo flavour has the same parts."""
+    tokenizer, encoder = _qwen_3(2, transformers.Qwen3Model)
+    torch.manual_seed(0)
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=16,
+        dim=32,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=(8, 4, 4),
+        axes_lens=(1024, 64, 64),
+    )
+    # Zeros in a new network, and then nothing would tell how captions are filled up.
+    torch.nn.init.normal_(transformer.x_pad_token)
+    torch.nn.init.normal_(transformer.cap_pad_token)
+    diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(16, shift=0.1),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def qwen_image(folder: Path) -> Path:
+    tokenizer = _qwen_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+            "fullatt_block_indexes": [0],
+        },
+    )
+    encoder = transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+    torch.manual_seed(0)
+    transformer = diffusers.QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    diffusers.QwenImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=_heeding(transformer),
+    ).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def sana(folder: Path) -> Path:
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    vocab = {token: index for index, token in enumerate([*specials, "▁", *"abcdefghijklmnopqrstuvwxyz"])}
+    tokenizer = transformers.GemmaTokenizer(vocab=vocab, merges=[], model_max_length=2048)
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    encoder = transformers.Gemma2Model(config).eval()
+    torch.manual_seed(0)
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=16,
+    )
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        upsample_block_type="interpolate",
+        downsample_block_type="conv",
+    )
+    diffusers.SanaPipeline(
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        vae=vae,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
     ).save_pretrained(folder, safe_serialization=True)
     return folder
 
@@ -217,7 +446,7 @@ def pixart(folder: Path) -> Path:
         use_additional_conditions=False,
     )
     diffusers.PixArtSigmaPipeline(
-        transformer=transformer,
+        transformer=_heeding(transformer),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
         vae=_vae(),
         text_encoder=encoder,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -28,6 +29,12 @@ settings.load_profile("unhurried")
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured in a test stays in it."""
     monkeypatch.setenv("STARWEAVE_IMAGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[Path], Path]], Path]:
+    """Gives the folder of a checkpoint, made once; nobody changes it."""
+    return functools.cache(lambda make: make(tmp_path_factory.mktemp("checkpoints") / "model"))
 
 
 def config() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import checkpoints
 import pytest
-from engines import PATIENCE_S, Bench, difference
+from engines import PATIENCE_S, Bench
 from starweave_image import weights, wire
 from starweave_image.catalog import ModelCard, find, shipped
 from starweave_image.errors import ImageError
@@ -43,26 +43,29 @@ def folder(tmp_path: Path) -> Path:
     ("make", "pipeline", "limits"),
     [
         (checkpoints.stable_diffusion, "StableDiffusionPipeline", (128, 8)),
+        (checkpoints.stable_diffusion_2, "StableDiffusionPipeline", (128, 8)),
         (checkpoints.stable_diffusion_xl, "StableDiffusionXLPipeline", (128, 8)),
         (checkpoints.stable_diffusion_3, "StableDiffusion3Pipeline", (128, 8)),
         (checkpoints.flux, "FluxPipeline", (2048, 8)),
+        (checkpoints.flux_2_klein, "Flux2KleinPipeline", (2048, 8)),
+        (checkpoints.z_image, "ZImagePipeline", (2048, 8)),
+        (checkpoints.qwen_image, "QwenImagePipeline", (2048, 16)),
         (checkpoints.pixart, "PixArtSigmaPipeline", (128, 8)),
+        (checkpoints.sana, "SanaPipeline", (128, 8)),
     ],
 )
 def test_a_local_folder_of_any_family_works(
-    tmp_path: Path, make: Callable[[Path], Path], pipeline: str, limits: tuple[int, int]
+    checkpoint: Callable[[Callable[[Path], Path]], Path],
+    make: Callable[[Path], Path],
+    pipeline: str,
+    limits: tuple[int, int],
 ) -> None:
-    bench = bench_of(make(tmp_path / "model"), dtype="float32")
+    bench = bench_of(checkpoint(make), dtype="bfloat16")
     known = card(bench)
     assert (known.pipeline, known.source, known.state) == (pipeline, "local", "available")
     assert (known.limits.max_size, known.limits.multiple_of) == limits
-    requests: list[dict[str, Any]] = [SMALL | {"seed": seed, "guidance_scale": 3.0} for seed in (1, 2, 3)]
-    alone = [bench.done(**fields)[1] for fields in requests]
-    ids = [bench.submit(**fields) for fields in requests]
-    for id, files in zip(ids, alone, strict=True):
-        assert isinstance(bench.end(id), wire.Done)
-        assert difference(bench.files(id), files) <= 1
-    assert len({files[0] for files in alone}) == 3
+    pictures = [bench.done(**SMALL | {"seed": seed, "guidance_scale": 3.0})[1] for seed in (1, 2, 2)]
+    assert pictures[0] != pictures[1] == pictures[2]
     assert card(bench).state == "loaded"
 
 

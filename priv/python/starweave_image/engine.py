@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 import os
 import platform
@@ -225,10 +226,8 @@ class Engine:
             image = None if message.image is None else images.decode(message.image, "image")
             settings = settle(message, card, None if image is None else image.size)
             mask = images.decode_mask(message.mask, image.size) if message.mask and image else None
-            layout = self._weights.layout(card)
-            own_scheduler = layout.scheduler if layout else None
             wanted = message.scheduler or card.defaults.scheduler
-            scheduler = schedulers.resolve(wanted, own_scheduler, card.id)
+            scheduler = schedulers.resolve(wanted, *self._weights.scheduler(card), settings.steps, card.id)
             first = message.seed
             if first is None or first == -1:
                 first = secrets.randbelow(2**63)
@@ -338,22 +337,22 @@ class Engine:
 
         assert self._executor is not None
         with job.model.borrow() as pipeline:
-            own = type(pipeline.scheduler).__name__
+            own, config = type(pipeline.scheduler).__name__, pipeline.scheduler.config
             wanted = job.message.scheduler or job.card.defaults.scheduler
-            scheduler = schedulers.resolve(wanted, own, job.card.id)
+            scheduler = schedulers.resolve(wanted, own, config, job.settings.steps, job.card.id)
             if scheduler != own:
-                pipeline.scheduler = schedulers.make(scheduler, pipeline.scheduler.config)
+                pipeline.scheduler = schedulers.make(scheduler, config)
             pipeline, call = job.prepare(pipeline)
             job.note(*call.notices)
             exact = job.message.reproducible
             result = None
+            noise = torch.Generator("cpu").manual_seed(seed)
             with (
                 self._executor.drawing(lane, pipeline, job.model.networks, exact),
                 job.previews.watch(pipeline, lane.image) if job.previews else nullcontext(),
-                self._hooked(lane, pipeline),
+                self._hooked(lane, pipeline, noise),
             ):
                 try:
-                    noise = torch.Generator("cpu").manual_seed(seed)
                     result = pipeline(**call.arguments, generator=noise, output_type="pil")
                 except Exception as error:
                     if not is_out_of_memory(error):
@@ -370,7 +369,7 @@ class Engine:
         return result.images[0], scheduler
 
     @contextmanager
-    def _hooked(self, lane: Lane, pipeline: Any) -> Iterator[None]:
+    def _hooked(self, lane: Lane, pipeline: Any, noise: Any) -> Iterator[None]:
         """Have the scheduler's `step` report the step.
 
         Every pipeline steps its scheduler once a step, while only some take a callback; and the hook may raise,
@@ -378,6 +377,7 @@ class Engine:
         """
         request, scheduler = lane.request, pipeline.scheduler
         step = scheduler.step
+        draws = "generator" in inspect.signature(step).parameters
         # What starts from an image leaves the first steps out.
         chosen: list[int] = []
         if choose := getattr(pipeline, "get_timesteps", None):
@@ -392,6 +392,9 @@ class Engine:
 
         @functools.wraps(step)
         def hooked(*args: Any, **kwargs: Any) -> Any:
+            if draws and kwargs.get("generator") is None:
+                # Not every pipeline passes its generator on, and without one the noise would be that of all requests.
+                kwargs["generator"] = noise
             result = step(*args, **kwargs)
             lane.stepped(chosen[0] if chosen else len(scheduler.timesteps))
             self._send(request, lane.progress())

@@ -31,10 +31,6 @@ class Layout:
     pipeline: str
     components: dict[str, tuple[str, str]] = field(default_factory=dict)
 
-    @property
-    def scheduler(self) -> str | None:
-        return self.components.get("scheduler", ("", ""))[1] or None
-
     def uses(self, name: str) -> bool:
         """Whether a file of the repository is needed: safetensors and configuration, and what states the licence."""
         folder, _, file = name.rpartition("/")

@@ -26,12 +26,21 @@ _KNOWN = frozenset(
         "ZImageTransformer2DModel",
         "PixArtTransformer2DModel",
         "SanaTransformer2DModel",
+        "AutoencoderDC",
         "AutoencoderKL",
+        "AutoencoderKLFlux2",
+        "AutoencoderKLQwenImage",
         "AutoencoderTiny",
     }
 )
 # What decodes is wrapped, and its signature hidden.
-_DECODED = {"AutoencoderKL": ("z",), "AutoencoderTiny": ("x",)}
+_DECODED = {
+    "AutoencoderDC": ("z",),
+    "AutoencoderKL": ("z",),
+    "AutoencoderKLFlux2": ("z",),
+    "AutoencoderKLQwenImage": ("z",),
+    "AutoencoderTiny": ("x",),
+}
 _SAMPLES = ("sample", "hidden_states", "x", "z")
 _TIMES = ("timestep", "t")
 # Positions are the same for all rows; where they have a batch axis (Flux 2) only its first entry is read.

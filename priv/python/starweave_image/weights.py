@@ -22,7 +22,7 @@ from . import devices, hub, wire
 from .catalog import ModelCard, find, shipped
 from .devices import Choice
 from .errors import ImageError, is_out_of_memory
-from .layout import INDEX, Layout, check_complete, inspect, read_json, read_layout, unfit
+from .layout import INDEX, check_complete, inspect, read_json, read_layout, unfit
 from .lease import Lease, take
 
 _logger = logging.getLogger(__name__)
@@ -100,13 +100,18 @@ class Weights:
             return "available"
         return "remote" if card.id in self._configured and not self._offline else "absent"
 
-    def layout(self, card: ModelCard) -> Layout | None:
-        """The layout where the files are on this machine and sound; never asks the hub."""
+    def scheduler(self, card: ModelCard) -> tuple[str | None, dict[str, Any]]:
+        """The class name of the model's scheduler and what it is made with, where the files are on this machine and sound;
+        never asks the hub."""
         source = self._local(card)
         try:
-            return read_layout(source.folder, card.id) if source else None
+            components = read_layout(source.folder, card.id).components if source else {}
         except ImageError:
-            return None
+            components = {}
+        if source is None or "scheduler" not in components:
+            return None, {}
+        config = read_json(source.folder / "scheduler/scheduler_config.json") or {}
+        return components["scheduler"][1], config
 
     def obtain(self, card: ModelCard) -> Source:
         """The model's files, downloaded where the configuration allows, and not deleted while the source or a pipeline
@@ -314,8 +319,10 @@ def load_pipeline(
     pipeline.set_progress_bar_config(disable=True)
     if choice.device.kind == "cpu" and choice.dtype == "bfloat16":
         for name in ("unet", "vae"):
-            if getattr(pipeline, name, None) is not None:
-                getattr(pipeline, name).to(memory_format=torch.channels_last)
+            network = getattr(pipeline, name, None)
+            # There is no such format for the weights of what sees in three dimensions, as Qwen-Image's decoder does.
+            if network is not None and all(weight.ndim < 5 for weight in network.parameters()):
+                network.to(memory_format=torch.channels_last)
     if compiled:
         _compile(pipeline, id)
     return pipeline

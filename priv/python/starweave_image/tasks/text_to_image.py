@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,13 +58,14 @@ def prepare(pipeline: Any, text: Text) -> Call:
         notices.append("guidance_scale has no effect on this model.")
 
     contrasted = "negative_prompt" in takes and (guided_by == "true_cfg_scale" or not true_guidance)
-    if contrasted and guidance_scale > 1:
+    contrasted = contrasted and _contrasts(pipeline, math.inf)
+    if contrasted and _contrasts(pipeline, guidance_scale):
         # Such a pipeline turns guidance off without a negative prompt, even an empty one must be said.
         if negative_prompt or guided_by == "true_cfg_scale":
             arguments["negative_prompt"] = negative_prompt or " "
     elif negative_prompt:
-        why = "at a guidance_scale of 1 or less" if contrasted else "on this model"
-        notices.append(f"negative_prompt has no effect {why}.")
+        why = "at a guidance_scale of 0" if _contrasts(pipeline, 1.0) else "at a guidance_scale of 1 or less"
+        notices.append(f"negative_prompt has no effect {why if contrasted else 'on this model'}.")
 
     for name, said in (("prompt", prompt), ("negative_prompt", arguments.get("negative_prompt", ""))):
         if cut := _words_cut(pipeline, said, takes):
@@ -71,6 +73,14 @@ def prepare(pipeline: Any, text: Text) -> Call:
                 f"{name} is longer than this model reads: the last part, about {cut} tokens, was not used."
             )
     return Call(arguments, notices)
+
+
+def _contrasts(pipeline: Any, guidance_scale: float) -> bool:
+    """Whether the pipeline, which is the caller's own, draws away from the negative prompt at this guidance: most do above
+    1, some above 0, and some of few steps never."""
+    # The call itself sets it so, and what it then finds depends on the networks too.
+    pipeline._guidance_scale = guidance_scale
+    return bool(getattr(pipeline, "do_classifier_free_guidance", guidance_scale > 1))
 
 
 def _words_cut(pipeline: Any, text: str, takes: Any) -> int:
