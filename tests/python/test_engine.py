@@ -288,7 +288,7 @@ def test_out_of_memory_and_the_unexpected_end_one_request_only(
         pipeline = load(*arguments)
         decode = pipeline.vae.decode
 
-        def failing(*, z: torch.Tensor, **kwargs: Any) -> Any:
+        def failing(z: torch.Tensor, **kwargs: Any) -> Any:
             if failure := failures.get(z.shape[-1] * 2):
                 latents[z.shape[-1] * 2] = weakref.ref(z)
                 kind, message = failure

@@ -385,24 +385,3 @@ def test_what_fills_up_shorter_captions_leaves_no_trace(
     kind = type(transformer).__name__
     keys = {stacking.read(kind, transformer.forward, (), call(length, 1)).key for length in (32, 33, 64, 65)}
     assert len(keys) == 3
-
-
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [
-        (checkpoints.stable_diffusion, (4, 8, 8)),
-        (checkpoints.flux_2_klein, (4, 8, 8)),
-        (checkpoints.qwen_image, (4, 1, 8, 8)),
-        (checkpoints.sana, (4, 8, 8)),
-    ],
-)
-@torch.no_grad()
-def test_decoders_keep_their_rows_apart(
-    checkpoint: Callable[[Make], Path], make: Make, shape: tuple[int, ...]
-) -> None:
-    vae = stock(checkpoint(make)).vae
-    calls: list[dict[str, Any]] = [
-        {"z": noise(1, *shape, seed=seed), "return_dict": False} for seed in range(3)
-    ]
-    for ours, fields in zip(together(vae, vae.decode, calls), calls, strict=True):
-        torch.testing.assert_close(ours, vae.decode(**fields)[0], atol=1e-5, rtol=1e-4)

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -302,8 +302,6 @@ class Executor:
             self._gate.enter()
             try:
                 self._compute(tickets)
-                # Else the time of a pass would be that of its being asked for.
-                self._choice.synchronize()
             finally:
                 self._gate.leave()
             with self._news:
@@ -375,18 +373,19 @@ class Executor:
                 first.result = memory.get(question) if memory and question else None
                 if first.result is None:
                     first.result = first.run(*first.args, **first.kwargs)
+                    self._choice.synchronize()
                     if memory and question:
                         memory.put(question, first.result)
                 return None
             calls = [ticket.stackable for ticket in tickets if ticket.stackable]
             rows = [call.rows for call in calls]
-            if self._limits.wants(first.label, sum(rows)):
-                begun = time.monotonic()
-                with self._choice.measured() as peak:
-                    result = first.run(**stacking.stack(calls))
-                self._limits.record(first.label, sum(rows), time.monotonic() - begun, peak())
-            else:
+            wanted = self._limits.wants(first.label, sum(rows))
+            begun = time.monotonic()
+            with self._choice.measured() if wanted else nullcontext(int) as peak:
                 result = first.run(**stacking.stack(calls))
+                # Else the time of a pass would be that of its being asked for.
+                self._choice.synchronize()
+            self._limits.record(first.label, sum(rows), time.monotonic() - begun, peak())
             results = [result] if len(calls) == 1 else stacking.split(result, rows)
         except Exception as error:
             return error

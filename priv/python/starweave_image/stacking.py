@@ -1,6 +1,6 @@
 """How calls of one network become one call, and its result theirs again.
 
-A call is what a pipeline passes to its denoiser, or to a decoder. Its *rows* are the samples along the batch axis: two
+A call is what a pipeline passes to its denoiser. Its *rows* are the samples along the batch axis: two
 where one picture is drawn with guidance. Calls may be stacked when their `key` is equal; timesteps need not be, for
 each row gets its own.
 """
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Networks of which is known that their rows do not see each other, and what of their arguments belongs to the rows.
+# Denoisers of which is known that their rows do not see each other, and what of their arguments belongs to the rows.
+# Decoders are left out: on a CPU they were slower by the row together, and they are a small part of the work.
 _KNOWN = frozenset(
     {
         "UNet2DConditionModel",
@@ -26,27 +27,12 @@ _KNOWN = frozenset(
         "ZImageTransformer2DModel",
         "PixArtTransformer2DModel",
         "SanaTransformer2DModel",
-        "AutoencoderDC",
-        "AutoencoderKL",
-        "AutoencoderKLFlux2",
-        "AutoencoderKLQwenImage",
-        "AutoencoderTiny",
     }
 )
-# What decodes is wrapped, and its signature hidden.
-_DECODED = {
-    "AutoencoderDC": ("z",),
-    "AutoencoderKL": ("z",),
-    "AutoencoderKLFlux2": ("z",),
-    "AutoencoderKLQwenImage": ("z",),
-    "AutoencoderTiny": ("x",),
-}
-_SAMPLES = ("sample", "hidden_states", "x", "z")
+_SAMPLES = ("sample", "hidden_states", "x")
 _TIMES = ("timestep", "t")
 # Positions are the same for all rows; where they have a batch axis (Flux 2) only its first entry is read.
 _SHARED = ("txt_ids", "img_ids")
-# The decoders above take a generator and draw nothing from it.
-_UNREAD = ("generator",)
 # Captions of their own lengths: the mask that hides what fills them up, for each network that has one.
 _RAGGED = {"QwenImageTransformer2DModel": ("encoder_hidden_states", "encoder_hidden_states_mask")}
 _BUCKET = 32
@@ -114,13 +100,13 @@ class Stackable:
 def read(
     kind: str, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Stackable | None:
-    """The call of `forward` of a network of class `kind`, or of its decoder; None where it must run by itself."""
+    """The call of `forward` of a network of class `kind`; None where it must run by itself."""
     if kind not in _KNOWN:
         return None
-    names = _DECODED.get(kind) or tuple(inspect.signature(forward).parameters)
+    names = inspect.signature(forward).parameters
     arguments = dict(zip(names, args, strict=False)) | kwargs
     try:
-        return Stackable(kind, {name: value for name, value in arguments.items() if name not in _UNREAD})
+        return Stackable(kind, arguments)
     except TypeError:
         return None
 
