@@ -274,9 +274,12 @@ def test_a_run_that_starts_from_a_checkpoint_begins_with_its_weights(tmp_path: P
     )
     first, second = tmp_path / "first", tmp_path / "second"
     tiny.train(recipe, first, tmp_path / "work1", tmp_path, "cpu", threads=1)
-    untouched = replace(recipe, start=first, denoiser=replace(SMALL_DENOISER, steps=0))
+    untouched = replace(recipe, seed=1, start=first, denoiser=replace(SMALL_DENOISER, steps=0))
     tiny.train(untouched, second, tmp_path / "work2", tmp_path, "cpu", threads=1)
     assert str(tmp_path) not in "".join(p.read_text() for p in second.glob("**/*.json"))
+    # The captions of another seed have other words; what the weights know is what they were trained with.
+    words = [json.loads((folder / "vocabulary.json").read_text())["words"] for folder in (first, second)]
+    assert words[0] == words[1]
     paths = sorted(p.relative_to(first) for p in first.glob("*/*.safetensors"))
     assert len(paths) == 3
     for path in paths:

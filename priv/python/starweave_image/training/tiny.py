@@ -25,7 +25,7 @@ from .loop import (
 from .scenes import GROUNDS, OBJECTS
 from .shapes import COLOURS, SHAPES
 from .vae import VaeRecipe, encode, load_vae, psnr, train_vae
-from .vocabulary import CONTEXT, build_tokenizer, load_tokenizer, words_of
+from .vocabulary import CONTEXT, build_tokenizer, load_tokenizer, load_words, words_of
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def train(
         torch.set_num_threads(threads)
         pool, vae, latents = _prepare(recipe, work, cache, device, threads)
     torch.set_num_threads(max(1, threads // place()[1]))
-    words = words_of(pool.captions)
+    # What is trained further knows the words that it was first trained with, whichever this pool's captions have.
+    words = load_words(recipe.start) if recipe.start else words_of(pool.captions)
     tokenizer = load_tokenizer(recipe.start) if recipe.start else build_tokenizer(words)
     tokens = tokenizer(pool.captions, padding="max_length", truncation=True, max_length=CONTEXT)
     ids = torch.tensor(np.array(tokens.input_ids, dtype=np.int16))

@@ -6,6 +6,7 @@ fall apart into pieces and letters; characters outside ASCII become the unknown 
 
 from __future__ import annotations
 
+import json
 import re
 import string
 from collections import Counter
@@ -74,3 +75,9 @@ def load_tokenizer(checkpoint: Path) -> Any:
 
     tokenizer: Any = transformers.CLIPTokenizer
     return tokenizer.from_pretrained(checkpoint / "tokenizer")
+
+
+def load_words(checkpoint: Path) -> list[str]:
+    """The words that an exported checkpoint knows."""
+    words: list[str] = json.loads((checkpoint / "vocabulary.json").read_text())["words"]
+    return words
