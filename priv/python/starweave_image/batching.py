@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 QUANTUM_S = 0.05
 """Device time in seconds that one member earns its key in one round."""
 
-GUARD_S = 0.02
+GUARD_S = 0.05
 """How long, in seconds, a key waits at least for members that are not back yet; half of a pass where that is more."""
 
 Member = TypeVar("Member", bound=Hashable)
