@@ -173,7 +173,8 @@ defmodule StarweaveImage.Sidecar do
 
   def terminate(_reason, state) do
     grace = state.config[:shutdown_grace]
-    reader = Process.monitor(state.log)
+    # One that is down has none.
+    reader = if state.log, do: Process.monitor(state.log)
 
     state
     |> push(%{t: "shutdown", g: state.generation, grace_ms: grace})
@@ -181,10 +182,12 @@ defmodule StarweaveImage.Sidecar do
     |> close()
 
     # What stops after us may be Logger: the last words come first.
-    receive do
-      {:DOWN, ^reader, _, _, _} -> :ok
-    after
-      @last_words_ms -> :ok
+    if reader do
+      receive do
+        {:DOWN, ^reader, _, _, _} -> :ok
+      after
+        @last_words_ms -> :ok
+      end
     end
   end
 
