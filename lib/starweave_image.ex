@@ -46,7 +46,12 @@ defmodule StarweaveImage do
 
   @type id :: String.t()
   @type event ::
-          {:queued, %{position: pos_integer, attempt: pos_integer}}
+          {:queued,
+           %{
+             position: pos_integer,
+             attempt: pos_integer,
+             estimated_start_ms: non_neg_integer | nil
+           }}
           | {:progress, map}
           | {:preview, preview}
           | {:image, Image.t()}
@@ -225,7 +230,11 @@ defmodule StarweaveImage do
   Hands a request in and returns once it is accepted. It outlives the caller: ask for the result
   with `await/2`, from any process, or watch it with `subscribe/1`.
 
-  With `:id`, asking again for a request that is known does not start a second one.
+  With `:id` it is idempotent: asking again for the same under an id that is known joins that request, whether it waits, runs or is
+  done, and asking for something else under it is `:invalid_request` with `details.conflict`. Results are kept for the instance's `:result_ttl`.
+
+  With `durable: true` it returns when the request is on disk, in the instance's `:journal`; it goes on with the next start when the
+  BEAM ends before it is done, and its result outlives the BEAM too.
 
       {:ok, id} = StarweaveImage.submit("a red apple", id: "order-17")
       {:ok, image} = StarweaveImage.await(id)
@@ -332,7 +341,8 @@ defmodule StarweaveImage do
 
   @doc """
   Sends the events of a request to the calling process as `{:starweave_image, id, event}`, with the
-  same events as `stream/2`. A request that is done sends its last events at once.
+  same events as `stream/2`. What was so far comes at once: the place in the queue, or the last progress and preview of each image,
+  or the end.
 
       iex> StarweaveImage.subscribe("no-such-request")
       {:error, :not_found}
@@ -447,7 +457,15 @@ defmodule StarweaveImage do
         status
 
       {:error, error} ->
-        queue = %{queued: 0, running: 0, limit: 0, bytes: 0, max_bytes: 0}
+        queue = %{
+          queued: 0,
+          running: 0,
+          limit: 0,
+          bytes: 0,
+          max_bytes: 0,
+          estimated_start_ms: nil
+        }
+
         %{state: :down, error: error.message, default_model: nil, sidecars: [], queue: queue}
     end
   end
@@ -473,6 +491,95 @@ defmodule StarweaveImage do
   @spec await_ready(timeout_ms :: pos_integer, instance :: atom) :: :ok | {:error, Error.t()}
   def await_ready(timeout \\ 120_000, instance \\ __MODULE__) do
     with {:ok, answer} <- call(instance, :await_ready, timeout), do: answer
+  end
+
+  @doc """
+  Starts another sidecar, for as long as the instance lives; gives its index as in `status/1`.
+
+  Options: `:device :dtype :capacity :memory_budget :ram_budget :offload :compile`, as in `:sidecars` of the instance and else as the
+  instance has them, and `:instance`.
+
+      {:ok, 2} = StarweaveImage.add_sidecar(device: "cuda:1")
+
+      iex> {:error, error} = StarweaveImage.add_sidecar(capacity: 0)
+      iex> error.message
+      "capacity must be an integer from 1 to 64, got 0"
+  """
+  @spec add_sidecar(keyword) :: {:ok, pos_integer} | {:error, Error.t()}
+  def add_sidecar(opts \\ []) do
+    {instance, opts} = Keyword.pop(opts, :instance, __MODULE__)
+
+    with {:ok, kind} <- StarweaveImage.Supervisor.sidecar(opts),
+         {:ok, {:ok, index, config}} <- call(instance, {:add_sidecar, kind}),
+         :ok <- StarweaveImage.Supervisor.add_sidecar(instance, index, config) do
+      {:ok, index}
+    else
+      {:error, field, message} -> {:error, Error.new(:invalid_request, message, %{field: field})}
+      {:error, %Error{} = error} -> {:error, error}
+      {:error, _reason} -> {:error, Error.new(:internal, "the sidecar could not be started")}
+    end
+  end
+
+  @doc """
+  Gives a sidecar no more requests, and returns when those that it works on are done, at the latest after `:timeout` ms (an
+  hour). It goes on after `resume_sidecar/2`.
+
+  Options: `:timeout`, `:instance`.
+
+      :ok = StarweaveImage.drain_sidecar(2)
+
+      iex> StarweaveImage.drain_sidecar(2, instance: :no_such_instance)
+      {:error, :not_found}
+  """
+  @spec drain_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | :timeout}
+  def drain_sidecar(index, opts \\ []) do
+    instance = Keyword.get(opts, :instance, __MODULE__)
+
+    case call(instance, {:drain, index}, Keyword.get(opts, :timeout, 3_600_000)) do
+      {:ok, answer} -> answer
+      {:error, %{kind: :timeout}} -> {:error, :timeout}
+      {:error, _not_running} -> {:error, :not_found}
+    end
+  end
+
+  @doc """
+  Lets a sidecar that was drained work again.
+
+      :ok = StarweaveImage.resume_sidecar(2)
+
+      iex> StarweaveImage.resume_sidecar(2, instance: :no_such_instance)
+      {:error, :not_found}
+  """
+  @spec resume_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found}
+  def resume_sidecar(index, opts \\ []) do
+    case call(Keyword.get(opts, :instance, __MODULE__), {:resume, index}) do
+      {:ok, answer} -> answer
+      {:error, _not_running} -> {:error, :not_found}
+    end
+  end
+
+  @doc """
+  Ends a sidecar for good: drains it as `drain_sidecar/2` does, then stops its process. What it has not done
+  within `:timeout` ms is done by another.
+
+      :ok = StarweaveImage.remove_sidecar(2, timeout: 60_000)
+
+      iex> StarweaveImage.remove_sidecar(2, instance: :no_such_instance)
+      {:error, :not_found}
+  """
+  @spec remove_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found}
+  def remove_sidecar(index, opts \\ []) do
+    instance = Keyword.get(opts, :instance, __MODULE__)
+
+    case drain_sidecar(index, opts) do
+      {:error, :not_found} ->
+        {:error, :not_found}
+
+      _drained_or_late ->
+        :ok = StarweaveImage.Supervisor.remove_sidecar(instance, index)
+        _ = call(instance, {:removed, index})
+        :ok
+    end
   end
 
   @doc """

@@ -3,53 +3,84 @@ defmodule StarweaveImage.Queue do
   # Owns every accepted request until it has its one answer. Sidecars come and go; a request that was
   # running on one that died goes back to its place and is sent again, with the same seed.
   #
-  # It only correlates: validation is done in the caller, msgpack in the sidecar's owner.
+  # Who goes when and where is decided by `Schedule`, how the sidecars are is known by `Fleet`, both pure; here are the
+  # processes, clocks and messages. Validation is done in the caller, msgpack in the sidecar's owner.
 
   use GenServer
   require Logger
 
-  alias StarweaveImage.{Error, Image, Request, Sidecar, Telemetry}
+  alias StarweaveImage.{
+    Error,
+    Fleet,
+    Image,
+    Journal,
+    RateLimit,
+    Request,
+    Schedule,
+    Sidecar,
+    Telemetry
+  }
 
   defmodule Job do
     @moduledoc false
-    # `key` orders the waiting requests: priority, then age. A replay keeps its key. `owners` are the
-    # processes that wait for it; when all are gone it is cancelled, unless it was also submitted.
+    # `serial` tells it from an earlier one of the same id, and is a new one when it has ended. `owners` are the processes that wait for it; when
+    # all are gone it is cancelled, unless it was also submitted. `status`: `:journaling` until it is on disk,
+    # `:open`, `:ending` until its end is on disk, `:finished`. Where an open one is, `Schedule` knows.
     defstruct [
       :request,
-      :key,
+      :serial,
       :deadline,
-      :timer,
       :submitted_at,
       :dispatched_at,
-      :sidecar,
+      :model,
       :accepted,
       :first_step,
       :result,
-      status: :queued,
+      :told,
+      status: :open,
       submitted?: false,
+      timers: %{},
       owners: [],
-      attempts: 0,
-      images: [],
       waiters: [],
-      subscribers: []
+      subscribers: [],
+      submitters: [],
+      cancellers: [],
+      images: [],
+      progress: %{},
+      previews: %{},
+      notices: [],
+      retries: 0,
+      dispatches: 0,
+      fallbacks: nil
     ]
   end
 
   defstruct [
     :config,
+    :journal,
+    :schedule,
+    :fleet,
+    :rates,
     jobs: %{},
-    waiting: :gb_sets.new(),
-    bytes: 0,
-    sequence: 0,
-    sidecars: %{},
+    serial: 0,
+    finished: :gb_sets.new(),
+    result_bytes: 0,
+    quarantine: %{},
     operations: %{},
-    finished: :queue.new(),
     awaiting_start: [],
-    mean_ms: 1_000
+    drains: %{},
+    telling_positions?: false
   ]
 
-  @ranks %{interactive: 0, normal: 1, background: 2}
   @timings ~w(queue load denoise decode encode total)a
+  @retryable ~w(model_load_failed out_of_memory unavailable overloaded)a
+  @replaceable ~w(model_load_failed model_not_found out_of_memory)a
+  # Between two tries of a request that failed in a way that may pass, in ms.
+  @retry_pause {500, 30_000}
+  @positions_ms 1_000
+  # A request of the journal may be begun so many times `max_attempts` in all lives of the application together.
+  @lives 10
+  @most_quarantined 1_000
 
   def start_link(config), do: GenServer.start_link(__MODULE__, config, name: config[:name])
 
@@ -57,11 +88,29 @@ defmodule StarweaveImage.Queue do
   def init(config) do
     # So that `terminate/2` runs: whoever waits gets an answer also when the instance stops.
     Process.flag(:trap_exit, true)
-    {:ok, %__MODULE__{config: config}}
+
+    state = %__MODULE__{
+      config: config,
+      journal: config[:journal] && Journal.name(config[:name]),
+      schedule: Schedule.new(config),
+      fleet: Fleet.new(config[:enabled], config[:layout]),
+      rates: RateLimit.new(config[:rate_limit], config[:user_rate_limit])
+    }
+
+    {:ok, state, {:continue, :recover}}
   end
 
   @impl true
-  def terminate(_reason, state), do: fail_all(state, "its instance stops")
+  def handle_continue(:recover, state), do: {:noreply, recover(state)}
+
+  # What is in the journal goes on with the next start, so its end is not written there.
+  @impl true
+  def terminate(_reason, state) do
+    error = unavailable("its instance stops")
+    for {_, %{status: :open} = job} <- state.jobs, do: deliver(job, {:error, error})
+    for {_, %{status: :ending} = job} <- state.jobs, do: deliver(job, job.result)
+    for {_, job} <- state.jobs, from <- job.submitters, do: GenServer.reply(from, {:error, error})
+  end
 
   ## Calls
 
@@ -73,11 +122,11 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  def handle_call({:submit, request, owner, subscriber}, _from, state) do
+  def handle_call({:submit, request, owner, subscriber}, from, state) do
     case admit(state, request, owner) do
       {:ok, state} ->
         state = if subscriber, do: subscribe(state, request.id, subscriber), else: state
-        {:reply, {:ok, request.id}, dispatch(state)}
+        {:noreply, state |> acknowledge(request.id, from) |> dispatch()}
 
       {:error, error} ->
         {:reply, {:error, error}, state}
@@ -104,11 +153,18 @@ defmodule StarweaveImage.Queue do
   def handle_call({:leave, id, owner}, _from, state),
     do: {:reply, :ok, state |> leave(id, owner) |> dispatch()}
 
-  def handle_call({:cancel, id}, _from, state) do
+  def handle_call({:cancel, id}, from, state) do
     case state.jobs do
-      %{^id => %{status: :finished}} -> {:reply, {:error, :finished}, state}
-      %{^id => _} -> {:reply, :ok, state |> abandon(id, cancelled()) |> dispatch()}
-      _ -> {:reply, {:error, :not_found}, state}
+      %{^id => %{status: status}} when status in [:ending, :finished] ->
+        {:reply, {:error, :finished}, state}
+
+      %{^id => job} ->
+        # Answered with the end: whoever was told that it is cancelled must not see it again after a restart.
+        state = put_job(state, %{job | cancellers: [from | job.cancellers]})
+        {:noreply, state |> abandon(id, cancelled()) |> dispatch()}
+
+      _ ->
+        {:reply, {:error, :not_found}, state}
     end
   end
 
@@ -117,113 +173,210 @@ defmodule StarweaveImage.Queue do
   def handle_call(:await_ready, from, state),
     do: {:noreply, settle(%{state | awaiting_start: [from | state.awaiting_start]})}
 
-  def handle_call(:models, _from, state) do
-    {:reply, models(state), state}
-  end
+  def handle_call(:models, _from, state), do: {:reply, Fleet.models(state.fleet), state}
 
   def handle_call({:operation, type, model}, from, state) do
-    case state_of(state) do
-      closed when closed in [:disabled, :down] ->
-        {:reply, {:error, closed_error(state, closed)}, state}
-
-      _open ->
+    case closed(state) do
+      nil ->
         id = "#{type}-#{System.unique_integer([:positive])}"
-
-        operation = %{
-          from: from,
-          message: %{t: type, id: id, model: model},
-          left: nil,
-          error: nil
-        }
-
+        message = %{t: type, id: id, model: model}
+        operation = %{from: from, message: message, left: nil, error: nil}
         {:noreply, start_operations(put_in(state.operations[id], operation))}
+
+      error ->
+        {:reply, {:error, error}, state}
     end
+  end
+
+  def handle_call({:add_sidecar, options}, _from, state) do
+    {index, fleet} = Fleet.add(state.fleet, options)
+    {:reply, {:ok, index, Keyword.merge(state.config, options)}, %{state | fleet: fleet}}
+  end
+
+  def handle_call({:drain, index}, from, state) do
+    case Fleet.get(state.fleet, index) do
+      nil ->
+        {:reply, {:error, :not_found}, state}
+
+      _seat ->
+        state = update_in(state.drains[index], &[from | &1 || []])
+        {:noreply, state |> seat(index, draining?: true) |> drained(index)}
+    end
+  end
+
+  def handle_call({:resume, index}, _from, state) do
+    case Fleet.get(state.fleet, index) do
+      nil -> {:reply, {:error, :not_found}, state}
+      _seat -> {:reply, :ok, state |> seat(index, draining?: false) |> dispatch()}
+    end
+  end
+
+  def handle_call({:removed, index}, _from, state) do
+    state = if Fleet.get(state.fleet, index), do: sidecar_gone(state, index), else: state
+
+    state = %{
+      state
+      | fleet: Fleet.remove(state.fleet, index),
+        schedule: Schedule.remove_sidecar(state.schedule, index)
+    }
+
+    {:reply, :ok, dispatch(state)}
   end
 
   ## What the sidecars say
 
   @impl true
   def handle_cast({:sidecar, pid, index, generation, event}, state) do
-    state = known_sidecar(state, index, pid, generation)
-    {:noreply, state |> sidecar_event(index, event) |> settle() |> dispatch()}
+    case known_sidecar(state, index, pid, generation) do
+      nil -> {:noreply, state}
+      state -> {:noreply, state |> sidecar_event(index, event) |> settle() |> dispatch()}
+    end
   end
 
   @impl true
   def handle_info({:DOWN, monitor, :process, pid, _reason}, state) do
-    case Enum.find(state.sidecars, fn {_, sidecar} -> sidecar.monitor == monitor end) do
-      {index, _} ->
-        {:noreply, state |> sidecar_gone(index) |> dispatch()}
-
+    case Fleet.find(state.fleet, monitor) do
       nil ->
         ids = for {id, %{owners: owners}} <- state.jobs, {pid, monitor} in owners, do: id
         {:noreply, ids |> Enum.reduce(state, &leave(&2, &1, pid)) |> dispatch()}
+
+      index ->
+        {:noreply, state |> sidecar_gone(index) |> dispatch()}
     end
   end
 
-  def handle_info({:deadline, id}, state) do
+  def handle_info({:timer, kind, id, serial}, state) do
     case state.jobs do
-      %{^id => %{status: status, request: request}} when status != :finished ->
-        {:noreply, state |> abandon(id, timed_out(request)) |> dispatch()}
-
-      _ ->
-        {:noreply, state}
-    end
-  end
-
-  def handle_info({:forget, id, key}, state) do
-    case state.jobs do
-      %{^id => %{status: :finished, key: ^key}} -> {:noreply, forget(state, id)}
+      %{^id => %{serial: ^serial} = job} -> {:noreply, state |> timer(kind, job) |> dispatch()}
       _ -> {:noreply, state}
     end
   end
 
+  def handle_info({:journal, {operation, id}, answer}, state),
+    do: {:noreply, state |> journaled(operation, id, answer) |> dispatch()}
+
+  def handle_info(:tell_positions, state),
+    do: {:noreply, tell_positions(%{state | telling_positions?: false})}
+
   def handle_info(_message, state), do: {:noreply, state}
+
+  ## Clocks
+
+  defp timer(state, :forget, %{status: :finished} = job), do: forget(state, job)
+  defp timer(state, _kind, %{status: status}) when status != :open, do: state
+
+  defp timer(state, :deadline, %{request: request}) do
+    message = "the request was not done within its timeout of #{request.timeout} ms"
+    abandon(state, request.id, Error.new(:timeout, message))
+  end
+
+  defp timer(state, :queue, %{request: request, dispatched_at: nil}) do
+    message = "the request was not begun within its queue_timeout of #{request.queue_timeout} ms"
+    abandon(state, request.id, Error.new(:timeout, message))
+  end
+
+  defp timer(state, :run, %{request: request}) do
+    message = "an attempt was not done within its run_timeout of #{request.run_timeout} ms"
+    abandon(state, request.id, Error.new(:timeout, message))
+  end
+
+  defp timer(state, :retry, %{request: request}),
+    do: %{state | schedule: Schedule.resume(state.schedule, request.id)}
+
+  defp timer(state, _kind, _job), do: state
+
+  defp start_timer(job, _kind, nil), do: job
+
+  defp start_timer(job, kind, ms) do
+    message = {:timer, kind, job.request.id, job.serial}
+    put_in(job.timers[kind], Process.send_after(self(), message, ms))
+  end
+
+  defp stop_timer(job, kind) do
+    {timer, timers} = Map.pop(job.timers, kind)
+    if timer, do: Process.cancel_timer(timer)
+    %{job | timers: timers}
+  end
+
+  defp stop_timers(job), do: Enum.reduce(Map.keys(job.timers), job, &stop_timer(&2, &1))
 
   ## Admission
 
   # A known id is the same request asked for again, not a second one; but what failed may be tried again.
   defp admit(%{jobs: jobs} = state, %{id: id} = request, owner) when is_map_key(jobs, id) do
     case jobs[id] do
-      %{result: {:error, _}} -> state |> forget(id) |> admit(request, owner)
-      job -> {:ok, put_in(state.jobs[id], join(job, owner))}
+      %{status: :finished, result: {:error, _}} = job ->
+        state |> forget(job) |> admit(request, owner)
+
+      job ->
+        if Request.same?(job.request, request),
+          do: {:ok, put_job(state, join(job, owner))},
+          else: {:error, conflict()}
     end
   end
 
   defp admit(state, request, owner) do
-    config = state.config
     bytes = Request.bytes(request)
-    queued = :gb_sets.size(state.waiting)
 
-    cond do
-      (closed = state_of(state)) in [:disabled, :down] ->
-        {:error, closed_error(state, closed)}
-
-      queued >= config[:max_queue] or state.bytes + bytes > config[:max_queue_bytes] ->
-        Telemetry.execute([:queue, :rejected], %{queued: queued, bytes: state.bytes}, %{
-          instance: config[:name],
-          id: request.id,
-          kind: :overloaded
-        })
-
-        {:error, overloaded(state, queued)}
-
-      true ->
-        {:ok, enqueue(state, request, owner, bytes)}
+    with :ok <- durable(state, request, owner),
+         nil <- closed(state),
+         :ok <- quarantined(state, request),
+         :ok <- room(state, bytes),
+         {:ok, rates} <- RateLimit.take(state.rates, request.user_id, now()) do
+      {:ok, enqueue(%{state | rates: rates}, request, owner, bytes)}
+    else
+      {:error, error} -> {:error, error}
+      %Error{} = error -> {:error, error}
+      {:overloaded, ms} -> {:error, refused(state, request, overloaded(state, ms))}
+      {:wait, ms} -> {:error, refused(state, request, rate_limited(ms))}
     end
   end
 
-  defp enqueue(state, request, owner, bytes) do
-    now = now()
+  defp durable(_state, %{durable: false}, _owner), do: :ok
 
+  defp durable(%{journal: nil}, _request, _owner),
+    do: {:error, invalid(:durable, "durable needs the instance's option journal")}
+
+  defp durable(_state, _request, nil), do: :ok
+
+  defp durable(_state, _request, _owner),
+    do: {:error, invalid(:durable, "durable is for submit, which does not end with its caller")}
+
+  defp room(state, bytes), do: Schedule.admit(state.schedule, bytes)
+
+  defp refused(state, request, error) do
+    Telemetry.execute(
+      [:queue, :rejected],
+      %{queued: Schedule.waiting(state.schedule), bytes: Schedule.bytes(state.schedule)},
+      %{instance: state.config[:name], id: request.id, kind: error.kind}
+    )
+
+    error
+  end
+
+  defp enqueue(state, request, owner, bytes) do
     job = %Job{
       submitted?: owner == nil,
       owners: if(owner, do: [{owner, Process.monitor(owner)}], else: []),
       request: request,
-      key: {@ranks[request.priority], state.sequence, request.id},
-      submitted_at: now,
-      deadline: now + request.timeout,
-      timer: Process.send_after(self(), {:deadline, request.id}, request.timeout)
+      model: request.model,
+      status: if(request.durable, do: :journaling, else: :open)
     }
+
+    state = open(state, job, request.timeout, bytes, 0)
+    if request.durable, do: Journal.accept(state.journal, request.id, record(request))
+    state
+  end
+
+  # A new job, or one of the journal, with `left` ms until its deadline.
+  defp open(state, %{request: request} = job, left, bytes, attempts) do
+    serial = state.serial + 1
+    now = now()
+
+    job =
+      %{job | serial: serial, submitted_at: now, deadline: now + left}
+      |> start_timer(:deadline, left)
+      |> start_timer(:queue, request.queue_timeout)
 
     Telemetry.execute([:request, :start], %{system_time: System.system_time()}, %{
       instance: state.config[:name],
@@ -233,192 +386,298 @@ defmodule StarweaveImage.Queue do
       priority: request.priority
     })
 
-    %{
-      state
-      | jobs: Map.put(state.jobs, request.id, job),
-        waiting: :gb_sets.add(job.key, state.waiting),
-        bytes: state.bytes + bytes,
-        sequence: state.sequence + 1
-    }
+    schedule =
+      Schedule.push(
+        state.schedule,
+        request.id,
+        if(job.status == :open, do: :waiting, else: :aside),
+        priority: request.priority,
+        user: request.user_id,
+        model: canonical(state, job.model),
+        bytes: bytes,
+        attempts: attempts
+      )
+
+    put_job(%{state | serial: serial, schedule: schedule}, job)
+  end
+
+  defp canonical(state, nil), do: state.config[:default_model]
+
+  defp canonical(state, model) do
+    case Fleet.card(state.fleet, model) do
+      nil -> model
+      card -> card.id
+    end
   end
 
   defp join(%{status: :finished} = job, _owner), do: job
   defp join(job, nil), do: %{job | submitted?: true}
   defp join(job, owner), do: %{job | owners: [{owner, Process.monitor(owner)} | job.owners]}
 
+  defp acknowledge(state, id, from) do
+    case state.jobs[id] do
+      %{status: :journaling} = job ->
+        put_job(state, %{job | submitters: [from | job.submitters]})
+
+      _ ->
+        GenServer.reply(from, {:ok, id})
+        state
+    end
+  end
+
   defp leave(state, id, owner) do
     with %{^id => %{owners: owners} = job} <- state.jobs,
          {{_, monitor}, owners} <- List.keytake(owners, owner, 0) do
       Process.demonitor(monitor, [:flush])
-      state = put_in(state.jobs[id], %{job | owners: owners})
+      state = put_job(state, %{job | owners: owners})
       if owners == [] and not job.submitted?, do: abandon(state, id, cancelled()), else: state
     else
       _not_its_owner -> state
     end
   end
 
-  defp overloaded(state, queued) do
-    capacity = Enum.sum(for {_, s} <- state.sidecars, do: s.capacity)
-    wait = div(state.mean_ms * (queued + 1), max(capacity, 1))
+  ## The journal: a request is acknowledged when it is on disk, and answered when its end is
 
-    Error.new(:overloaded, "the queue is full (#{queued} requests wait): try again later", %{
-      retry_after_ms: max(wait, 100)
-    })
+  defp record(request) do
+    %{
+      "request" => Request.to_record(request),
+      "submitted_at" => System.system_time(:millisecond)
+    }
   end
+
+  defp recover(%{journal: nil} = state), do: state
+
+  defp recover(state) do
+    case Journal.recover(state.journal) do
+      {:ok, %{unfinished: unfinished, finished: finished}} ->
+        state = Enum.reduce(finished, state, &recover_finished(&2, &1))
+        Enum.reduce(unfinished, state, &recover_unfinished(&2, &1))
+
+      {:error, _logged_there} ->
+        state
+    end
+  end
+
+  defp recover_unfinished(state, %{id: id, record: record, attempts: dispatches}) do
+    most = state.config[:max_attempts]
+
+    with {:ok, request} <- Request.restore(record["request"], state.config[:name]),
+         :ok <- if(dispatches < @lives * most, do: :ok, else: {:error, fatal(dispatches)}) do
+      elapsed = System.system_time(:millisecond) - record["submitted_at"]
+      # The clock may have been set back meanwhile.
+      left = request.timeout - min(max(elapsed, 0), request.timeout)
+
+      job = %Job{
+        request: request,
+        model: request.model,
+        submitted?: true,
+        dispatches: dispatches
+      }
+
+      # Whether it is to blame for the end of the BEAM is not known: alone it harms nobody else.
+      open(state, job, left, Request.bytes(request), min(dispatches, most - 1))
+    else
+      {:error, error} ->
+        Logger.error("a request of the journal is not resumed: #{error.message}", request_id: id)
+        Journal.finish(state.journal, id, {:error, error})
+        state
+    end
+  end
+
+  defp fatal(dispatches) do
+    message =
+      "the application ended while this request ran, at the last of #{dispatches} attempts"
+
+    Error.new(:sidecar_crashed, message)
+  end
+
+  defp recover_finished(state, %{id: id, record: record, finished_at: finished_at}) do
+    with {:ok, request} <- Request.restore(record["request"], state.config[:name]) do
+      age = max(System.system_time(:millisecond) - finished_at, 0)
+      job = %Job{request: request, status: :finished, submitted?: true, result: :stored}
+      remember(state, job, max(state.config[:result_ttl] - age, 0))
+    else
+      {:error, _} ->
+        Journal.forget(state.journal, id)
+        state
+    end
+  end
+
+  defp journaled(state, :accept, id, answer) do
+    case state.jobs do
+      %{^id => %{submitters: submitters} = job} ->
+        error = with {:error, why} <- answer, do: not_kept(why)
+        reply = if error == :ok, do: {:ok, id}, else: {:error, error}
+        Enum.each(submitters, &GenServer.reply(&1, reply))
+        job = %{job | submitters: []}
+
+        cond do
+          # It was cancelled meanwhile.
+          job.status != :journaling ->
+            put_job(state, job)
+
+          error == :ok ->
+            left = max(job.deadline - now(), 0)
+            job = %{job | status: :open} |> stop_timer(:deadline) |> start_timer(:deadline, left)
+            put_job(%{state | schedule: Schedule.resume(state.schedule, id)}, job)
+
+          true ->
+            # Not accepted, so there is no end of it to write either.
+            job = %{job | request: %{job.request | durable: false}, submitted?: false}
+            state |> put_job(job) |> finish(id, {:error, error})
+        end
+
+      _ ->
+        state
+    end
+  end
+
+  defp journaled(state, :finish, id, answer) do
+    case state.jobs[id] do
+      %{status: :ending} = job ->
+        with {:error, why} <- answer do
+          Logger.error("the end of a request cannot be kept on disk: #{why}", request_id: id)
+        end
+
+        end_of(state, job)
+
+      _ ->
+        state
+    end
+  end
+
+  defp journaled(state, _operation, _id, _answer), do: state
 
   ## Dispatch
 
   defp dispatch(state) do
-    with false <- :gb_sets.is_empty(state.waiting),
-         {{_, _, id}, waiting} = :gb_sets.take_smallest(state.waiting),
-         job = state.jobs[id],
-         {index, sidecar} <- freest(state, job) do
-      state = %{state | waiting: waiting}
-      left = job.deadline - now()
+    case Schedule.next(state.schedule) do
+      {:run, id, index, schedule} ->
+        run(%{state | schedule: schedule}, state.jobs[id], index) |> dispatch()
 
-      if left <= 0 do
-        state |> finish(id, {:error, timed_out(job.request)}) |> dispatch()
-      else
-        # Counted before it is sent: a request that kills its sidecar must not be free.
-        job = %{
-          job
-          | status: :running,
-            attempts: job.attempts + 1,
-            dispatched_at: now(),
-            sidecar: index,
-            accepted: nil,
-            first_step: nil,
-            images: []
-        }
+      {:yield, id, index, schedule} ->
+        send_to(Fleet.get(state.fleet, index), %{t: "cancel", id: id})
+        dispatch(%{state | schedule: schedule})
 
-        message = Request.to_wire(job.request, left)
-        send_to(sidecar, Map.put(message, :t, "generate"))
-
+      :nothing ->
         state
-        |> put_in([Access.key(:jobs), id], job)
-        |> put_in([Access.key(:sidecars), index, :running], MapSet.put(sidecar.running, id))
-        |> dispatch()
-      end
-    else
-      _nothing_to_send_or_nowhere -> state
     end
   end
 
-  defp freest(state, job) do
-    state.sidecars
-    |> Enum.filter(fn {_, s} -> s.ready && room?(state, s, job) end)
-    |> Enum.max_by(fn {_, s} -> s.capacity - MapSet.size(s.running) end, fn -> nil end)
+  defp run(state, %{request: %{id: id} = request} = job, index) do
+    now = now()
+    # An attempt is counted before it is sent: a request that kills its sidecar must not be free.
+    if request.durable, do: Journal.attempt(state.journal, id, job.dispatches + 1)
+
+    left = max(job.deadline - now, 1)
+    left = if request.run_timeout, do: min(left, request.run_timeout), else: left
+    message = %{request | model: job.model} |> Request.to_wire(left) |> Map.put(:t, "generate")
+    send_to(Fleet.get(state.fleet, index), message)
+
+    job =
+      %{job | dispatched_at: now, dispatches: job.dispatches + 1, accepted: nil, first_step: nil}
+      |> Map.merge(%{told: nil, images: [], progress: %{}, previews: %{}})
+      |> stop_timer(:queue)
+      |> start_timer(:run, request.run_timeout)
+
+    put_job(state, job)
   end
 
-  # The last of several attempts runs alone: nobody is given up for a crash that another one caused.
-  # And the slot of an id that was cancelled is not free for the same id before the sidecar says so.
-  defp room?(state, sidecar, job) do
-    limit = if last_attempt?(state, job.attempts + 1), do: 1, else: sidecar.capacity
-
-    MapSet.size(sidecar.running) < limit and
-      not MapSet.member?(sidecar.running, job.request.id) and
-      not Enum.any?(sidecar.running, &last_attempt?(state, attempts(state, &1)))
-  end
-
-  defp last_attempt?(state, attempt), do: attempt > 1 and attempt >= state.config[:max_attempts]
-
-  defp attempts(%{jobs: jobs}, id), do: if(job = jobs[id], do: job.attempts, else: 0)
-
-  defp send_to(sidecar, message) do
-    message = Map.put(message, :g, sidecar.generation)
-    Sidecar.send_message(sidecar.pid, sidecar.generation, message)
+  defp send_to(seat, message) do
+    message = Map.put(message, :g, seat.generation)
+    Sidecar.send_message(seat.pid, seat.generation, message)
   end
 
   ## Events of a sidecar
 
+  # Also of one that was removed meanwhile: then nil.
   defp known_sidecar(state, index, pid, generation) do
-    case state.sidecars do
-      %{^index => %{pid: ^pid} = sidecar} ->
-        put_in(state.sidecars[index], %{sidecar | generation: generation})
+    case Fleet.get(state.fleet, index) do
+      nil ->
+        nil
+
+      %{pid: ^pid, generation: ^generation} ->
+        state
+
+      %{pid: ^pid} ->
+        seat(state, index, generation: generation)
+
+      %{pid: nil, role: role} ->
+        # It was started with the role of its predecessor's first day.
+        Sidecar.set_role(pid, role)
+        seat(state, index, pid: pid, monitor: Process.monitor(pid), generation: generation)
 
       # The new owner may be heard before the end of the old one is.
-      %{^index => _} ->
+      _other ->
         state |> sidecar_gone(index) |> known_sidecar(index, pid, generation)
-
-      _ ->
-        put_in(state.sidecars[index], %{
-          index: index,
-          pid: pid,
-          monitor: Process.monitor(pid),
-          generation: generation,
-          state: :starting,
-          os_pid: nil,
-          uptime_ms: 0,
-          ready: nil,
-          catalog: nil,
-          capacity: 0,
-          heartbeat: nil,
-          running: MapSet.new(),
-          error: nil
-        })
     end
   end
 
   defp sidecar_gone(state, index) do
-    Process.demonitor(state.sidecars[index].monitor, [:flush])
-    state = sidecar_event(state, index, {:ended, :starting, "its owner process crashed"})
-    %{state | sidecars: Map.delete(state.sidecars, index)}
+    case Fleet.get(state.fleet, index) do
+      %{monitor: nil} ->
+        state
+
+      %{monitor: monitor} ->
+        Process.demonitor(monitor, [:flush])
+        state = seat(state, index, pid: nil, monitor: nil)
+        sidecar_event(state, index, {:ended, :starting, "its owner process crashed"})
+    end
+  end
+
+  # News of a seat, for the schedule to know as well.
+  defp seat(state, index, news) do
+    fleet = Fleet.update(state.fleet, index, news)
+    reseat(%{state | fleet: fleet}, index)
+  end
+
+  defp reseat(state, index) do
+    seat = Fleet.get(state.fleet, index)
+    resident = if seat.heartbeat, do: seat.heartbeat.resident, else: []
+    news = [open?: Fleet.open?(seat), capacity: seat.capacity, resident: resident]
+    %{state | schedule: Schedule.sidecar(state.schedule, index, news)}
   end
 
   defp sidecar_event(state, index, {:state, seen}) do
-    capacity = if seen.heartbeat && seen.heartbeat.capacity, do: seen.heartbeat.capacity
-
-    update_in(state.sidecars[index], fn sidecar ->
-      sidecar = Map.merge(sidecar, seen)
-      if sidecar.ready && capacity, do: %{sidecar | capacity: capacity}, else: sidecar
-    end)
+    capacity = seen.heartbeat && seen.heartbeat.capacity
+    ready? = Fleet.get(state.fleet, index).ready != nil
+    seen = if ready? and capacity, do: Map.put(seen, :capacity, capacity), else: seen
+    seat(state, index, seen)
   end
 
   defp sidecar_event(state, index, {:ready, ready}) do
     state
-    |> update_in([Access.key(:sidecars), index], fn sidecar ->
-      %{
-        sidecar
-        | state: :ready,
-          ready: Map.take(ready, [:device, :device_name, :dtype, :versions, :default_model]),
-          catalog: ready.catalog,
-          capacity: ready.capacity,
-          error: nil
-      }
-    end)
+    |> seat(index,
+      state: :ready,
+      ready: Map.take(ready, [:device, :device_name, :dtype, :versions, :default_model]),
+      catalog: ready.catalog,
+      capacity: ready.capacity,
+      error: nil
+    )
+    |> relieve()
     |> start_operations()
   end
 
   defp sidecar_event(state, index, {:ended, phase, sentence}) do
-    sidecar = state.sidecars[index]
-
-    state =
-      put_in(state.sidecars[index], %{
-        sidecar
-        | state: phase,
-          ready: nil,
-          heartbeat: nil,
-          os_pid: nil,
-          capacity: 0,
-          running: MapSet.new(),
-          error: sentence
-      })
-
-    state = Enum.reduce(sidecar.running, state, &replay(&2, index, &1, sentence))
+    {running, schedule} = Schedule.lost(state.schedule, index)
+    state = %{state | schedule: schedule, fleet: Fleet.ended(state.fleet, index, phase, sentence)}
+    state = state |> reseat(index) |> relieve()
+    state = Enum.reduce(running, state, &replay(&2, &1, sentence))
     state = Enum.reduce(state.operations, state, &operation_lost(&2, &1, index, sentence))
-    if state_of(state) == :down, do: fail_all(state, down_reason(state)), else: state
+    state = drained(state, index)
+    if Fleet.down?(state.fleet), do: fail_all(state), else: state
   end
 
   defp sidecar_event(state, index, {:message, %{t: :accepted, id: id} = accepted}) do
     if job = running(state, index, id),
-      do: put_in(state.jobs[id], %{job | accepted: accepted}),
+      do: put_job(state, %{job | accepted: accepted}),
       else: state
   end
 
   defp sidecar_event(state, index, {:message, %{t: :progress, id: id} = progress}) do
     case running(state, index, id) do
       %Job{} = job ->
-        {job, event} = progressed(job, progress)
+        {job, event} = progressed(state, job, progress)
 
         Telemetry.execute([:request, :progress], Map.take(event, [:step, :steps]), %{
           instance: state.config[:name],
@@ -428,7 +687,7 @@ defmodule StarweaveImage.Queue do
         })
 
         tell(job, {:progress, event})
-        put_in(state.jobs[id], job)
+        put_job(state, %{job | progress: Map.put(job.progress, event.image, event)})
 
       nil ->
         state
@@ -436,33 +695,29 @@ defmodule StarweaveImage.Queue do
   end
 
   defp sidecar_event(state, index, {:message, %{t: :preview, id: id} = preview}) do
-    # Told and not kept. A copy, or whoever keeps it would keep all that was read from the port with it.
     if job = running(state, index, id) do
+      # A copy, or whoever keeps it would keep all that was read from the port with it.
       event = %{Map.drop(preview, [:t, :g]) | data: :binary.copy(preview.data)}
       tell(job, {:preview, event})
+      put_job(state, %{job | previews: Map.put(job.previews, event.image, event)})
+    else
+      state
     end
-
-    state
   end
 
   defp sidecar_event(state, index, {:message, %{t: :image, id: id} = image}) do
     if job = running(state, index, id),
-      do: put_in(state.jobs[id], %{job | images: [image | job.images]}),
+      do: put_job(state, %{job | images: [image | job.images]}),
       else: state
   end
 
-  defp sidecar_event(state, _index, {:message, %{t: :models, models: models}}) do
-    # Every sidecar has the same catalog; the last word on what is loaded wins.
-    update_in(
-      state.sidecars,
-      &Map.new(&1, fn {i, s} -> {i, if(s.ready, do: %{s | catalog: models}, else: s)} end)
-    )
-  end
+  defp sidecar_event(state, index, {:message, %{t: :models, models: models}}),
+    do: seat(state, index, catalog: models)
 
   defp sidecar_event(state, index, {:message, %{t: :done, id: id} = done}) do
     cond do
       is_map_key(state.operations, id) -> operation_done(state, id, index, nil)
-      slot?(state, index, id) -> state |> finish_done(index, id, done) |> slot_free(index, id)
+      slot?(state, index, id) -> state |> finish_done(index, id, done) |> free(index, id)
       true -> stray(state, id)
     end
   end
@@ -473,13 +728,18 @@ defmodule StarweaveImage.Queue do
         operation_done(state, id, index, wire_error(error))
 
       slot?(state, index, id) ->
-        state = slot_free(state, index, id)
         job = running(state, index, id)
+        state = free(state, index, id)
 
         cond do
-          job == nil -> state
-          error.kind == "overloaded" and more?(state, job) -> replay(state, index, id, "")
-          true -> finish(state, id, {:error, wire_error(error)})
+          job == nil ->
+            state
+
+          error.kind == "cancelled" and Schedule.yielding?(state.schedule, id) ->
+            yielded(state, job)
+
+          true ->
+            failed(state, job, wire_error(error))
         end
 
       true ->
@@ -488,12 +748,15 @@ defmodule StarweaveImage.Queue do
   end
 
   # A request may have ended on our side, and its id be in use again, while its slot is still taken.
-  defp slot?(state, index, id), do: MapSet.member?(state.sidecars[index].running, id)
+  defp slot?(state, index, id), do: id in Schedule.taken(state.schedule, index)
 
   defp running(state, index, id) do
     case state.jobs do
-      %{^id => %{status: :running, sidecar: ^index} = job} -> job
-      _ -> nil
+      %{^id => %{status: :open} = job} ->
+        if Schedule.place(state.schedule, id) == index, do: job
+
+      _ ->
+        nil
     end
   end
 
@@ -503,10 +766,43 @@ defmodule StarweaveImage.Queue do
     state
   end
 
-  defp slot_free(state, index, id),
-    do: update_in(state.sidecars[index].running, &MapSet.delete(&1, id))
+  defp free(state, index, id),
+    do: drained(%{state | schedule: Schedule.free(state.schedule, index, id)}, index)
 
-  defp progressed(job, progress) do
+  # Tells those who wait for it that a sidecar has nothing to do any more.
+  defp drained(state, index) do
+    with [_ | _] = waiting <- state.drains[index],
+         [] <- Schedule.taken(state.schedule, index) do
+      Enum.each(waiting, &GenServer.reply(&1, :ok))
+      %{state | drains: Map.delete(state.drains, index)}
+    else
+      _ -> state
+    end
+  end
+
+  # A spare takes over from an active sidecar that is gone.
+  defp relieve(state) do
+    case Fleet.relieve(state.fleet) do
+      {:ok, gone, spare, fleet} ->
+        %{pid: pid} = seat = Fleet.get(fleet, spare)
+        Logger.info("image sidecar #{spare}, which stood by, takes over from #{gone}")
+        if gone_pid = Fleet.get(fleet, gone).pid, do: Sidecar.set_role(gone_pid, :standby)
+        Sidecar.set_role(pid, :active)
+
+        # Whoever asks for it is not told: a request that needs the model waits for the same load.
+        for model <- state.config[:preload],
+            do: send_to(seat, %{t: "load_model", id: "preload-#{model_id(model)}", model: model})
+
+        %{state | fleet: fleet} |> reseat(gone) |> reseat(spare) |> relieve()
+
+      :none ->
+        state
+    end
+  end
+
+  defp model_id(model), do: String.replace(model, "/", ":")
+
+  defp progressed(state, job, progress) do
     num_images = job.request.num_images
     done = progress.image * progress.steps + progress.step
     now = now()
@@ -522,12 +818,119 @@ defmodule StarweaveImage.Queue do
            do: div((now - at) * left, done - first),
            else: (_ -> nil)
 
+    attempt = Schedule.attempts(state.schedule, job.request.id)
+
     event =
       progress
       |> Map.take([:phase, :image, :step, :steps, :elapsed_ms])
-      |> Map.merge(%{num_images: num_images, eta_ms: eta, attempt: job.attempts})
+      |> Map.merge(%{num_images: num_images, eta_ms: eta, attempt: attempt})
 
     {job, event}
+  end
+
+  ## What did not work
+
+  # The sidecar is gone under it. The same seed goes out again: it was drawn before the first attempt.
+  defp replay(state, id, reason) do
+    job = stop_timer(state.jobs[id], :run)
+    attempts = Schedule.attempts(state.schedule, id)
+
+    if attempts < state.config[:max_attempts] do
+      again(state, job, :waiting, :died)
+    else
+      message = "the Python process ended under this request #{attempts} times: #{reason}"
+
+      state
+      |> put_job(job)
+      |> quarantine(job.request)
+      |> finish(id, {:error, Error.new(:sidecar_crashed, message)})
+    end
+  end
+
+  # It made room for an interactive one.
+  defp yielded(state, job), do: again(state, stop_timer(job, :run), :waiting, :yielded)
+
+  defp failed(state, job, error) do
+    job = stop_timer(job, :run)
+
+    cond do
+      pause = retry_pause(state, job, error) ->
+        job = start_timer(%{job | retries: job.retries + 1}, :retry, pause)
+        again(state, job, :aside, :failed)
+
+      next = fallback(state, job, error) ->
+        {model, rest} = next
+        named = if job.model, do: "Model #{job.model}", else: "The default model"
+        note = "#{named} could not be used (#{error.message}): #{model} drew this instead."
+        job = %{job | model: model, fallbacks: rest, retries: 0, notices: job.notices ++ [note]}
+        state = %{state | schedule: Schedule.use_model(state.schedule, job.request.id, model)}
+        again(state, job, :waiting, :failed)
+
+      true ->
+        state |> put_job(job) |> finish(job.request.id, {:error, error})
+    end
+  end
+
+  defp again(state, job, place, reason) do
+    id = job.request.id
+    state = put_job(state, %{job | images: [], progress: %{}, previews: %{}})
+    state = %{state | schedule: Schedule.return(state.schedule, id, place, reason)}
+
+    Telemetry.execute([:request, :again], %{attempts: Schedule.attempts(state.schedule, id)}, %{
+      instance: state.config[:name],
+      id: id,
+      reason: reason
+    })
+
+    tell_queued(state, id)
+  end
+
+  defp retry_pause(state, job, error) do
+    pause = Sidecar.backoff(job.retries + 1, @retry_pause)
+
+    if error.kind in @retryable and error.retryable? and job.retries < state.config[:max_retries] and
+         now() + pause < job.deadline,
+       do: pause
+  end
+
+  # The next of the list in the card of the model that was asked for.
+  defp fallback(state, %{request: %{fallback: true}} = job, %{kind: kind})
+       when kind in @replaceable do
+    card = Fleet.card(state.fleet, canonical(state, job.model))
+
+    case job.fallbacks || (card && card.fallbacks) || [] do
+      [model | rest] -> {model, rest}
+      [] -> nil
+    end
+  end
+
+  defp fallback(_state, _job, _error), do: nil
+
+  defp fail_all(state) do
+    error = unavailable(Fleet.reason(state.fleet))
+    # What is on disk can wait for better times, until its deadline.
+    ids = for {id, %{status: :open, request: %{durable: false}}} <- state.jobs, do: id
+    Enum.reduce(ids, state, &finish(&2, &1, {:error, error}))
+  end
+
+  defp quarantine(state, request) do
+    now = now()
+    kept = Map.filter(state.quarantine, fn {_, until} -> until > now end)
+    kept = if map_size(kept) < @most_quarantined, do: kept, else: %{}
+    %{state | quarantine: Map.put(kept, request.content, now + state.config[:quarantine])}
+  end
+
+  defp quarantined(state, request) do
+    left = Map.get(state.quarantine, request.content, now()) - now()
+
+    if left > 0 do
+      message =
+        "this request ended its Python process again and again, and is refused for another #{ceil(left / 1000)} s"
+
+      {:error, Error.new(:sidecar_crashed, message, %{retry_after_ms: left})}
+    else
+      :ok
+    end
   end
 
   ## The end of a request
@@ -541,7 +944,14 @@ defmodule StarweaveImage.Queue do
         finish(state, id, {:error, Error.new(:internal, "the answer was not complete")})
 
       job ->
-        images = job.images |> Enum.sort_by(& &1.index) |> Enum.map(&image(&1, job, done))
+        attempts = Schedule.attempts(state.schedule, id)
+
+        images =
+          job.images |> Enum.sort_by(& &1.index) |> Enum.map(&image(&1, job, done, attempts))
+
+        load_ms = Map.get(done.timings || %{}, "load", 0)
+        run_ms = now() - job.dispatched_at
+        state = %{state | schedule: Schedule.measure(state.schedule, index, run_ms, load_ms)}
 
         if length(images) == job.request.num_images,
           do: finish(state, id, {:ok, images}),
@@ -549,7 +959,7 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  defp image(part, job, done) do
+  defp image(part, job, done, attempts) do
     timings =
       for name <- @timings, value = (done.timings || %{})[Atom.to_string(name)], into: %{} do
         {name, value}
@@ -572,47 +982,58 @@ defmodule StarweaveImage.Queue do
       scheduler: job.accepted.scheduler,
       parameters: done.parameters || %{},
       timings: Map.put(timings, :queue, job.dispatched_at - job.submitted_at),
-      notices: done.notices || [],
-      attempts: job.attempts
+      notices: job.notices ++ (done.notices || []),
+      attempts: attempts
     }
   end
 
   # Ends a request on our side at once. If it runs, its slot stays taken until the sidecar confirms.
   defp abandon(state, id, error) do
-    job = state.jobs[id]
-
-    if job.status == :running do
-      sidecar = state.sidecars[job.sidecar]
-      if MapSet.member?(sidecar.running, id), do: send_to(sidecar, %{t: "cancel", id: id})
-    end
+    with index when is_integer(index) <- Schedule.place(state.schedule, id),
+         true <- slot?(state, index, id),
+         do: send_to(Fleet.get(state.fleet, index), %{t: "cancel", id: id})
 
     finish(state, id, {:error, error})
   end
 
   defp finish(state, id, result) do
     case state.jobs do
-      %{^id => %{status: status} = job} when status != :finished ->
-        _ = Process.cancel_timer(job.timer)
+      %{^id => %{status: status} = job} when status in [:open, :journaling] ->
+        job = stop_timers(job)
         for {_pid, monitor} <- job.owners, do: Process.demonitor(monitor, [:flush])
         # First, so that whoever has the answer finds the event already emitted.
         measure(state, job, result)
-        deliver(job, result)
+        state = %{state | schedule: Schedule.drop(state.schedule, id)}
+        job = %{job | owners: [], result: result, status: :ending, images: [], previews: %{}}
 
-        %{
-          state
-          | waiting: :gb_sets.del_element(job.key, state.waiting),
-            bytes: state.bytes - Request.bytes(job.request),
-            mean_ms: mean_ms(state, job, result)
-        }
-        |> keep(id, %{job | owners: []}, result)
+        if job.request.durable do
+          Journal.finish(state.journal, id, result)
+          put_job(state, job)
+        else
+          end_of(state, job)
+        end
 
       _ ->
         state
     end
   end
 
+  # An owned request was answered to its owner. A submitted one is kept for whoever comes to ask:
+  # for a while, and never more than so many.
+  defp end_of(state, job) do
+    deliver(job, job.result)
+
+    if job.submitted? do
+      job = %{job | status: :finished, waiters: [], subscribers: [], cancellers: []}
+      remember(state, job, state.config[:result_ttl])
+    else
+      %{state | jobs: Map.delete(state.jobs, job.request.id)}
+    end
+  end
+
   defp deliver(job, result) do
     Enum.each(job.waiters, &GenServer.reply(&1, result))
+    Enum.each(job.cancellers, &GenServer.reply(&1, :ok))
     Enum.each(final_events(result), &tell(job, &1))
     tell_end(job.subscribers)
   end
@@ -620,30 +1041,56 @@ defmodule StarweaveImage.Queue do
   defp final_events({:ok, images}), do: Enum.map(images, &{:image, &1})
   defp final_events({:error, error}), do: [{:error, error}]
 
-  # An owned request was answered to its owner. A submitted one is kept for whoever comes to ask:
-  # for a while, and never more than so many.
-  defp keep(state, id, %{submitted?: false}, _result),
-    do: %{state | jobs: Map.delete(state.jobs, id)}
+  defp remember(state, job, ttl) do
+    serial = state.serial + 1
+    job = start_timer(%{job | serial: serial, progress: %{}, previews: %{}}, :forget, ttl)
 
-  defp keep(state, id, job, result) do
-    # With its key, which a later request of the same id does not have.
-    Process.send_after(self(), {:forget, id, job.key}, state.config[:result_ttl])
-    job = %{job | status: :finished, result: result, waiters: [], subscribers: [], images: []}
-    finished = :queue.in(id, state.finished)
-    state = put_in(state.jobs[id], job)
+    drop_oldest(%{
+      state
+      | serial: serial,
+        jobs: Map.put(state.jobs, job.request.id, job),
+        finished: :gb_sets.add({serial, job.request.id}, state.finished),
+        result_bytes: state.result_bytes + result_bytes(job)
+    })
+  end
 
-    if :queue.len(finished) > state.config[:max_results] do
-      {{:value, oldest}, finished} = :queue.out(finished)
-      %{state | jobs: Map.delete(state.jobs, oldest), finished: finished}
+  defp drop_oldest(state) do
+    if :gb_sets.size(state.finished) > state.config[:max_results] or
+         (state.result_bytes > state.config[:max_result_bytes] and
+            not :gb_sets.is_empty(state.finished)) do
+      {_, id} = :gb_sets.smallest(state.finished)
+      state |> forget(state.jobs[id]) |> drop_oldest()
     else
-      %{state | finished: finished}
+      state
     end
   end
 
-  defp forget(state, id) do
-    finished = :queue.delete(id, state.finished)
-    %{state | jobs: Map.delete(state.jobs, id), finished: finished}
+  defp forget(state, %{request: %{id: id} = request} = job) do
+    stop_timers(job)
+    if request.durable, do: Journal.forget(state.journal, id)
+
+    %{
+      state
+      | jobs: Map.delete(state.jobs, id),
+        finished: :gb_sets.del_element({job.serial, id}, state.finished),
+        result_bytes: state.result_bytes - result_bytes(job)
+    }
   end
+
+  defp result_bytes(%{result: {:ok, images}}),
+    do: Enum.sum(Enum.map(images, &byte_size(&1.data)))
+
+  defp result_bytes(_job), do: 0
+
+  # Of a request that was finished before this start, it is still on disk only.
+  defp result(state, %{result: :stored, request: %{id: id}}) do
+    case Journal.result(state.journal, id) do
+      {:ok, result} -> result
+      {:error, why} -> {:error, unavailable(why)}
+    end
+  end
+
+  defp result(_state, job), do: job.result
 
   defp measure(state, job, result) do
     {images, outcome} =
@@ -667,39 +1114,9 @@ defmodule StarweaveImage.Queue do
         id: job.request.id,
         model: (job.accepted && job.accepted.model) || job.request.model,
         result: outcome,
-        attempts: job.attempts
+        attempts: Schedule.attempts(state.schedule, job.request.id)
       }
     )
-  end
-
-  defp mean_ms(state, job, {:ok, _}), do: div(state.mean_ms * 4 + now() - job.dispatched_at, 5)
-  defp mean_ms(state, _job, {:error, _}), do: state.mean_ms
-
-  # The sidecar is gone under it. The same seed goes out again: it was drawn before the first attempt.
-  defp replay(state, index, id, reason) do
-    case running(state, index, id) do
-      %Job{} = job ->
-        if more?(state, job) do
-          job = %{job | status: :queued, sidecar: nil, images: []}
-          state = %{state | waiting: :gb_sets.add(job.key, state.waiting)}
-          tell(job, {:queued, %{position: position(state, job), attempt: job.attempts + 1}})
-          put_in(state.jobs[id], job)
-        else
-          message = "the Python process ended under this request #{job.attempts} times: #{reason}"
-          finish(state, id, {:error, Error.new(:sidecar_crashed, message)})
-        end
-
-      nil ->
-        state
-    end
-  end
-
-  defp more?(state, job), do: job.attempts < state.config[:max_attempts]
-
-  defp fail_all(state, reason) do
-    error = unavailable(reason)
-    ids = for {id, %{status: status}} <- state.jobs, status != :finished, do: id
-    Enum.reduce(ids, state, &finish(&2, &1, {:error, error}))
   end
 
   ## Waiters and subscribers
@@ -707,7 +1124,7 @@ defmodule StarweaveImage.Queue do
   defp await(state, id, from) do
     update_job(state, id, fn
       %{status: :finished} = job ->
-        GenServer.reply(from, job.result)
+        GenServer.reply(from, result(state, job))
         job
 
       job ->
@@ -715,22 +1132,73 @@ defmodule StarweaveImage.Queue do
     end)
   end
 
-  # A subscriber is `{:process, pid}` or, for a stream, `{:alias, reference}`.
+  # A subscriber is `{:process, pid}` or, for a stream, `{:alias, reference}`. Whoever comes late is told how
+  # things stand, so that a page that was loaded again goes on where it was.
   defp subscribe(state, id, subscriber) do
-    update_job(state, id, fn
+    case state.jobs[id] do
       %{status: :finished} = job ->
-        Enum.each(final_events(job.result), &tell_one(subscriber, id, &1))
+        Enum.each(final_events(result(state, job)), &tell_one(subscriber, id, &1))
         tell_end([subscriber])
-        job
+        state
 
       job ->
-        if job.status == :queued do
-          event = {:queued, %{position: position(state, job), attempt: job.attempts + 1}}
-          tell_one(subscriber, id, event)
-        end
+        news = %{job | subscribers: [subscriber]}
+        state = put_job(state, %{job | subscribers: Enum.uniq([subscriber | job.subscribers])})
 
-        %{job | subscribers: Enum.uniq([subscriber | job.subscribers])}
-    end)
+        if is_integer(Schedule.place(state.schedule, id)) do
+          for {_, event} <- Enum.sort(job.previews), do: tell(news, {:preview, event})
+          for {_, event} <- Enum.sort(job.progress), do: tell(news, {:progress, event})
+          state
+        else
+          if job.status != :ending, do: tell(news, queued(state, id))
+          tell_positions_soon(state)
+        end
+    end
+  end
+
+  defp queued(state, id) do
+    position = Schedule.position(state.schedule, id)
+
+    {:queued,
+     %{
+       position: position,
+       attempt: Schedule.attempts(state.schedule, id) + 1,
+       estimated_start_ms: Schedule.wait_ms(state.schedule, position)
+     }}
+  end
+
+  defp tell_queued(state, id) do
+    case state.jobs[id] do
+      %{subscribers: []} ->
+        state
+
+      job ->
+        {:queued, %{position: position}} = event = queued(state, id)
+        tell(job, event)
+        state |> put_job(%{job | told: position}) |> tell_positions_soon()
+    end
+  end
+
+  # Those who watch a request that waits see it come closer, once a second.
+  defp tell_positions_soon(%{telling_positions?: true} = state), do: state
+
+  defp tell_positions_soon(state) do
+    Process.send_after(self(), :tell_positions, @positions_ms)
+    %{state | telling_positions?: true}
+  end
+
+  defp tell_positions(state) do
+    watched =
+      for {id, position} <- Enum.with_index(Schedule.order(state.schedule), 1),
+          %{subscribers: [_ | _]} = job <- [state.jobs[id]],
+          do: {job, position}
+
+    state =
+      for {%{told: told} = job, position} <- watched, told != position, reduce: state do
+        state -> tell_queued(state, job.request.id)
+      end
+
+    if watched == [], do: state, else: tell_positions_soon(state)
   end
 
   defp tell(job, event), do: Enum.each(job.subscribers, &tell_one(&1, job.request.id, event))
@@ -741,26 +1209,25 @@ defmodule StarweaveImage.Queue do
   defp tell_end(subscribers),
     do: for({:alias, reference} <- subscribers, do: send(reference, {reference, :end}))
 
-  defp position(state, job),
-    do: :gb_sets.fold(&if(&1 <= job.key, do: &2 + 1, else: &2), 0, state.waiting)
+  defp put_job(state, job), do: %{state | jobs: Map.put(state.jobs, job.request.id, job)}
 
   defp update_job(state, id, fun) do
     case state.jobs do
-      %{^id => job} -> put_in(state.jobs[id], fun.(job))
+      %{^id => job} -> put_job(state, fun.(job))
       _ -> state
     end
   end
 
-  ## Operations on models: sent to every sidecar that is ready, answered when all have answered
+  ## Operations on models: sent to every sidecar at work, answered when all have answered
 
   defp start_operations(state) do
-    ready = for {index, %{ready: ready}} <- state.sidecars, ready, do: index
+    at_work = Fleet.at_work(state.fleet)
 
     operations =
       Map.new(state.operations, fn
-        {id, %{left: nil} = operation} when ready != [] ->
-          Enum.each(ready, &send_to(state.sidecars[&1], operation.message))
-          {id, %{operation | left: MapSet.new(ready)}}
+        {id, %{left: nil} = operation} when at_work != [] ->
+          Enum.each(at_work, &send_to(&1, operation.message))
+          {id, %{operation | left: MapSet.new(at_work, & &1.index)}}
 
         other ->
           other
@@ -783,7 +1250,7 @@ defmodule StarweaveImage.Queue do
   end
 
   defp operation_lost(state, {id, %{left: left}}, index, sentence) do
-    waits? = left == nil and state_of(state) == :down
+    waits? = left == nil and Fleet.down?(state.fleet)
 
     if waits? or (left != nil and MapSet.member?(left, index)),
       do: operation_done(state, id, index, Error.new(:unavailable, sentence)),
@@ -792,83 +1259,40 @@ defmodule StarweaveImage.Queue do
 
   ## Status
 
-  # Of a sidecar that is up, or else what is left of the last word of one that was: nothing is loaded there any more.
-  defp models(state) do
-    {up, down} = state |> sorted_sidecars() |> Enum.split_with(& &1.ready)
-
-    Enum.find_value(up, & &1.catalog) ||
-      for card <- Enum.find_value(down, [], & &1.catalog) do
-        if card.state in [:loaded, :loading], do: %{card | state: :available}, else: card
-      end
-  end
-
   defp status(state) do
-    sidecars = sorted_sidecars(state)
+    taken = taken(state)
+    waiting = Schedule.waiting(state.schedule)
 
     %{
-      state: state_of(state),
-      error: Enum.find_value(sidecars, & &1.error),
+      state: Fleet.state(state.fleet, taken),
+      error: Fleet.error(state.fleet),
       default_model: state.config[:default_model],
-      sidecars: Enum.map(sidecars, &sidecar_status/1),
+      sidecars: Fleet.statuses(state.fleet, taken),
       queue: %{
-        queued: :gb_sets.size(state.waiting),
-        running: Enum.sum(Enum.map(sidecars, &MapSet.size(&1.running))),
+        queued: waiting,
+        running: taken |> Map.values() |> Enum.map(&length/1) |> Enum.sum(),
         limit: state.config[:max_queue],
-        bytes: state.bytes,
-        max_bytes: state.config[:max_queue_bytes]
+        bytes: Schedule.bytes(state.schedule),
+        max_bytes: state.config[:max_queue_bytes],
+        estimated_start_ms: Schedule.wait_ms(state.schedule, waiting + 1)
       }
     }
   end
 
-  defp sidecar_status(sidecar) do
-    beat = sidecar.heartbeat || %{}
-
-    %{
-      index: sidecar.index,
-      state: phase(sidecar),
-      generation: sidecar.generation,
-      os_pid: sidecar.os_pid,
-      uptime_ms: sidecar.uptime_ms,
-      device: sidecar.ready && sidecar.ready.device,
-      device_name: sidecar.ready && sidecar.ready.device_name,
-      dtype: sidecar.ready && sidecar.ready.dtype,
-      versions: (sidecar.ready && sidecar.ready.versions) || %{},
-      capacity: sidecar.capacity,
-      running: MapSet.to_list(sidecar.running),
-      requests: Map.get(beat, :running, []),
-      resident: Map.get(beat, :resident, []),
-      device_memory: Map.get(beat, :device_memory),
-      rss: Map.get(beat, :rss),
-      counters: Map.get(beat, :counters, %{}),
-      error: sidecar.error
-    }
-  end
-
-  defp sorted_sidecars(state), do: state.sidecars |> Map.values() |> Enum.sort_by(& &1.index)
-
-  defp state_of(state) do
-    phases = Enum.map(state.sidecars, fn {_, sidecar} -> phase(sidecar) end)
-
-    cond do
-      not state.config[:enabled] -> :disabled
-      phases == [] -> :starting
-      true -> Enum.find([:loading, :busy, :ready, :stalled, :starting, :down], &(&1 in phases))
-    end
+  defp taken(state) do
+    for {index, _} <- state.fleet.seats,
+        into: %{},
+        do: {index, Schedule.taken(state.schedule, index)}
   end
 
   # Answers those who wait for the outcome of a start, once there is one.
   defp settle(%{awaiting_start: []} = state), do: state
 
   defp settle(state) do
-    case state_of(state) do
-      undecided when undecided in [:starting, :stalled] ->
-        state
-
-      closed when closed in [:disabled, :down] ->
-        settle(state, {:error, closed_error(state, closed)})
-
-      _up ->
-        settle(state, :ok)
+    case Fleet.state(state.fleet, taken(state)) do
+      undecided when undecided in [:starting, :stalled] -> state
+      closed when closed in [:disabled, :down] -> settle(state, {:error, closed(state)})
+      _up -> settle(state, :ok)
     end
   end
 
@@ -877,38 +1301,53 @@ defmodule StarweaveImage.Queue do
     %{state | awaiting_start: []}
   end
 
-  # Between two heartbeats our own count knows better.
-  defp phase(%{state: :draining}), do: :busy
-
-  defp phase(%{state: :ready, running: running}),
-    do: if(MapSet.size(running) > 0, do: :busy, else: :ready)
-
-  defp phase(%{state: state}), do: state
-
   ## Errors
 
-  defp closed_error(_state, :disabled),
-    do: Error.new(:disabled, "image generation is disabled in this application's configuration")
+  # Why nothing is taken in at all, or nil.
+  defp closed(state) do
+    case Fleet.state(state.fleet, %{}) do
+      :disabled ->
+        Error.new(:disabled, "image generation is disabled in this application's configuration")
 
-  defp closed_error(state, :down), do: unavailable(down_reason(state))
+      :down ->
+        unavailable(Fleet.reason(state.fleet))
 
-  defp down_reason(state),
-    do: Enum.find_value(sorted_sidecars(state), "it has not started", & &1.error)
+      _ ->
+        nil
+    end
+  end
+
+  defp not_kept(why),
+    do: Error.new(:unavailable, "the request cannot be kept on disk: #{why}")
 
   defp unavailable(reason),
     do: Error.new(:unavailable, "image generation is not available: #{reason}")
 
-  defp timed_out(request),
-    do:
-      Error.new(:timeout, "the request was not done within its timeout of #{request.timeout} ms")
+  defp overloaded(state, ms) do
+    queued = Schedule.waiting(state.schedule)
+
+    Error.new(:overloaded, "the queue is full (#{queued} requests wait): try again later", %{
+      retry_after_ms: ms
+    })
+  end
+
+  defp rate_limited(ms) do
+    message = "too many requests: try again in #{Float.ceil(ms / 1000, 1)} s"
+    Error.new(:rate_limited, message, %{retry_after_ms: ms})
+  end
 
   defp cancelled, do: Error.new(:cancelled, "the request was cancelled")
 
-  defp unknown_id,
-    do:
-      Error.new(:invalid_request, "no request has this id, or it ended too long ago", %{
-        field: :id
-      })
+  defp conflict do
+    Error.new(:invalid_request, "id is that of another request, with other content", %{
+      field: :id,
+      conflict: true
+    })
+  end
+
+  defp unknown_id, do: invalid(:id, "no request has this id, or it ended too long ago")
+
+  defp invalid(field, message), do: Error.new(:invalid_request, message, %{field: field})
 
   defp wire_error(error) do
     kind = Enum.find(Error.kinds(), :internal, &(Atom.to_string(&1) == error.kind))
@@ -917,7 +1356,8 @@ defmodule StarweaveImage.Queue do
       error.field &&
         Enum.find(Map.keys(Request.__struct__()), &(Atom.to_string(&1) == error.field))
 
-    Error.new(kind, error.message, if(field, do: %{field: field}, else: %{}))
+    answer = Error.new(kind, error.message, if(field, do: %{field: field}, else: %{}))
+    if error.retryable == nil, do: answer, else: %{answer | retryable?: error.retryable}
   end
 
   defp native(ms), do: System.convert_time_unit(ms, :millisecond, :native)

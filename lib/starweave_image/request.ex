@@ -1,5 +1,6 @@
 defmodule StarweaveImage.Request do
   @max_seed 0x7FFFFFFFFFFFFFFF
+  @day 86_400_000
 
   @schema [
     model: {:model_id, nil, "The instance's `:default_model` unless given."},
@@ -37,16 +38,32 @@ defmodule StarweaveImage.Request do
        "Small pictures of how the image forms, as `{:preview, preview}` events of `StarweaveImage.stream/2` and `StarweaveImage.subscribe/1`: at most ten an image."},
     id:
       {:id, nil,
-       "Name of the request, drawn at random unless given. A second request with the id of one that waits, runs or is done is that request; one that failed may be asked for again."},
+       "Name of the request, drawn at random unless given. A second request with the id and the content of one that waits, runs or is done is that request, with other content it is refused; one that failed may be asked for again."},
     instance: {:atom, StarweaveImage, "Which of several running instances."},
-    user_id: {{:text, 1, 128}, nil, "On whose behalf; it is in the telemetry events."},
+    user_id:
+      {{:text, 1, 128}, nil,
+       "On whose behalf: users of a priority are served one by one, however many requests each has. It is in the telemetry events."},
     context:
       {{:list, {:text, 0, 8192}, 64}, [],
        "Accepted, and without effect yet: what was said before, oldest first."},
-    priority: {{:one_of, [:interactive, :normal, :background]}, :normal, "Which goes first."},
+    priority:
+      {{:one_of, [:interactive, :normal, :background]}, :normal,
+       "Which goes first. A `:background` request that runs makes room at once for an `:interactive` one that finds none, and is begun anew later."},
     timeout:
-      {{:integer, 1, 86_400_000}, 600_000,
-       "Milliseconds until the request fails with `:timeout`, waiting included."}
+      {{:integer, 1, @day}, 600_000,
+       "Milliseconds until the request fails with `:timeout`, waiting and every attempt included."},
+    queue_timeout:
+      {{:integer, 1, @day}, nil,
+       "Milliseconds until it fails with `:timeout` if it has not been sent to a sidecar by then; no limit but `:timeout` unless given."},
+    run_timeout:
+      {{:integer, 1, @day}, nil,
+       "Milliseconds that one attempt may take, from the moment it is sent to a sidecar to its end, a model's load included; no limit but `:timeout` unless given."},
+    fallback:
+      {:boolean, false,
+       "Whether another model of the `fallbacks` in the model's card may draw it when the model cannot be loaded; the image names the one that did, and says so in its notices."},
+    durable:
+      {:boolean, false,
+       "Whether `StarweaveImage.submit/2` returns only when the request is on disk, so that it outlives the BEAM; needs the instance's `:journal`."}
   ]
 
   @moduledoc """
@@ -69,7 +86,8 @@ defmodule StarweaveImage.Request do
   alias StarweaveImage.{Error, Options}
 
   @enforce_keys [:id, :prompt, :seed]
-  defstruct [:prompt | Keyword.keys(@schema)]
+  # `fresh_seed?`: the seed was drawn here and not asked for.
+  defstruct [:prompt, :fresh_seed?, :content | Keyword.keys(@schema)]
 
   @type t :: %__MODULE__{
           id: String.t(),
@@ -96,11 +114,32 @@ defmodule StarweaveImage.Request do
           user_id: String.t() | nil,
           context: [String.t()],
           priority: :interactive | :normal | :background,
-          timeout: 1..86_400_000
+          timeout: 1..86_400_000,
+          queue_timeout: 1..86_400_000 | nil,
+          run_timeout: 1..86_400_000 | nil,
+          fallback: boolean,
+          durable: boolean,
+          fresh_seed?: boolean,
+          content: binary
         }
 
   # What only the application knows of a request; the rest goes over the wire under the same names.
-  @here [:instance, :user_id, :context, :priority, :timeout]
+  @here [
+    :instance,
+    :user_id,
+    :context,
+    :priority,
+    :timeout,
+    :queue_timeout,
+    :run_timeout,
+    :fallback,
+    :durable,
+    :fresh_seed?,
+    :content
+  ]
+  # What of the rest does not decide which picture it will be.
+  @incidental [:id, :seed, :preview]
+  @files [:image, :mask]
 
   @doc false
   @spec options_docs() :: String.t()
@@ -118,8 +157,16 @@ defmodule StarweaveImage.Request do
     with {:ok, prompt} <- prompt(prompt),
          {:ok, values} <- Options.validate(opts, @schema),
          :ok <- mask_has_image(values) do
-      values = %{values | id: values.id || random_id(), seed: seed(values.seed)}
-      {:ok, struct!(__MODULE__, Map.put(values, :prompt, prompt))}
+      drawn = %{
+        prompt: prompt,
+        id: values.id || random_id(),
+        seed: values.seed,
+        fresh_seed?: values.seed in [nil, -1]
+      }
+
+      request = struct!(__MODULE__, Map.merge(values, drawn))
+      request = if request.fresh_seed?, do: %{request | seed: fresh_seed()}, else: request
+      {:ok, %{request | content: content(request)}}
     else
       {:error, field, message} ->
         {:error, Error.new(:invalid_request, message, %{field: field})}
@@ -132,9 +179,43 @@ defmodule StarweaveImage.Request do
   def to_wire(%__MODULE__{} = request, timeout_ms) do
     fields = request |> Map.from_struct() |> Map.drop(@here)
 
-    for {name, value} <- fields, value != nil, into: %{t: :generate, timeout_ms: timeout_ms} do
-      if name in [:image, :mask], do: {name, {:bin, value}}, else: {name, value}
+    for {name, value} <- fields,
+        value != nil,
+        into: %{t: :generate, timeout_ms: timeout_ms} do
+      if name in @files, do: {name, {:bin, value}}, else: {name, value}
     end
+  end
+
+  @doc false
+  # What `restore/2` makes the same request of, in another BEAM or in a later version of this library.
+  @spec to_record(t) :: %{String.t() => term}
+  def to_record(%__MODULE__{} = request) do
+    fields = request |> Map.from_struct() |> Map.drop([:instance, :content, :fresh_seed?])
+
+    for {name, value} <- fields, value != nil, into: %{"fresh_seed" => request.fresh_seed?} do
+      if name in @files,
+        do: {Atom.to_string(name), {:bin, value}},
+        else: {Atom.to_string(name), value}
+    end
+  end
+
+  @doc false
+  @spec restore(%{String.t() => term}, instance :: atom) :: {:ok, t} | {:error, Error.t()}
+  def restore(%{"prompt" => prompt} = record, instance) do
+    opts =
+      for name <- Keyword.keys(@schema), value = record[Atom.to_string(name)], do: {name, value}
+
+    with {:ok, request} <- new(prompt, [instance: instance] ++ opts),
+         do: {:ok, %{request | fresh_seed?: record["fresh_seed"] == true}}
+  end
+
+  @doc false
+  # Whether both ask for the same, on behalf of the same user. A seed that was not asked for makes no difference.
+  @spec same?(t, t) :: boolean
+  def same?(one, other) do
+    one.content == other.content and one.user_id == other.user_id and
+      one.durable == other.durable and
+      ((one.fresh_seed? and other.fresh_seed?) or one.seed == other.seed)
   end
 
   @doc false
@@ -159,12 +240,16 @@ defmodule StarweaveImage.Request do
 
   defp mask_has_image(_values), do: :ok
 
-  defp seed(seed) when seed in [nil, -1] do
+  # A digest of what decides the picture, all but its seed.
+  defp content(request) do
+    decisive = Map.drop(Map.from_struct(request), (@here -- [:context]) ++ @incidental)
+    :crypto.hash(:sha256, :erlang.term_to_binary(decisive, [:deterministic]))
+  end
+
+  defp fresh_seed do
     <<_sign::1, seed::63>> = :crypto.strong_rand_bytes(8)
     seed
   end
-
-  defp seed(seed), do: seed
 
   defp random_id, do: Base.encode16(:crypto.strong_rand_bytes(16), case: :lower)
 end

@@ -61,16 +61,17 @@ defmodule StarweaveImage.Sidecar do
     HF_HOME HF_TOKEN HF_ENDPOINT STARWEAVE_IMAGE_CACHE)
   @allowed_env_prefixes ~w(LC_ HF_HUB_ NVIDIA_ HIP_ ROCR_ PYTORCH_ OMP_ MKL_ KMP_ ONEDNN_ DNNL_)
 
-  def child_spec({index, config}) do
+  def child_spec({index, config, role}) do
     %{
       id: {__MODULE__, index},
-      start: {__MODULE__, :start_link, [{index, config}]},
+      start: {__MODULE__, :start_link, [{index, config, role}]},
       # Longer than everything that `terminate/2` may wait for.
       shutdown: config[:shutdown_grace] + 7_000
     }
   end
 
-  def start_link({index, config}), do: GenServer.start_link(__MODULE__, {index, config})
+  def start_link({index, config, _role}), do: GenServer.start_link(__MODULE__, {index, config})
+  def set_role(_, _), do: :ok
 
   @doc "Sends a message of the protocol to the Python process of this generation; late ones are dropped."
   @spec send_message(pid, pos_integer, map) :: :ok

@@ -3,16 +3,17 @@ defmodule StarweaveImage.Supervisor do
   # One running instance:
   #
   #     StarweaveImage.Supervisor (rest_for_one)
+  #     ├── StarweaveImage.Journal, where there is one
   #     ├── StarweaveImage.Queue, registered as the instance's name
   #     └── sidecar supervisor (one_for_one)
   #         └── StarweaveImage.Sidecar × sidecars ── log reader ═ port ═ Python
   #
-  # The queue comes first and outlives sidecars: it owns what must survive. If it dies itself, nobody
-  # knows what the sidecars work on, so they are started anew behind it.
+  # The queue comes before the sidecars and outlives them: it owns what must survive. If it dies itself, nobody
+  # knows what the sidecars work on, so they are started anew behind it, and what is durable is read from the journal.
 
   use Supervisor
 
-  alias StarweaveImage.{Options, Queue, Sidecar}
+  alias StarweaveImage.{Journal, Options, Queue, Sidecar}
 
   @doc false
   def models(models) when is_list(models) do
@@ -59,7 +60,35 @@ defmodule StarweaveImage.Supervisor do
 
   def names(_names), do: :error
 
+  @doc false
+  def rate({requests, ms})
+      when is_integer(requests) and requests in 1..1_000_000_000 and is_integer(ms) and
+             ms in 1..604_800_000,
+      do: {:ok, {requests, ms}}
+
+  def rate(_rate), do: :error
+
+  @sidecar_options ~w(device dtype capacity memory_budget ram_budget offload compile)a
+
+  @doc false
+  def sidecars(count) when is_integer(count) and count in 1..16, do: {:ok, count}
+
+  def sidecars([_ | _] = kinds) when length(kinds) <= 16 do
+    if Enum.all?(kinds, &match?({:ok, _}, sidecar(&1))), do: {:ok, kinds}, else: :error
+  end
+
+  def sidecars(_sidecars), do: :error
+
+  @doc false
+  # What one sidecar has of its own, as given, checked.
+  @spec sidecar(term) :: {:ok, keyword} | {:error, term, String.t()}
+  def sidecar(options) do
+    with {:ok, values} <- Options.validate(options, Keyword.take(schema(), @sidecar_options)),
+         do: {:ok, for({name, _} <- options, do: {name, values[name]})}
+  end
+
   @day 86_400_000
+  @week 7 * @day
   @schema [
     name: {:atom, StarweaveImage, "Registered name; callers choose an instance by `:instance`."},
     enabled: {:boolean, true, "false starts no Python; requests answer `:disabled`."},
@@ -69,7 +98,14 @@ defmodule StarweaveImage.Supervisor do
         &__MODULE__.models/1}, [],
        "What may be loaded beside the catalog's local copies: a hub id may be downloaded on first use, a `:path` is a local folder in diffusers layout."},
     default_model: {:model_id, "starweave/tiny", "Used when a request names none."},
-    sidecars: {{:integer, 1, 16}, 1, "Python processes."},
+    sidecars:
+      {{:custom,
+        "an integer from 1 to 16, or a list of up to 16 option lists with device, dtype, capacity, memory_budget, ram_budget, offload, compile",
+        &__MODULE__.sidecars/1}, 1,
+       "Python processes: so many alike, or one for each list, whose options go before those of the instance, such as `[[device: \"cuda:0\"], [device: \"cuda:1\"]]`."},
+    standby:
+      {{:integer, 0, 16}, 0,
+       "Spare processes for each kind of sidecar, with everything imported and nothing loaded: one takes over at once when a sidecar dies."},
     capacity: {{:integer, 1, 64}, 8, "Requests that one of them runs at once."},
     python:
       {{:text, 1, 4096}, nil,
@@ -104,10 +140,29 @@ defmodule StarweaveImage.Supervisor do
        "Further environment variables that Python may see; by default it sees an allow-list."},
     max_queue: {{:integer, 1, 1_000_000}, 64, "Requests that may wait; more are `:overloaded`."},
     max_queue_bytes:
-      {{:integer, 0, 1_099_511_627_776}, 268_435_456, "The same in bytes of input."},
+      {{:integer, 0, 1_099_511_627_776}, 268_435_456,
+       "The same in bytes of input, of what runs and what waits."},
+    rate_limit:
+      {{:custom, "{requests, milliseconds}", &__MODULE__.rate/1}, nil,
+       "How many requests are taken in within a time, such as `{100, 60_000}`; more are `:rate_limited`. As many may come at once. No limit unless given."},
+    user_rate_limit:
+      {{:custom, "{requests, milliseconds}", &__MODULE__.rate/1}, nil,
+       "The same for each `:user_id`."},
     max_attempts: {{:integer, 1, 100}, 3, "Times that a request may see its Python process die."},
-    result_ttl: {{:integer, 0, @day}, 600_000, "ms that the result of `submit/2` is kept."},
+    quarantine:
+      {{:integer, 0, @day}, 600_000,
+       "ms for which a request that did so, whatever its id and seed, is refused when it comes again."},
+    max_retries:
+      {{:integer, 0, 100}, 3,
+       "Times that a request is tried again after a failure that may pass (a broken download, memory that others hold), with growing pauses."},
+    result_ttl: {{:integer, 0, @week}, 600_000, "ms that the result of `submit/2` is kept."},
     max_results: {{:integer, 1, 1_000_000}, 256, "How many such results are kept."},
+    max_result_bytes:
+      {{:integer, 0, 1_099_511_627_776}, 268_435_456,
+       "How many bytes of images they may be; the oldest go."},
+    journal:
+      {{:text, 1, 4096}, nil,
+       "Folder for what is submitted with `durable: true`, and its results; made if need be. One instance at a time may use it."},
     start_timeout: {{:integer, 1, @day}, 120_000, "ms from start to `ready`."},
     heartbeat_interval: {{:integer, 50, 10_000}, 1_000, "ms."},
     heartbeat_timeout:
@@ -120,6 +175,8 @@ defmodule StarweaveImage.Supervisor do
     backoff_min: {{:integer, 1, @day}, 500, "ms before the second start in a row that fails."},
     backoff_max: {{:integer, 1, @day}, 30_000, "ms, the longest pause between starts."}
   ]
+
+  defp schema, do: @schema
 
   @spec options_docs() :: String.t()
   def options_docs, do: Options.docs(@schema)
@@ -142,18 +199,67 @@ defmodule StarweaveImage.Supervisor do
 
   @impl true
   def init(config) do
-    sidecars =
-      if config[:enabled], do: Enum.map(1..config[:sidecars], &{Sidecar, {&1, config}}), else: []
+    layout = layout(config)
+    config = [layout: layout] ++ config
 
-    children = [
-      {Queue, config},
-      %{
-        id: :sidecars,
-        type: :supervisor,
-        start: {Supervisor, :start_link, [sidecars, [strategy: :one_for_one]]}
-      }
-    ]
+    sidecars =
+      if config[:enabled],
+        do: for(seat <- layout, do: sidecar_child(config, seat.index, seat.kind, seat.role)),
+        else: []
+
+    journal =
+      if config[:journal],
+        do: [{Journal, name: Journal.name(config[:name]), folder: config[:journal]}],
+        else: []
+
+    children =
+      journal ++
+        [
+          {Queue, config},
+          %{
+            id: :sidecars,
+            type: :supervisor,
+            start:
+              {Supervisor, :start_link,
+               [sidecars, [strategy: :one_for_one, name: sidecars_name(config[:name])]]}
+          }
+        ]
 
     Supervisor.init(children, strategy: :rest_for_one)
+  end
+
+  # The sidecars of the configuration, and behind them the spares of each kind.
+  defp layout(config) do
+    kinds =
+      case config[:sidecars] do
+        count when is_integer(count) -> List.duplicate([], count)
+        kinds -> kinds
+      end
+
+    spares = for kind <- Enum.uniq(kinds), _ <- 1..config[:standby]//1, do: {kind, :standby}
+
+    for {{kind, role}, index} <- Enum.with_index(Enum.map(kinds, &{&1, :active}) ++ spares, 1),
+        do: %{index: index, kind: kind, role: role}
+  end
+
+  defp sidecar_child(config, index, kind, role),
+    do: {Sidecar, {index, Keyword.merge(config, kind), role}}
+
+  defp sidecars_name(name), do: Module.concat(name, "Sidecars")
+
+  @doc false
+  # Called by whoever asks for it, not by the queue, which must not wait for a process to end.
+  @spec add_sidecar(atom, pos_integer, keyword) :: :ok | {:error, term}
+  def add_sidecar(name, index, config) do
+    child = Supervisor.child_spec({Sidecar, {index, config, :active}}, [])
+    with {:ok, _pid} <- Supervisor.start_child(sidecars_name(name), child), do: :ok
+  end
+
+  @doc false
+  @spec remove_sidecar(atom, pos_integer) :: :ok
+  def remove_sidecar(name, index) do
+    _ = Supervisor.terminate_child(sidecars_name(name), {Sidecar, index})
+    _ = Supervisor.delete_child(sidecars_name(name), {Sidecar, index})
+    :ok
   end
 end

@@ -288,11 +288,11 @@ defmodule StarweaveImage.QueueTest do
     test "of a stream of what was submitted leave that alone when it is left" do
       instance = start_ready("honest")
       id = submit_running(instance, "hold")
-      # It runs already: the first event is the replay's.
-      caller = call(fn -> Enum.take(stream(instance, "hold", id: id), 1) end)
+      # It runs already: the first event says how far it is.
+      caller = call(fn -> Enum.take(stream(instance, "hold", id: id), 2) end)
       await_status(instance, fn _ -> length(owners(instance, id)) == 1 end)
       signal(os_pid(instance), "KILL")
-      assert [{:queued, %{attempt: 2}}] = result(caller)
+      assert [{:progress, %{step: 1}}, {:queued, %{attempt: 2}}] = result(caller)
       await_running(instance, id)
       assert {:ok, _} = generate(instance, "release")
       assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance)
@@ -447,7 +447,7 @@ defmodule StarweaveImage.QueueTest do
       instance = start_ready("honest", max_results: 1)
       {:ok, "a"} = StarweaveImage.submit("a fig", id: "a", instance: instance)
       assert {:ok, _} = StarweaveImage.await("a", 20_000, instance)
-      older = :sys.get_state(instance).jobs["a"].key
+      older = :sys.get_state(instance).jobs["a"].serial
 
       for id <- ["b", "a"] do
         {:ok, ^id} = StarweaveImage.submit("a fig", id: id, instance: instance)
@@ -455,7 +455,7 @@ defmodule StarweaveImage.QueueTest do
       end
 
       # What the timer of the first one says when its time has come.
-      send(instance, {:forget, "a", older})
+      send(instance, {:timer, :forget, "a", older})
       assert {:ok, %Image{}} = StarweaveImage.await("a", 1_000, instance)
     end
 

@@ -109,7 +109,11 @@ defmodule StarweaveImage.RequestTest do
             ["a" | "b"]
           ],
           priority: [:urgent, "urgent", 1],
-          timeout: [0, -1, 86_400_001, 1.0, :infinity]
+          timeout: [0, -1, 86_400_001, 1.0, :infinity],
+          queue_timeout: [0, 86_400_001, "1"],
+          run_timeout: [0, 86_400_001, "1"],
+          fallback: [1, "true"],
+          durable: [1, "true"]
         ],
         value <- values do
       assert {^field, message} = refused([{field, value}])
@@ -173,13 +177,72 @@ defmodule StarweaveImage.RequestTest do
     assert Request.bytes(request) == 11 + 2 + 3 + 13 + 13 + 3
   end
 
+  describe "the same request" do
+    test "is one with the same content, user and durability, whatever its id, urgency and limits" do
+      asked = accepted(width: 256, user_id: "ann")
+
+      for opts <- [
+            [],
+            [id: "other"],
+            [priority: :interactive],
+            [timeout: 1],
+            [preview: true],
+            [queue_timeout: 5, run_timeout: 5, fallback: true]
+          ] do
+        assert Request.same?(asked, accepted([width: 256, user_id: "ann"] ++ opts))
+      end
+
+      for opts <- [
+            [width: 264],
+            [user_id: "bob"],
+            [user_id: nil],
+            [durable: true],
+            [steps: 4],
+            [context: ["a"]],
+            [reproducible: true],
+            [seed: 1]
+          ] do
+        refute Request.same?(asked, accepted(opts ++ [width: 256, user_id: "ann"]))
+      end
+    end
+
+    test "has the seed that was drawn for it, or also a fresh one" do
+      drawn = accepted([])
+      assert Request.same?(drawn, accepted(seed: -1))
+      assert Request.same?(drawn, accepted(seed: drawn.seed))
+      assert Request.same?(accepted(seed: 3), accepted(seed: 3))
+      refute Request.same?(accepted(seed: 3), accepted(seed: 4))
+    end
+
+    test "comes back from its record, also through msgpack" do
+      image = <<137, "PNG", 13, 10, 26, 10, 255, 0, 0, 0>>
+
+      for opts <- [
+            [],
+            [seed: 7, image: image, strength: 0.5, format: :webp, context: ["a", "b"]],
+            [durable: true, priority: :background, user_id: "ann", timeout: 5, fallback: true]
+          ] do
+        asked = accepted([instance: MyApp.Images] ++ opts)
+
+        {:ok, record, ""} =
+          asked
+          |> Request.to_record()
+          |> StarweaveImage.Msgpack.encode!()
+          |> IO.iodata_to_binary()
+          |> StarweaveImage.Msgpack.decode()
+
+        assert Request.restore(record, MyApp.Images) == {:ok, asked}
+      end
+    end
+  end
+
   test "every option is in the docs" do
     documented =
       Regex.scan(~r/^  \* `:(\w+)` - /m, Request.options_docs(), capture: :all_but_first)
 
     fields =
       for field <- Map.keys(accepted([])),
-          field not in [:__struct__, :prompt],
+          field not in [:__struct__, :prompt, :content, :fresh_seed?],
           do: [to_string(field)]
 
     assert Enum.sort(documented) == Enum.sort(fields)

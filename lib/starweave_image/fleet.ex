@@ -1,0 +1,193 @@
+defmodule StarweaveImage.Fleet do
+  @moduledoc false
+  # What the queue knows of its sidecars: which there are, who is active and who stands by, and how each is.
+  # Pure; the messages to and from them are the queue's.
+  #
+  # A seat is a sidecar's number, with what its owner process said last. Seats of one kind have the same
+  # options, so that a spare of a kind can take over from any active one of it.
+
+  defmodule Seat do
+    @moduledoc false
+    @type t :: %__MODULE__{}
+    defstruct [
+      :index,
+      :kind,
+      :pid,
+      :monitor,
+      :os_pid,
+      :ready,
+      :catalog,
+      :heartbeat,
+      :error,
+      role: :active,
+      draining?: false,
+      generation: 0,
+      state: :starting,
+      uptime_ms: 0,
+      capacity: 0
+    ]
+  end
+
+  defstruct [:enabled?, seats: %{}]
+
+  @type index :: pos_integer
+  @type t :: %__MODULE__{}
+
+  @doc "Seats for `layout`, which gives the kind and the first role of each sidecar."
+  @spec new(boolean, [%{index: index, kind: term, role: :active | :standby}]) :: t
+  def new(enabled?, layout) do
+    seats = if enabled?, do: Map.new(layout, &{&1.index, struct!(Seat, &1)}), else: %{}
+    %__MODULE__{enabled?: enabled?, seats: seats}
+  end
+
+  @spec add(t, term) :: {index, t}
+  def add(fleet, kind) do
+    index = Enum.max([0 | Map.keys(fleet.seats)]) + 1
+    {index, put(fleet, %Seat{index: index, kind: kind})}
+  end
+
+  @spec remove(t, index) :: t
+  def remove(fleet, index), do: %{fleet | seats: Map.delete(fleet.seats, index)}
+
+  @spec get(t, index) :: Seat.t() | nil
+  def get(fleet, index), do: fleet.seats[index]
+
+  @spec find(t, reference) :: index | nil
+  def find(fleet, monitor),
+    do: Enum.find_value(fleet.seats, fn {index, seat} -> seat.monitor == monitor && index end)
+
+  @spec put(t, Seat.t()) :: t
+  def put(fleet, seat), do: %{fleet | seats: Map.put(fleet.seats, seat.index, seat)}
+
+  @spec update(t, index, map | keyword) :: t
+  def update(fleet, index, news), do: put(fleet, struct!(fleet.seats[index], news))
+
+  @doc "The process of a sidecar is no more, or not yet."
+  @spec ended(t, index, atom, String.t()) :: t
+  def ended(fleet, index, state, why) do
+    update(fleet, index,
+      state: state,
+      ready: nil,
+      heartbeat: nil,
+      os_pid: nil,
+      capacity: 0,
+      error: why
+    )
+  end
+
+  @doc "Whether the sidecar takes requests."
+  @spec open?(Seat.t()) :: boolean
+  def open?(seat), do: seat.ready != nil and seat.role == :active and not seat.draining?
+
+  @doc "Who is ready to work: the active ones, in order."
+  @spec at_work(t) :: [Seat.t()]
+  def at_work(fleet), do: for(%{ready: ready} = seat <- active(fleet), ready != nil, do: seat)
+
+  @doc "Puts a spare that is ready in the place of an active sidecar of its kind that had worked and is gone, if there are both."
+  @spec relieve(t) :: {:ok, gone :: index, spare :: index, t} | :none
+  def relieve(fleet) do
+    with gone when gone != nil <-
+           Enum.find(active(fleet), &(&1.ready == nil and &1.error != nil and not &1.draining?)),
+         spare when spare != nil <-
+           Enum.find(
+             sorted(fleet),
+             &(&1.role == :standby and &1.kind == gone.kind and &1.ready != nil)
+           ) do
+      fleet = fleet |> update(gone.index, role: :standby) |> update(spare.index, role: :active)
+
+      {:ok, gone.index, spare.index, fleet}
+    else
+      nil -> :none
+    end
+  end
+
+  defp sorted(fleet), do: fleet.seats |> Map.values() |> Enum.sort_by(& &1.index)
+  defp active(fleet), do: fleet |> sorted() |> Enum.filter(&(&1.role == :active))
+
+  ## What is to be told
+
+  @doc "Of the whole fleet, with the ids that each one works on."
+  @spec state(t, %{index => [String.t()]}) :: atom
+  def state(%{enabled?: false}, _taken), do: :disabled
+
+  def state(fleet, taken) do
+    # What was never heard of is as good as starting.
+    phases = Enum.map(active(fleet), &phase(&1, taken))
+
+    Enum.find([:loading, :busy, :ready, :stalled, :starting, :down], :starting, &(&1 in phases))
+  end
+
+  @doc "Whether no sidecar works and none is about to."
+  @spec down?(t) :: boolean
+  def down?(fleet), do: state(fleet, %{}) == :down
+
+  @doc "Why nothing works."
+  @spec reason(t) :: String.t()
+  def reason(fleet), do: Enum.find_value(active(fleet), "it has not started", & &1.error)
+
+  @spec error(t) :: String.t() | nil
+  def error(fleet), do: Enum.find_value(active(fleet), & &1.error)
+
+  # Between two heartbeats our own count knows better.
+  defp phase(%{state: :draining}, _taken), do: :busy
+
+  defp phase(%{state: :ready, index: index}, taken),
+    do: if(taken[index] in [nil, []], do: :ready, else: :busy)
+
+  defp phase(%{state: state}, _taken), do: state
+
+  # Of what several sidecars say of the same model, what is of most use to a request.
+  @states ~w(loaded loading available remote failed absent)a
+
+  @doc "The models of the sidecars that are up, or else what is left of the last word of one that was: nothing is loaded there any more."
+  @spec models(t) :: [map]
+  def models(fleet) do
+    case for %{catalog: [_ | _] = catalog} <- at_work(fleet), do: catalog do
+      [] ->
+        for card <- Enum.find_value(active(fleet) ++ sorted(fleet), [], & &1.catalog) do
+          if card.state in [:loaded, :loading], do: %{card | state: :available}, else: card
+        end
+
+      [first | _] = catalogs ->
+        cards = catalogs |> Enum.concat() |> Enum.group_by(& &1.id)
+
+        for %{id: id} <- first,
+            do:
+              Enum.min_by(cards[id], &Enum.find_index(@states, fn state -> state == &1.state end))
+    end
+  end
+
+  @doc "The card of a model by its id or an alias."
+  @spec card(t, String.t()) :: map | nil
+  def card(fleet, model),
+    do: Enum.find(models(fleet), &(&1.id == model or model in &1.aliases))
+
+  @spec statuses(t, %{index => [String.t()]}) :: [map]
+  def statuses(fleet, taken) do
+    for seat <- sorted(fleet) do
+      beat = seat.heartbeat || %{}
+
+      %{
+        index: seat.index,
+        role: seat.role,
+        state: phase(seat, taken),
+        draining: seat.draining?,
+        generation: seat.generation,
+        os_pid: seat.os_pid,
+        uptime_ms: seat.uptime_ms,
+        device: seat.ready && seat.ready.device,
+        device_name: seat.ready && seat.ready.device_name,
+        dtype: seat.ready && seat.ready.dtype,
+        versions: (seat.ready && seat.ready.versions) || %{},
+        capacity: seat.capacity,
+        running: Map.get(taken, seat.index, []),
+        requests: Map.get(beat, :running, []),
+        resident: Map.get(beat, :resident, []),
+        device_memory: Map.get(beat, :device_memory),
+        rss: Map.get(beat, :rss),
+        counters: Map.get(beat, :counters, %{}),
+        error: seat.error
+      }
+    end
+  end
+end

@@ -1,0 +1,404 @@
+defmodule StarweaveImage.Schedule do
+  @moduledoc false
+  # Every decision of the queue, without its processes, clocks and messages: who is taken in, who goes
+  # next and where, and who has to step back.
+  #
+  # Waiting requests are ordered by priority, then by turn, then by age. Turns are what makes it fair: a
+  # user's next request gets the turn after that of the one before it, and nobody gets a turn that is over,
+  # so that users of a priority are served one by one, however many requests each has (start-time fair
+  # queueing with requests of equal cost: Goyal, Vin, Cheng 1996). Requests without a user are one user's.
+  #
+  # A request keeps its place in the order until it ends: what comes back from a sidecar that died goes to
+  # the head. The slot of a request at a sidecar is taken from its dispatch until the sidecar says that it is free,
+  # also when the request itself has ended or waits again meanwhile.
+
+  alias StarweaveImage.RankedSet
+
+  defmodule Entry do
+    @moduledoc false
+    # `place`: `:waiting`, `:aside` (must not go yet), the index of its sidecar, or nil once it has ended. `attempts` counts
+    # dispatches that ended with the sidecar's death, or may yet.
+    defstruct [
+      :id,
+      :key,
+      :user,
+      :model,
+      :place,
+      bytes: 0,
+      attempts: 0,
+      yields: 0,
+      yielding?: false
+    ]
+  end
+
+  defmodule Slots do
+    @moduledoc false
+    # A sidecar as seen from here. `open?`: it is ready, active and not draining. `taken`: id → whether
+    # that request must be alone. `sick`: deaths that later successes have not made up for.
+    defstruct open?: false, capacity: 0, taken: %{}, resident: [], run_ms: nil, sick: 0
+  end
+
+  defstruct [
+    :max_queue,
+    :max_queue_bytes,
+    :max_attempts,
+    waiting: RankedSet.new(),
+    entries: %{},
+    turns: %{},
+    served: %{},
+    held: 0,
+    bytes: 0,
+    yielding: 0,
+    sequence: 0,
+    slots: %{},
+    run_ms: 1_000,
+    load_ms: 5_000
+  ]
+
+  @type id :: String.t()
+  @type index :: pos_integer
+  @type t :: %__MODULE__{}
+
+  @classes %{interactive: 0, normal: 1, background: 2}
+  # A background request that had to step back so often stays where it is the next time.
+  @most_yields 3
+  @most_sick 5
+
+  @spec new(keyword) :: t
+  def new(config),
+    do: struct!(__MODULE__, Keyword.take(config, [:max_queue, :max_queue_bytes, :max_attempts]))
+
+  ## Requests
+
+  @doc "Whether there is room for a request of so many bytes; else in how many ms it would have been its turn."
+  @spec admit(t, non_neg_integer) :: :ok | {:overloaded, pos_integer}
+  def admit(schedule, bytes) do
+    if schedule.held < schedule.max_queue and schedule.bytes + bytes <= schedule.max_queue_bytes,
+      do: :ok,
+      else: {:overloaded, max(wait_ms(schedule, schedule.held + 1) || schedule.run_ms, 100)}
+  end
+
+  @doc "Takes a request in, `:waiting` or `:aside`. Options: `:priority :user :model :bytes :attempts`."
+  @spec push(t, id, :waiting | :aside, keyword) :: t
+  def push(schedule, id, place, options) do
+    {priority, options} = Keyword.pop(options, :priority, :normal)
+    class = @classes[priority]
+    {turn, schedule} = turn(schedule, {class, options[:user]})
+    key = {class, turn, schedule.sequence, id}
+    entry = struct!(Entry, [id: id, key: key] ++ options)
+
+    put(
+      %{
+        schedule
+        | sequence: schedule.sequence + 1,
+          bytes: schedule.bytes + entry.bytes,
+          held: schedule.held + 1
+      },
+      entry,
+      place
+    )
+  end
+
+  # `turns` holds the last turn given to a user of a class, for as long as it is not over.
+  defp turn(schedule, {class, _} = user) do
+    served = Map.get(schedule.served, class, 0)
+    turn = max(Map.get(schedule.turns, user, -1) + 1, served)
+    {turn, put_in(schedule.turns[user], turn)}
+  end
+
+  @doc "Whether the request is waiting, aside, or at which sidecar it runs; nil when it is not known."
+  @spec place(t, id) :: :waiting | :aside | index | nil
+  def place(schedule, id), do: with(%{place: place} <- schedule.entries[id], do: place)
+
+  @spec attempts(t, id) :: non_neg_integer
+  def attempts(schedule, id), do: with(%{attempts: n} <- schedule.entries[id] || 0, do: n)
+
+  @doc "Lets a request that is aside wait again."
+  @spec resume(t, id) :: t
+  def resume(schedule, id), do: move(schedule, id, :waiting)
+
+  @doc """
+  Back to its place in the order, or aside, with a reason: the sidecar `:died`, it `:yielded`, or the attempt `:failed`
+  otherwise. Only a death counts as an attempt. The slot is another matter: `free/3`.
+  """
+  @spec return(t, id, :waiting | :aside, :died | :yielded | :failed) :: t
+  def return(schedule, id, place, reason) do
+    entry = schedule.entries[id]
+
+    entry =
+      case reason do
+        :died -> entry
+        :failed -> %{entry | attempts: entry.attempts - 1}
+        :yielded -> %{entry | attempts: entry.attempts - 1, yields: entry.yields + 1}
+      end
+
+    schedule |> settled(entry) |> move(id, place)
+  end
+
+  @doc "The model that the request needs is another one now."
+  @spec use_model(t, id, String.t()) :: t
+  def use_model(schedule, id, model), do: put_in(schedule.entries[id].model, model)
+
+  @doc "The request has ended."
+  @spec drop(t, id) :: t
+  def drop(schedule, id) do
+    case schedule.entries do
+      %{^id => entry} ->
+        schedule = schedule |> settled(entry) |> move(id, nil)
+
+        %{
+          schedule
+          | entries: Map.delete(schedule.entries, id),
+            bytes: schedule.bytes - entry.bytes
+        }
+
+      _ ->
+        schedule
+    end
+  end
+
+  # No longer about to step back.
+  defp settled(schedule, entry) do
+    yielding = if entry.yielding?, do: schedule.yielding - 1, else: schedule.yielding
+    entries = Map.put(schedule.entries, entry.id, %{entry | yielding?: false})
+    %{schedule | entries: entries, yielding: yielding}
+  end
+
+  defp move(schedule, id, place) do
+    %{place: from} = entry = schedule.entries[id]
+    schedule = if from == :waiting, do: unqueue(schedule, entry), else: schedule
+    held = schedule.held + held(place) - held(from)
+    put(%{schedule | held: held}, entry, place)
+  end
+
+  defp put(schedule, entry, place) do
+    waiting =
+      if place == :waiting, do: RankedSet.put(schedule.waiting, entry.key), else: schedule.waiting
+
+    %{
+      schedule
+      | waiting: waiting,
+        entries: Map.put(schedule.entries, entry.id, %{entry | place: place})
+    }
+  end
+
+  defp unqueue(schedule, entry),
+    do: %{schedule | waiting: RankedSet.delete(schedule.waiting, entry.key)}
+
+  defp held(place) when place in [:waiting, :aside], do: 1
+  defp held(_place), do: 0
+
+  ## Sidecars
+
+  @doc "What is new of a sidecar: `:open? :capacity :resident`."
+  @spec sidecar(t, index, keyword) :: t
+  def sidecar(schedule, index, news) do
+    slots = Map.get(schedule.slots, index, %Slots{})
+    put_in(schedule.slots[index], struct!(slots, news))
+  end
+
+  @doc "The sidecar's process is gone: gives the requests that ran there, the oldest first. They are still placed there."
+  @spec lost(t, index) :: {[id], t}
+  def lost(schedule, index) do
+    case schedule.slots do
+      %{^index => slots} ->
+        # One that was never ready has no illness of its own to show.
+        sick = if slots.open?, do: min(slots.sick + 1, @most_sick), else: slots.sick
+
+        running =
+          for {id, _} <- slots.taken,
+              %{place: ^index} = entry <- [schedule.entries[id]],
+              do: entry
+
+        ids = running |> Enum.sort_by(& &1.key) |> Enum.map(& &1.id)
+        gone = %{slots | open?: false, capacity: 0, taken: %{}, resident: [], sick: sick}
+        {ids, put_in(schedule.slots[index], gone)}
+
+      _ ->
+        {[], schedule}
+    end
+  end
+
+  @spec remove_sidecar(t, index) :: t
+  def remove_sidecar(schedule, index), do: %{schedule | slots: Map.delete(schedule.slots, index)}
+
+  @doc "The sidecar has nothing to do with the request any more."
+  @spec free(t, index, id) :: t
+  def free(schedule, index, id) do
+    case schedule.slots do
+      %{^index => slots} ->
+        put_in(schedule.slots[index], %{slots | taken: Map.delete(slots.taken, id)})
+
+      _ ->
+        schedule
+    end
+  end
+
+  @spec taken(t, index) :: [id]
+  def taken(schedule, index), do: Map.keys(Map.get(schedule.slots, index, %Slots{}).taken)
+
+  @doc "A request was done by this sidecar within `run_ms` ms, of which a model's load took `load_ms`."
+  @spec measure(t, index, non_neg_integer, non_neg_integer) :: t
+  def measure(schedule, index, run_ms, load_ms) do
+    run_ms = max(run_ms - load_ms, 0)
+    load_ms = if load_ms > 0, do: mean(schedule.load_ms, load_ms), else: schedule.load_ms
+    schedule = %{schedule | run_ms: mean(schedule.run_ms, run_ms), load_ms: load_ms}
+
+    case schedule.slots do
+      %{^index => slots} ->
+        slots = %{
+          slots
+          | run_ms: mean(slots.run_ms || run_ms, run_ms),
+            sick: max(slots.sick - 1, 0)
+        }
+
+        put_in(schedule.slots[index], slots)
+
+      _ ->
+        schedule
+    end
+  end
+
+  defp mean(old, new), do: div(old * 4 + new, 5)
+
+  ## Decisions
+
+  @doc """
+  What to do now: run a request at a sidecar, where its slot is taken and an attempt counted with this answer; make a
+  background request step back for an interactive one that finds no room; or nothing.
+  """
+  @spec next(t) :: {:run, id, index, t} | {:yield, id, index, t} | :nothing
+  def next(schedule) do
+    case RankedSet.first(schedule.waiting) do
+      nil ->
+        :nothing
+
+      {class, _, _, id} ->
+        entry = schedule.entries[id]
+
+        case best(schedule, entry) do
+          nil when class == 0 -> step_back(schedule, entry)
+          nil -> :nothing
+          index -> run(schedule, entry, index)
+        end
+    end
+  end
+
+  defp run(schedule, %{id: id, key: {class, turn, _, _}} = entry, index) do
+    alone? = last_attempt?(schedule, entry.attempts + 1)
+
+    schedule =
+      schedule
+      |> put_in([Access.key(:entries), id], %{entry | attempts: entry.attempts + 1})
+      |> move(id, index)
+      |> update_in([Access.key(:slots), index], &%{&1 | taken: Map.put(&1.taken, id, alone?)})
+
+    {:run, id, index, turn_over(schedule, class, turn)}
+  end
+
+  # Whoever had no later turn than the one that is served now starts with it next time, and need not be remembered.
+  defp turn_over(schedule, class, turn) do
+    if turn > Map.get(schedule.served, class, 0) do
+      turns = Map.reject(schedule.turns, fn {{of, _}, last} -> of == class and last < turn end)
+      %{schedule | served: Map.put(schedule.served, class, turn), turns: turns}
+    else
+      schedule
+    end
+  end
+
+  defp best(schedule, entry) do
+    schedule.slots
+    |> Enum.filter(fn {_, slots} -> room?(schedule, slots, entry) end)
+    |> Enum.min_by(fn {index, slots} -> {expected_ms(schedule, slots, entry), index} end, fn ->
+      nil
+    end)
+    |> then(&(&1 && elem(&1, 0)))
+  end
+
+  # The last of several attempts runs alone: nobody is given up for a crash that another one caused.
+  # And the slot of an id that was cancelled is not free for the same id before the sidecar says so.
+  defp room?(schedule, slots, entry) do
+    limit = if last_attempt?(schedule, entry.attempts + 1), do: 1, else: slots.capacity
+
+    slots.open? and map_size(slots.taken) < min(limit, slots.capacity) and
+      not is_map_key(slots.taken, entry.id) and
+      not Enum.any?(slots.taken, fn {_, alone?} -> alone? end)
+  end
+
+  defp last_attempt?(schedule, attempt), do: attempt > 1 and attempt >= schedule.max_attempts
+
+  # When it would be done there: by the pace of that sidecar and the work it has, a load where the model is not
+  # in its memory, and twice that for each time it died lately.
+  defp expected_ms(schedule, slots, entry) do
+    run = (slots.run_ms || schedule.run_ms) * (map_size(slots.taken) + 1) / slots.capacity
+    load = if entry.model in slots.resident, do: 0, else: schedule.load_ms
+    (run + load) * Integer.pow(2, slots.sick)
+  end
+
+  # As many as there are interactive requests without room, the youngest of the background first: they lose least.
+  defp step_back(schedule, waiting) do
+    wanted = RankedSet.rank(schedule.waiting, {0, :infinity, 0, ""})
+
+    candidates =
+      for {index, %{open?: true} = slots} <- schedule.slots,
+          # Alone somewhere, for its last attempt, a request is not asked to make room: it has waited for that.
+          {id, false} <- slots.taken,
+          id != waiting.id,
+          %{key: {2, _, _, _}, place: ^index, yielding?: false} = entry <- [schedule.entries[id]],
+          entry.yields < @most_yields,
+          do: entry
+
+    case candidates do
+      [_ | _] when schedule.yielding < wanted ->
+        entry = Enum.max_by(candidates, & &1.key)
+        entries = Map.put(schedule.entries, entry.id, %{entry | yielding?: true})
+        schedule = %{schedule | entries: entries, yielding: schedule.yielding + 1}
+        {:yield, entry.id, entry.place, schedule}
+
+      _ ->
+        :nothing
+    end
+  end
+
+  @doc "Whether the request was asked to step back and has not yet."
+  @spec yielding?(t, id) :: boolean
+  def yielding?(schedule, id), do: match?(%{yielding?: true}, schedule.entries[id])
+
+  ## What is to be told
+
+  @spec waiting(t) :: non_neg_integer
+  def waiting(schedule), do: schedule.held
+
+  @spec bytes(t) :: non_neg_integer
+  def bytes(schedule), do: schedule.bytes
+
+  @doc "Waiting requests in the order in which they will go."
+  @spec order(t) :: [id]
+  def order(schedule), do: for({_, _, _, id} <- RankedSet.to_list(schedule.waiting), do: id)
+
+  @doc "The place of a request among those that wait, from 1; of one that is aside, as if it waited."
+  @spec position(t, id) :: pos_integer
+  def position(schedule, id) do
+    %{key: key, place: place} = schedule.entries[id]
+    rank = RankedSet.rank(schedule.waiting, key)
+    if place == :waiting, do: rank, else: rank + 1
+  end
+
+  @doc "In how many ms the request at this position will go, by what was measured; nil while no sidecar is open."
+  @spec wait_ms(t, pos_integer) :: non_neg_integer | nil
+  def wait_ms(schedule, position) do
+    open =
+      for {_, %{open?: true, capacity: capacity} = slots} when capacity > 0 <- schedule.slots,
+          do: slots
+
+    case open |> Enum.map(& &1.capacity) |> Enum.sum() do
+      0 ->
+        nil
+
+      capacity ->
+        free = Enum.sum(for slots <- open, do: max(slots.capacity - map_size(slots.taken), 0))
+        # Each slot is free again once in the time of a run.
+        div(max(position - free, 0) * schedule.run_ms, capacity)
+    end
+  end
+end

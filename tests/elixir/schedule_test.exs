@@ -1,0 +1,513 @@
+defmodule StarweaveImage.ScheduleTest do
+  # The decisions of the queue, which need neither processes nor clocks: examples, and what must hold whatever happens.
+  use ExUnit.Case, async: true
+
+  alias StarweaveImage.{RankedSet, RateLimit, Schedule}
+
+  @limits [max_queue: 1_000, max_queue_bytes: 1_000_000, max_attempts: 3]
+
+  defp schedule(sidecars, limits \\ []) do
+    for {index, news} <- sidecars, reduce: Schedule.new(Keyword.merge(@limits, limits)) do
+      schedule -> Schedule.sidecar(schedule, index, [open?: true, capacity: 1] ++ news)
+    end
+  end
+
+  defp push(schedule, id, options \\ []), do: Schedule.push(schedule, id, :waiting, options)
+
+  # Everything that can go now goes.
+  defp go(schedule, gone \\ []) do
+    case Schedule.next(schedule) do
+      {:run, id, index, schedule} -> go(schedule, [{id, index} | gone])
+      :nothing -> {Enum.reverse(gone), schedule}
+    end
+  end
+
+  # Serves one after the other, and says in which order.
+  defp serve_all(schedule, served \\ []) do
+    case Schedule.next(schedule) do
+      {:run, id, index, schedule} ->
+        schedule |> Schedule.free(index, id) |> Schedule.drop(id) |> serve_all([id | served])
+
+      :nothing ->
+        Enum.reverse(served)
+    end
+  end
+
+  describe "order" do
+    test "is priority, then users one by one, then age" do
+      schedule = schedule(%{1 => []})
+
+      requests = [
+        {"a1", "ann", :normal},
+        {"a2", "ann", :normal},
+        {"a3", "ann", :normal},
+        {"b1", "bob", :normal},
+        {"z1", nil, :background},
+        {"b2", "bob", :normal},
+        {"n1", nil, :normal},
+        {"i1", "ann", :interactive}
+      ]
+
+      schedule =
+        for {id, user, priority} <- requests, reduce: schedule do
+          schedule -> push(schedule, id, user: user, priority: priority)
+        end
+
+      order = ~w(i1 a1 b1 n1 a2 b2 a3 z1)
+      assert Schedule.order(schedule) == order
+      assert for(id <- order, do: Schedule.position(schedule, id)) == Enum.to_list(1..8)
+      assert serve_all(schedule) == order
+    end
+
+    test "lets a user who comes late begin at once, and none catch up" do
+      schedule =
+        for n <- 1..10, reduce: schedule(%{1 => []}), do: (s -> push(s, "a#{n}", user: "ann"))
+
+      {:run, "a1", 1, schedule} = Schedule.next(schedule)
+      {:run, "a2", 1, schedule} = schedule |> Schedule.free(1, "a1") |> Schedule.next()
+      schedule = for n <- 1..3, reduce: schedule, do: (s -> push(s, "b#{n}", user: "bob"))
+      schedule = schedule |> Schedule.free(1, "a2") |> Schedule.drop("a2")
+      assert ["b1", "a3", "b2", "a4", "b3", "a5" | _] = serve_all(schedule)
+    end
+
+    test "is kept by what comes back" do
+      schedule =
+        for n <- 1..4, reduce: schedule(%{1 => [capacity: 2]}), do: (s -> push(s, "r#{n}"))
+
+      {[{"r1", 1}, {"r2", 1}], schedule} = go(schedule)
+      {["r1", "r2"], schedule} = Schedule.lost(schedule, 1)
+
+      schedule =
+        for id <- ["r2", "r1"],
+            reduce: schedule,
+            do: (s -> Schedule.return(s, id, :waiting, :died))
+
+      assert Schedule.order(schedule) == ~w(r1 r2 r3 r4)
+      assert Schedule.attempts(schedule, "r1") == 1
+    end
+  end
+
+  describe "admission" do
+    test "is bounded in number and in bytes, and what runs is not counted as waiting" do
+      schedule = schedule(%{1 => []}, max_queue: 2, max_queue_bytes: 10)
+      {[{"a", 1}], schedule} = schedule |> push("a", bytes: 4) |> go()
+      assert Schedule.admit(schedule, 6) == :ok
+      assert {:overloaded, ms} = Schedule.admit(schedule, 7)
+      assert ms >= 100
+      schedule = schedule |> push("b") |> Schedule.push("c", :aside, [])
+      assert {:overloaded, _} = Schedule.admit(schedule, 0)
+      assert schedule |> Schedule.drop("c") |> Schedule.admit(6) == :ok
+      assert schedule |> Schedule.drop("b") |> Schedule.drop("a") |> Schedule.admit(10) == :ok
+    end
+
+    test "says when there will be room by what was measured" do
+      schedule = schedule(%{1 => [capacity: 2]}, max_queue: 4)
+      schedule = for n <- 1..6, reduce: schedule, do: (s -> s |> push("r#{n}") |> go() |> elem(1))
+      slow = for _ <- 1..50, reduce: schedule, do: (s -> Schedule.measure(s, 1, 10_000, 0))
+      quick = for _ <- 1..50, reduce: schedule, do: (s -> Schedule.measure(s, 1, 100, 0))
+      {:overloaded, after_slow} = Schedule.admit(slow, 0)
+      {:overloaded, after_quick} = Schedule.admit(quick, 0)
+      # Five turns at two slots.
+      assert_in_delta after_slow, 25_000, 500
+      assert_in_delta after_quick, 250, 25
+      assert Schedule.wait_ms(slow, 1) < Schedule.wait_ms(slow, 4)
+      assert Schedule.wait_ms(Schedule.sidecar(slow, 1, open?: false), 1) == nil
+    end
+  end
+
+  describe "placement" do
+    test "prefers the sidecar that has the model, unless it has much to do" do
+      schedule = schedule(%{1 => [capacity: 8], 2 => [capacity: 8, resident: ["m"]]})
+
+      {gone, _} =
+        for(n <- 1..12, reduce: schedule, do: (s -> push(s, "r#{n}", model: "m"))) |> go()
+
+      assert {"r1", 2} = hd(gone)
+      # A load is expected to cost five seconds, a run one.
+      assert Enum.count(gone, fn {_, index} -> index == 2 end) == 8
+    end
+
+    test "spreads what makes no difference" do
+      schedule = schedule(for index <- 1..3, do: {index, [capacity: 4, resident: ["m"]]})
+
+      {gone, _} =
+        for(n <- 1..6, reduce: schedule, do: (s -> push(s, "r#{n}", model: "m"))) |> go()
+
+      assert gone |> Enum.frequencies_by(&elem(&1, 1)) == %{1 => 2, 2 => 2, 3 => 2}
+    end
+
+    test "gives a slow one less, and a sick one too until it has made up for it" do
+      even = schedule(for index <- 1..2, do: {index, [capacity: 8, resident: ["m"]]})
+
+      share = fn schedule ->
+        {gone, _} =
+          for(n <- 1..8, reduce: schedule, do: (s -> push(s, "r#{n}", model: "m"))) |> go()
+
+        Enum.count(gone, fn {_, index} -> index == 1 end)
+      end
+
+      assert share.(even) == 4
+
+      slow =
+        for _ <- 1..50, reduce: even do
+          schedule -> schedule |> Schedule.measure(1, 4_000, 0) |> Schedule.measure(2, 1_000, 0)
+        end
+
+      assert share.(slow) in 1..2
+      {[], sick} = Schedule.lost(even, 1)
+      sick = Schedule.sidecar(sick, 1, open?: true, capacity: 8, resident: ["m"])
+      assert share.(sick) in 2..3
+      assert sick |> Schedule.measure(1, 1_000, 0) |> share.() == 4
+    end
+
+    test "uses no sidecar that is closed, and none twice for the same id" do
+      assert schedule(%{1 => [open?: false]}) |> push("r") |> Schedule.next() == :nothing
+      {[{"r", 1}], schedule} = schedule(%{1 => [capacity: 2]}) |> push("r") |> go()
+      # It was cancelled, and its slot is not free yet.
+      schedule = schedule |> Schedule.drop("r") |> push("r")
+      assert Schedule.next(schedule) == :nothing
+      assert {:run, "r", 1, _} = schedule |> Schedule.free(1, "r") |> Schedule.next()
+    end
+
+    test "lets the last of several attempts run alone" do
+      schedule = schedule(%{1 => [capacity: 4]})
+
+      schedule =
+        for _ <- 1..2, reduce: push(schedule, "poison") do
+          schedule ->
+            {[{"poison", 1}], schedule} = go(schedule)
+            {["poison"], schedule} = Schedule.lost(schedule, 1)
+
+            schedule
+            |> Schedule.return("poison", :waiting, :died)
+            |> Schedule.sidecar(1, open?: true, capacity: 4)
+        end
+
+      {[{"poison", 1}], schedule} = schedule |> push("good") |> go()
+      assert Schedule.attempts(schedule, "poison") == 3
+
+      {[{"good", 1}], _} =
+        schedule |> Schedule.free(1, "poison") |> Schedule.drop("poison") |> go()
+    end
+  end
+
+  describe "a background request" do
+    test "steps back for an interactive one without room, the youngest first, and keeps its place" do
+      {[_, _], schedule} =
+        schedule(%{1 => [capacity: 2]})
+        |> push("b1", priority: :background)
+        |> push("b2", priority: :background)
+        |> go()
+
+      schedule =
+        schedule |> push("b3", priority: :background) |> push("i1", priority: :interactive)
+
+      assert {:yield, "b2", 1, schedule} = Schedule.next(schedule)
+      assert Schedule.yielding?(schedule, "b2")
+      # One is enough for one.
+      assert Schedule.next(schedule) == :nothing
+      schedule = schedule |> Schedule.free(1, "b2") |> Schedule.return("b2", :waiting, :yielded)
+      assert Schedule.attempts(schedule, "b2") == 0
+      assert {:run, "i1", 1, schedule} = Schedule.next(schedule)
+      assert Schedule.order(schedule) == ~w(b2 b3)
+    end
+
+    test "does not for one of normal priority, and not for ever" do
+      {[_], schedule} = schedule(%{1 => []}) |> push("b", priority: :background) |> go()
+      assert schedule |> push("n") |> Schedule.next() == :nothing
+
+      schedule =
+        for n <- 1..3, reduce: schedule do
+          schedule ->
+            {:yield, "b", 1, schedule} =
+              schedule |> push("i#{n}", priority: :interactive) |> Schedule.next()
+
+            schedule =
+              schedule |> Schedule.free(1, "b") |> Schedule.return("b", :waiting, :yielded)
+
+            {[{_, 1}], schedule} = go(schedule)
+            schedule = schedule |> Schedule.free(1, "i#{n}") |> Schedule.drop("i#{n}")
+            {[{"b", 1}], schedule} = go(schedule)
+            schedule
+        end
+
+      assert schedule |> push("i4", priority: :interactive) |> Schedule.next() == :nothing
+    end
+  end
+
+  describe "whatever happens" do
+    # Some thousand random operations, each followed by what must hold; a failure is repeated by the seed.
+    for run <- 1..20 do
+      test "slots, bounds and order hold (#{run})" do
+        schedule =
+          schedule(%{1 => [capacity: 3], 2 => [capacity: 2]}, max_queue: 30, max_queue_bytes: 400)
+
+        final =
+          for n <- 1..600, reduce: schedule do
+            schedule ->
+              schedule = step(schedule, :rand.uniform(14), n)
+              check(schedule)
+              schedule
+          end
+
+        # In the end everything that waits goes, and nothing is left of it.
+        final =
+          for index <- 1..2,
+              reduce: final,
+              do: (s -> Schedule.sidecar(s, index, open?: true, capacity: 4))
+
+        final =
+          for {id, %{place: :aside}} <- final.entries,
+              reduce: final,
+              do: (s -> Schedule.resume(s, id))
+
+        emptied = empty(final)
+        assert emptied.entries == %{}
+        assert {emptied.held, emptied.bytes, emptied.yielding} == {0, 0, 0}
+        assert RankedSet.size(emptied.waiting) == 0
+      end
+    end
+  end
+
+  defp step(schedule, operation, n) when operation <= 4 do
+    bytes = :rand.uniform(20)
+    id = "r#{n}"
+
+    case Schedule.admit(schedule, bytes) do
+      :ok ->
+        Schedule.push(schedule, id, Enum.random([:waiting, :waiting, :aside]),
+          priority: Enum.random([:interactive, :normal, :background]),
+          user: Enum.random(["ann", "bob", nil]),
+          model: Enum.random(["m", "n"]),
+          bytes: bytes
+        )
+
+      {:overloaded, ms} ->
+        assert ms >= 100
+        assert schedule.held >= 30 or schedule.bytes + bytes > 400
+        schedule
+    end
+  end
+
+  defp step(schedule, operation, _) when operation <= 8 do
+    case Schedule.next(schedule) do
+      {:run, id, index, after_it} ->
+        # Nobody of a better priority waits, and of its own nobody was to go first.
+        assert [^id | _] = Schedule.order(schedule)
+        assert map_size(schedule.slots[index].taken) < schedule.slots[index].capacity
+        after_it
+
+      {:yield, id, index, after_it} ->
+        assert %{key: {2, _, _, _}, place: ^index} = schedule.entries[id]
+        after_it
+
+      :nothing ->
+        schedule
+    end
+  end
+
+  defp step(schedule, 9, _), do: with_random(schedule, &Schedule.drop(schedule, &1.id))
+
+  defp step(schedule, 10, _) do
+    # A sidecar says of one of its slots that it is free: the request is done, failed, or was over before.
+    case for {index, slots} <- schedule.slots, {id, _} <- slots.taken, do: {index, id} do
+      [] ->
+        schedule
+
+      taken ->
+        {index, id} = Enum.random(taken)
+        freed = Schedule.free(schedule, index, id)
+
+        cond do
+          Schedule.place(schedule, id) != index ->
+            freed
+
+          Schedule.yielding?(freed, id) ->
+            Schedule.return(freed, id, :waiting, :yielded)
+
+          :rand.uniform(3) == 1 ->
+            Schedule.return(freed, id, Enum.random([:waiting, :aside]), :failed)
+
+          true ->
+            freed |> Schedule.measure(index, :rand.uniform(500), 0) |> Schedule.drop(id)
+        end
+    end
+  end
+
+  defp step(schedule, 11, _), do: with_random(schedule, :aside, &Schedule.resume(schedule, &1.id))
+
+  defp step(schedule, 12, _) do
+    {ids, schedule} = Schedule.lost(schedule, :rand.uniform(2))
+
+    for id <- ids, reduce: schedule do
+      schedule ->
+        if Schedule.attempts(schedule, id) < 3,
+          do: Schedule.return(schedule, id, :waiting, :died),
+          else: Schedule.drop(schedule, id)
+    end
+  end
+
+  defp step(schedule, _, _) do
+    news = [
+      open?: :rand.uniform(4) > 1,
+      capacity: :rand.uniform(4),
+      resident: Enum.take_random(["m", "n"], 1)
+    ]
+
+    Schedule.sidecar(schedule, :rand.uniform(2), news)
+  end
+
+  defp with_random(schedule, place \\ nil, fun) do
+    case for {_, entry} <- schedule.entries, place in [nil, entry.place], do: entry do
+      [] -> schedule
+      entries -> fun.(Enum.random(entries))
+    end
+  end
+
+  defp check(schedule) do
+    waiting = for {id, %{place: :waiting}} <- schedule.entries, do: id
+    aside = for {id, %{place: :aside}} <- schedule.entries, do: id
+    assert Enum.sort(Schedule.order(schedule)) == Enum.sort(waiting)
+    assert schedule.held == length(waiting) + length(aside)
+    assert schedule.bytes == Enum.sum(for {_, entry} <- schedule.entries, do: entry.bytes)
+    assert schedule.yielding == Enum.count(schedule.entries, fn {_, entry} -> entry.yielding? end)
+
+    for {id, %{place: index} = entry} <- schedule.entries, is_integer(index) do
+      assert is_map_key(schedule.slots[index].taken, id)
+      assert entry.attempts in 1..3
+    end
+
+    for {_, %{taken: taken}} <- schedule.slots,
+        Enum.any?(taken, fn {_, alone?} -> alone? end),
+        do: assert(map_size(taken) == 1)
+  end
+
+  defp empty(schedule) do
+    case Schedule.next(schedule) do
+      {:run, id, index, schedule} ->
+        schedule |> Schedule.free(index, id) |> Schedule.drop(id) |> empty()
+
+      {:yield, id, index, schedule} ->
+        schedule |> Schedule.free(index, id) |> Schedule.drop(id) |> empty()
+
+      :nothing ->
+        case for {index, slots} <- schedule.slots, {id, _} <- slots.taken, do: {index, id} do
+          [] ->
+            schedule
+
+          taken ->
+            for(
+              {index, id} <- taken,
+              reduce: schedule,
+              do: (s -> s |> Schedule.free(index, id) |> Schedule.drop(id))
+            )
+            |> empty()
+        end
+    end
+  end
+
+  test "users who all have requests are served alike, whoever has more" do
+    for _ <- 1..20 do
+      counts = for user <- ~w(ann bob cho dan), do: {user, :rand.uniform(40)}
+      requests = for {user, count} <- counts, n <- 1..count, do: {"#{user}#{n}", user}
+
+      schedule =
+        for {id, user} <- Enum.shuffle(requests),
+            reduce: schedule(%{1 => []}),
+            do: (s -> push(s, id, user: user))
+
+      served = serve_all(schedule)
+      assert length(served) == length(requests)
+      owner = Map.new(requests)
+      least = counts |> Enum.map(&elem(&1, 1)) |> Enum.min()
+      # As long as all of them have something, each round serves each of them once.
+      for round <- served |> Enum.take(least * 4) |> Enum.chunk_every(4),
+          do: assert(round |> Enum.map(&owner[&1]) |> Enum.sort() == ~w(ann bob cho dan))
+    end
+  end
+
+  test "a ranked set is a sorted list, and stays shallow" do
+    for _ <- 1..20 do
+      operations = for _ <- 1..400, do: {Enum.random([:put, :put, :delete]), :rand.uniform(200)}
+
+      {set, list} =
+        for {operation, n} <- operations, reduce: {RankedSet.new(), []} do
+          {set, list} ->
+            list = if operation == :put, do: Enum.uniq([n | list]), else: List.delete(list, n)
+            {apply(RankedSet, operation, [set, n]), list}
+        end
+
+      list = Enum.sort(list)
+      assert RankedSet.to_list(set) == list
+      assert RankedSet.size(set) == length(list)
+      assert RankedSet.first(set) == List.first(list)
+      for n <- 0..201, do: assert(RankedSet.rank(set, n) == Enum.count(list, &(&1 <= n)))
+    end
+
+    rising = Enum.reduce(1..10_000, RankedSet.new(), &RankedSet.put(&2, &1))
+    falling = Enum.reduce(1..9_000, rising, &RankedSet.delete(&2, &1))
+    # A weight-balanced tree of n elements is at most log2(n + 1) / log2(4 / 3) deep.
+    assert depth(rising) <= :math.log2(10_001) / :math.log2(4 / 3)
+    assert depth(falling) <= :math.log2(1_001) / :math.log2(4 / 3)
+  end
+
+  defp depth(nil), do: 0
+  defp depth({_, _, left, right}), do: 1 + max(depth(left), depth(right))
+
+  describe "rate limits" do
+    test "let a burst go and then one after the other" do
+      limits = RateLimit.new({4, 1_000}, nil)
+      limits = for _ <- 1..4, reduce: limits, do: (l -> l |> RateLimit.take("ann", 0) |> elem(1))
+      assert {:wait, 250} = RateLimit.take(limits, "bob", 0)
+      assert {:wait, 50} = RateLimit.take(limits, nil, 200)
+      assert {:ok, limits} = RateLimit.take(limits, nil, 250)
+      assert {:wait, 250} = RateLimit.take(limits, nil, 250)
+    end
+
+    test "count for each user, and what is refused takes nothing" do
+      limits = RateLimit.new({3, 3_000}, {1, 1_000})
+      {:ok, limits} = RateLimit.take(limits, "ann", 0)
+      assert {:wait, 1_000} = RateLimit.take(limits, "ann", 0)
+      {:ok, limits} = RateLimit.take(limits, "bob", 0)
+      # Without a user only the common limit counts.
+      {:ok, limits} = RateLimit.take(limits, nil, 0)
+      assert {:wait, 1_000} = RateLimit.take(limits, "cho", 0)
+      assert {:ok, _} = RateLimit.take(limits, "ann", 1_000)
+      assert {:ok, _} = RateLimit.take(RateLimit.new(nil, nil), "ann", 0)
+    end
+
+    test "never let more through than they say, however it is asked" do
+      for _ <- 1..20 do
+        {requests, period} = limit = {:rand.uniform(10), 50 + :rand.uniform(1_000)}
+
+        {_, times, _} =
+          for _ <- 1..500, reduce: {RateLimit.new(limit, nil), [], 0} do
+            {limits, times, now} ->
+              now = now + :rand.uniform(40)
+
+              case RateLimit.take(limits, nil, now) do
+                {:ok, limits} ->
+                  {limits, [now | times], now}
+
+                {:wait, ms} ->
+                  {:ok, _} = RateLimit.take(limits, nil, now + ms)
+                  {limits, times, now}
+              end
+          end
+
+        # A burst, and what has filled up meanwhile.
+        for from <- times,
+            do: assert(Enum.count(times, &(&1 in from..(from + period))) <= 2 * requests)
+      end
+    end
+
+    test "forget who has not asked for long" do
+      limits =
+        for n <- 1..5_000,
+            reduce: RateLimit.new(nil, {1, 10}),
+            do: (l -> l |> RateLimit.take("u#{n}", n) |> elem(1))
+
+      assert map_size(limits.buckets) < 2_500
+    end
+  end
+end
