@@ -112,6 +112,16 @@ defmodule StarweaveImage.Queue do
     for {_, job} <- state.jobs, from <- job.submitters, do: GenServer.reply(from, {:error, error})
   end
 
+  @doc false
+  # What users asked for does not belong in the log of a crash.
+  def format_status(status) do
+    hidden = &"(not shown: #{:erlang.external_size(&1)} bytes)"
+
+    Map.new(status, fn {key, value} ->
+      {key, if(key in [:state, :message, :log], do: hidden.(value), else: value)}
+    end)
+  end
+
   ## Calls
 
   @impl true
@@ -735,11 +745,15 @@ defmodule StarweaveImage.Queue do
           job == nil ->
             state
 
-          error.kind == "cancelled" and Schedule.yielding?(state.schedule, id) ->
+          error.kind != "cancelled" ->
+            failed(state, job, wire_error(error))
+
+          Schedule.yielding?(state.schedule, id) ->
             yielded(state, job)
 
+          # Not by us: its sidecar shuts down.
           true ->
-            failed(state, job, wire_error(error))
+            failed(state, job, unavailable("the sidecar stopped"))
         end
 
       true ->

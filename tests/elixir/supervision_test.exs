@@ -106,6 +106,7 @@ defmodule StarweaveImage.SupervisionTest do
     test "leaves no process and no file behind, however often it is tried", %{tmp_dir: folder} do
       instance = start(nil, python: executable(folder, "\x7fELF not really"), backoff_max: 20)
       assert await(fn -> sidecar(instance)[:generation] >= 60 end)
+
       # Its supervisor, and for each log reader that has not ended yet one more: a reader looks four times a second
       # whether it may, and a start is tried every 10 to 20 ms.
       assert instance |> owner() |> Process.info(:links) |> elem(1) |> length() <= 30
