@@ -1346,7 +1346,9 @@ defmodule StarweaveImage.Queue do
   end
 
   defp rate_limited(ms) do
-    message = "too many requests: try again in #{Float.ceil(ms / 1000, 1)} s"
+    message =
+      "too many requests: try again in #{:erlang.float_to_binary(ms / 1000 + 0.05, decimals: 1)} s"
+
     Error.new(:rate_limited, message, %{retry_after_ms: ms})
   end
 

@@ -65,6 +65,24 @@ defmodule StarweaveImage.QueueTest do
                received(instance, "generate")
     end
 
+    test "gives each user a turn, however much another one has asked for" do
+      instance = start_ready("honest", capacity: 1)
+      first = submit_running(instance, "hold", user_id: "dan")
+
+      requests =
+        for(n <- 1..4, do: {"a#{n}", "ann"}) ++ [{"b1", "bob"}, {"c1", nil}, {"b2", "bob"}]
+
+      for {id, user} <- requests do
+        {:ok, ^id} = StarweaveImage.submit("a fig", id: id, user_id: user, instance: instance)
+      end
+
+      assert :ok = StarweaveImage.cancel(first, instance)
+      for {id, _} <- requests, do: assert({:ok, _} = StarweaveImage.await(id, 20_000, instance))
+
+      assert [^first, "a1", "b1", "c1", "a2", "b2", "a3", "a4", _report] =
+               received(instance, "generate")
+    end
+
     test "of a replay is the one it had" do
       instance = start_ready("honest", capacity: 1)
       first = submit_running(instance, "hold")
@@ -110,6 +128,25 @@ defmodule StarweaveImage.QueueTest do
       assert StarweaveImage.status(instance).queue.bytes == 0
     end
 
+    test "in requests within a time, of all and of each user" do
+      instance =
+        start_ready("honest", rate_limit: {3, 3_600_000}, user_rate_limit: {1, 3_600_000})
+
+      assert {:ok, _} = generate(instance, "a fig", user_id: "ann", id: "a")
+
+      assert {:error, %Error{kind: :rate_limited} = error} =
+               generate(instance, "a fig", user_id: "ann")
+
+      assert error.retryable?
+      assert_in_delta error.details.retry_after_ms, 3_600_000, 60_000
+      assert error.message =~ ~r/try again in 3\d{3}\.\d s/
+      assert {:ok, _} = generate(instance, "a fig", user_id: "bob")
+      {:ok, id} = StarweaveImage.submit("a fig", instance: instance)
+      # To ask for what is known costs nothing.
+      assert {:ok, ^id} = StarweaveImage.submit("a fig", id: id, instance: instance)
+      assert {:error, %Error{kind: :rate_limited}} = generate(instance, "a fig")
+    end
+
     test "hold for a crowd: each gets its own image or a clear refusal, and nothing is left" do
       instance = start_ready("honest", capacity: 2, max_queue: 10)
       callers = for n <- 1..40, do: {n, call(fn -> generate(instance, "fig #{n}", seed: n) end)}
@@ -145,6 +182,47 @@ defmodule StarweaveImage.QueueTest do
       assert {:error, %Error{kind: :timeout}} = result(caller)
       assert {:ok, _} = generate(instance, "a fig")
       assert "slow" in received(instance, "cancel")
+    end
+  end
+
+  describe "a time-out" do
+    test "for the queue counts until the request is begun" do
+      instance = start_ready("honest", capacity: 1)
+      running = submit_running(instance, "hold", queue_timeout: 200)
+      caller = call(fn -> generate(instance, "a fig", id: "late", queue_timeout: 100) end)
+      assert {:error, %Error{kind: :timeout} = error} = result(caller)
+      assert error.message =~ "not begun within its queue_timeout of 100 ms"
+      assert {:error, %Error{kind: :timeout}} = StarweaveImage.await(running, 300, instance)
+      assert :ok = StarweaveImage.cancel(running, instance)
+      refute "late" in received(instance, "generate")
+    end
+
+    test "for an attempt does not count the wait before it, and frees the device" do
+      instance = start_ready("honest", capacity: 1)
+      running = submit_running(instance, "hold")
+      waiting = call(fn -> generate(instance, "hold", id: "long", run_timeout: 300) end)
+      await_status(instance, &(&1.queue.queued == 1))
+      caller = call(fn -> StarweaveImage.await(running, 400, instance) end)
+      assert {:error, %Error{kind: :timeout}} = result(caller)
+      assert :ok = StarweaveImage.cancel(running, instance)
+      assert {:error, %Error{kind: :timeout} = error} = result(waiting)
+      assert error.message =~ "run_timeout of 300 ms"
+      assert {:ok, _} = generate(instance, "a fig")
+      assert "long" in received(instance, "cancel")
+    end
+
+    test "that comes too late is not that of another request of the same id" do
+      instance = start_ready("honest")
+      id = submit_running(instance, "hold", id: "again")
+      %{serial: serial} = :sys.get_state(instance).jobs[id]
+      assert :ok = StarweaveImage.cancel(id, instance)
+      "again" = submit_running(instance, "hold", id: "again")
+
+      for kind <- [:deadline, :queue, :run, :retry, :forget],
+          do: send(instance, {:timer, kind, id, serial})
+
+      assert {:ok, _} = generate(instance, "release")
+      assert {:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance)
     end
   end
 
@@ -216,6 +294,33 @@ defmodule StarweaveImage.QueueTest do
       assert [{:image, ^image}] = Enum.to_list(stream(instance, "a fig", id: "one"))
       assert {:error, :finished} = StarweaveImage.cancel("one", instance)
       assert ["one", _report] = received(instance, "generate")
+    end
+
+    test "that is known is refused for anything else, and for another user" do
+      instance = start_ready("honest")
+      {:ok, "one"} = StarweaveImage.submit("a fig", id: "one", user_id: "ann", instance: instance)
+      assert {:ok, image} = StarweaveImage.await("one", 20_000, instance)
+      held = submit_running(instance, "hold", id: "held", seed: 1)
+
+      for {prompt, opts} <- [
+            {"a pear", [id: "one", user_id: "ann"]},
+            {"a fig", [id: "one", user_id: "ann", steps: 2]},
+            {"a fig", [id: "one", user_id: "bob"]},
+            {"hold", [id: held, seed: 2]},
+            {"hold", [id: held]}
+          ] do
+        for ask <- [&StarweaveImage.submit/2, &StarweaveImage.generate/2] do
+          assert {:error, %Error{kind: :invalid_request} = error} =
+                   ask.(prompt, [instance: instance] ++ opts)
+
+          assert error.details == %{field: :id, conflict: true}
+        end
+      end
+
+      # It may say which seed was drawn, and how urgent it is now.
+      again = [id: "one", user_id: "ann", seed: image.seed, priority: :interactive]
+      assert {:ok, ^image} = generate(instance, "a fig", again)
+      assert :ok = StarweaveImage.cancel(held, instance)
     end
 
     test "that was generated and then submitted outlives its first caller" do
@@ -296,6 +401,49 @@ defmodule StarweaveImage.QueueTest do
       await_running(instance, id)
       assert {:ok, _} = generate(instance, "release")
       assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance)
+    end
+
+    test "tell whoever comes late how things stand" do
+      instance = start_ready("previews", capacity: 1)
+      id = submit_running(instance, "hold", preview: true, num_images: 2)
+
+      await_status(instance, fn _ -> map_size(:sys.get_state(instance).jobs[id].previews) == 2 end)
+
+      :ok = StarweaveImage.subscribe(id, instance)
+
+      for image <- 0..1,
+          do: assert_received({:starweave_image, ^id, {:preview, %{image: ^image, step: 1}}})
+
+      for image <- 0..1,
+          do: assert_received({:starweave_image, ^id, {:progress, %{image: ^image, step: 1}}})
+
+      assert mailbox() == []
+
+      {:ok, waiting} = StarweaveImage.submit("a fig", instance: instance)
+      :ok = StarweaveImage.subscribe(waiting, instance)
+
+      assert_received {:starweave_image, ^waiting,
+                       {:queued, %{position: 1, estimated_start_ms: ms}}}
+
+      assert ms >= 0
+      assert :ok = StarweaveImage.cancel(id, instance)
+      assert {:ok, _} = StarweaveImage.await(waiting, 20_000, instance)
+    end
+
+    test "show those who wait that they come closer" do
+      instance = start_ready("honest", capacity: 1)
+      running = submit_running(instance, "hold")
+
+      [_, _, third] =
+        ids = for _ <- 1..3, do: StarweaveImage.submit("hold", instance: instance) |> elem(1)
+
+      :ok = StarweaveImage.subscribe(third, instance)
+      assert_received {:starweave_image, ^third, {:queued, %{position: 3}}}
+      assert :ok = StarweaveImage.cancel(running, instance)
+      assert_receive {:starweave_image, ^third, {:queued, %{position: 2}}}, 10_000
+      assert :ok = ids |> hd() |> StarweaveImage.cancel(instance)
+      assert_receive {:starweave_image, ^third, {:queued, %{position: 1}}}, 10_000
+      for id <- tl(ids), do: assert(:ok = StarweaveImage.cancel(id, instance))
     end
 
     test "of a refused stream are one error" do
@@ -428,6 +576,21 @@ defmodule StarweaveImage.QueueTest do
       assert {:error, %Error{kind: :invalid_request}} = StarweaveImage.await("a", 1_000, instance)
       assert {:ok, _} = StarweaveImage.await("b", 1_000, instance)
       assert {:ok, _} = StarweaveImage.await("c", 1_000, instance)
+    end
+
+    test "are kept up to so many bytes" do
+      instance = start_ready("honest", max_result_bytes: 40)
+
+      for id <- ~w(a b c) do
+        # Each some 13 bytes long.
+        {:ok, ^id} = StarweaveImage.submit("a fig", id: id, seed: 7, instance: instance)
+        assert {:ok, _} = StarweaveImage.await(id, 20_000, instance)
+      end
+
+      {:ok, _} = StarweaveImage.submit("a fig", id: "d", seed: 7, instance: instance)
+      assert {:ok, _} = StarweaveImage.await("d", 20_000, instance)
+      assert {:error, %Error{kind: :invalid_request}} = StarweaveImage.await("a", 1_000, instance)
+      assert {:ok, _} = StarweaveImage.await("b", 1_000, instance)
     end
 
     test "that were forgotten do not count, also when their id runs again" do
