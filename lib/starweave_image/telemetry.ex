@@ -9,6 +9,7 @@ defmodule StarweaveImage.Telemetry do
   |---|---|---|
   | `[:starweave, :image, :request, :start]` | `system_time` | `id`, `model`, `user_id`, `priority` |
   | `[:starweave, :image, :request, :stop]` | `duration`, `queue_duration`, `bytes`, `images` | `id`, `model`, `result` (`:ok` or the error's kind), `attempts` |
+  | `[:starweave, :image, :request, :again]` | `attempts` | `id`, `reason`: its sidecar `:died`, it `:yielded` to an interactive request, or it `:failed` in a way that may pass |
   | `[:starweave, :image, :request, :progress]` | `step`, `steps` | `id`, `phase`, `image` |
   | `[:starweave, :image, :queue, :rejected]` | `queued`, `bytes` | `id`, `kind` |
   | `[:starweave, :image, :sidecar, :start]` | `system_time` | `index`, `generation`, `os_pid` |
@@ -24,8 +25,9 @@ defmodule StarweaveImage.Telemetry do
   @doc false
   @spec execute([atom], map, map) :: :ok
   def execute(event, measurements, metadata) do
-    # `apply/3`: the host may not have :telemetry, and then this must still compile without warning.
-    if Code.ensure_loaded?(:telemetry) do
+    # `apply/3`: the host may not have :telemetry, and then this must still compile without warning. Where nobody has
+    # attached anything it may not be loaded, and to look for it would cost each event a search of the code path.
+    if function_exported?(:telemetry, :execute, 3) do
       apply(:telemetry, :execute, [[:starweave, :image | event], measurements, metadata])
     end
 
