@@ -111,10 +111,17 @@ defmodule StarweaveImage.Supervisor do
     start_timeout: {{:integer, 1, @day}, 120_000, "ms from start to `ready`."},
     heartbeat_interval: {{:integer, 50, 10_000}, 1_000, "ms."},
     heartbeat_timeout:
-      {{:integer, 1, @day}, 15_000, "ms without a heartbeat until it is killed."},
+      {{:integer, 1, @day}, 15_000,
+       "ms without a heartbeat until it is killed; before `ready` only `start_timeout` counts."},
     stall_timeout:
-      {{:integer, 1, @day}, 120_000, "ms without any step while busy until it is killed."},
-    load_timeout: {{:integer, 1, @day}, 3_600_000, "ms that loading a model may take."},
+      {{:integer, 1, @day}, 120_000,
+       "ms without progress until it is killed, in work of which nothing tells how long it takes: the first pass of each kind, and what is outside of the device, such as encoding. A slow device with a large model needs more."},
+    stall_floor:
+      {{:integer, 1, @day}, 10_000,
+       "The same for passes of a kind that was seen before, and for a picture's further steps: ten times what they took, and at least so many ms."},
+    load_timeout:
+      {{:integer, 1, @day}, 3_600_000,
+       "ms that loading a model may take, its download included, until the process is killed."},
     shutdown_grace:
       {{:integer, 0, 600_000}, 2_000, "ms for running work when the instance stops."},
     backoff_min: {{:integer, 1, @day}, 500, "ms before the second start in a row that fails."},

@@ -525,9 +525,21 @@ VITALS = {
     "uptime_ms": 61_234,
     "capacity": 8,
     "grant": 7,
-    "running": [{"id": "r1", "phase": "denoising", "step": 3, "steps": 20, "step_age_ms": 12, "step_ms": 40}],
+    "running": [
+        {
+            "id": "r1",
+            "phase": "denoising",
+            "step": 3,
+            "steps": 20,
+            "step_age_ms": 12,
+            "step_ms": 40,
+            "waits": True,
+        }
+    ],
     "resident": ["starweave/tiny"],
     "device_memory": {"used": 2**34, "total": 2**36},
+    "device_work": {"age_ms": 11, "usual_ms": 38, "known": True},
+    "loads": [{"model": "local/loaded", "age_ms": 700}],
     "rss": 731_000_832,
     "counters": {"accepted": 5, "done": 3, "failed": 1, "cancelled": 0},
 }
@@ -538,6 +550,8 @@ IDLE = VITALS | {
     "running": [],
     "resident": [],
     "device_memory": None,
+    "device_work": None,
+    "loads": [],
 }
 
 to_sidecar("hello with the least", {"t": "hello", "v": 1, "g": 1, "config": {}})
@@ -939,6 +953,12 @@ for name, value, expect in [
     (
         "heartbeat without counters",
         {key: item for key, item in (HEARTBEAT | {"seq": 1}).items() if key != "counters"},
+        "kill",
+    ),
+    ("heartbeat with a number for its device work", HEARTBEAT | {"seq": 1, "device_work": 3}, "kill"),
+    (
+        "heartbeat with a load without an age",
+        HEARTBEAT | {"seq": 1, "loads": [{"model": "local/loaded"}]},
         "kill",
     ),
     ("heartbeat with a map for running", HEARTBEAT | {"seq": 1, "running": {}}, "kill"),

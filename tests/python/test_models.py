@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -320,6 +321,26 @@ def test_many_waiters_share_one_load_and_one_who_leaves_does_not_stop_it() -> No
     with cache.use(TINY, patiently) as first, cache.use(TINY, patiently) as second:
         assert first is second
     assert loads.names == [TINY.id] and cache.resident() == [TINY.id]
+
+
+def test_a_load_that_waits_for_its_turn_is_not_at_work() -> None:
+    cache, loads = open_cache(10**12)
+    loads.opened.clear()
+    asked = time.monotonic()
+    for card in (TINY, TURBO):
+        with pytest.raises(ImageError, match="gone"), cache.use(card, leave):
+            pass
+        deadline = time.monotonic() + PATIENCE_S
+        while card.id not in loads.names:
+            assert time.monotonic() < deadline
+    later = time.monotonic() + 100
+    while len(at_work := cache.loads(later)) > 1:
+        assert time.monotonic() < deadline
+    [load] = at_work
+    assert load.model == TINY.id and 100_000 <= load.age_ms <= (later - asked) * 1000
+    loads.opened.set()
+    with cache.use(TURBO, patiently):
+        assert cache.loads(later) == []
 
 
 def test_each_waiter_gets_the_error_of_the_load_they_shared() -> None:

@@ -194,6 +194,8 @@ class Engine:
             running=running,
             resident=cache.resident() if cache else [],
             device_memory=self._choice.memory() if self._choice else None,
+            device_work=self._executor.at_work(now) if self._executor else None,
+            loads=cache.loads(now) if cache else [],
             counters=counters,
         )
 
@@ -478,7 +480,8 @@ class Engine:
                 request.first.enter("loading")
                 self._send(request, request.first.progress())
                 model.add_done_callback(lambda _: request.wake())
-                request.first.wait(model.done)
+                with request.first.waiting():
+                    request.first.wait(model.done)
 
         with self._loaded_models().use(card, patiently) as model:
             yield model

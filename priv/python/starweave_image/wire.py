@@ -381,11 +381,23 @@ class Running(Struct, kw_only=True):
     steps: int = 0
     step_age_ms: int = 0
     step_ms: int = 0
+    waits: bool = False
 
 
 class DeviceMemory(Struct, kw_only=True):
     used: int
     total: int
+
+
+class DeviceWork(Struct, kw_only=True):
+    age_ms: int
+    usual_ms: int
+    known: bool
+
+
+class Load(Struct, kw_only=True):
+    model: str
+    age_ms: int
 
 
 class Counters(Struct, kw_only=True):
@@ -404,6 +416,8 @@ class Snapshot(Struct, kw_only=True):
     running: list[Running] = []
     resident: list[str] = []
     device_memory: DeviceMemory | None = None
+    device_work: DeviceWork | None = None
+    loads: list[Load] = []
     counters: Counters = msgspec.field(default_factory=Counters)
 
 
@@ -418,6 +432,8 @@ class Vitals(Outgoing, kw_only=True):
     running: list[Running]
     resident: list[str]
     device_memory: DeviceMemory | None
+    device_work: DeviceWork | None = None
+    loads: list[Load] = []
     rss: int
     counters: Counters
 
