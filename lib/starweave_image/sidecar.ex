@@ -33,6 +33,7 @@ defmodule StarweaveImage.Sidecar do
   defstruct [
     :config,
     :index,
+    :role,
     :queue,
     :port,
     :os_pid,
@@ -68,16 +69,28 @@ defmodule StarweaveImage.Sidecar do
     HF_HOME HF_TOKEN HF_ENDPOINT STARWEAVE_IMAGE_CACHE)
   @allowed_env_prefixes ~w(LC_ HF_HUB_ NVIDIA_ HIP_ ROCR_ PYTORCH_ OMP_ MKL_ KMP_ ONEDNN_ DNNL_)
 
-  def child_spec({index, config}) do
+  @typedoc "A standby has everything imported and nothing loaded, until its queue makes it active."
+  @type role :: :active | :standby
+
+  def child_spec({index, config}), do: child_spec({index, config, :active})
+
+  def child_spec({index, config, role}) do
     %{
       id: {__MODULE__, index},
-      start: {__MODULE__, :start_link, [{index, config}]},
+      start: {__MODULE__, :start_link, [{index, config, role}]},
       # Longer than everything that `terminate/2` may wait for.
       shutdown: config[:shutdown_grace] + 7_000
     }
   end
 
-  def start_link({index, config}), do: GenServer.start_link(__MODULE__, {index, config})
+  def start_link({index, config}), do: start_link({index, config, :active})
+
+  def start_link({_index, _config, _role} = start), do: GenServer.start_link(__MODULE__, start)
+
+  @doc "Says what the sidecar is from now on: a standby starts without preloading anything."
+  @spec set_role(pid, role) :: :ok
+  def set_role(sidecar, role) when role in [:active, :standby],
+    do: GenServer.cast(sidecar, {:role, role})
 
   @doc "Sends a message of the protocol to the Python process of this generation; late ones are dropped."
   @spec send_message(pid, pos_integer, map) :: :ok
@@ -148,10 +161,10 @@ defmodule StarweaveImage.Sidecar do
   defp seconds(ms), do: Float.round(ms / 1_000, 1)
 
   @impl true
-  def init({index, config}) do
+  def init({index, config, role}) do
     # Killing a child that has output queued can send this process an `:epipe` exit.
     Process.flag(:trap_exit, true)
-    state = %__MODULE__{config: config, index: index, queue: config[:name]}
+    state = %__MODULE__{config: config, index: index, role: role, queue: config[:name]}
     {:ok, state, {:continue, :start}}
   end
 
@@ -164,6 +177,13 @@ defmodule StarweaveImage.Sidecar do
       do: {:noreply, state |> ask(message) |> push(message)}
 
   def handle_cast({:send, _generation, _message}, state), do: {:noreply, state}
+
+  def handle_cast({:role, role}, %{role: role} = state), do: {:noreply, state}
+
+  def handle_cast({:role, role}, state) do
+    Logger.info("image sidecar #{state.index} is #{role} now")
+    {:noreply, %{state | role: role}}
+  end
 
   @impl true
   def handle_info({port, {:data, bytes}}, %{port: port} = state) do
@@ -356,7 +376,7 @@ defmodule StarweaveImage.Sidecar do
         default_model: config[:default_model],
         device: config[:device],
         dtype: config[:dtype],
-        preload: config[:preload],
+        preload: if(state.role == :active, do: config[:preload], else: []),
         pinned: config[:pinned],
         memory_budget: config[:memory_budget],
         ram_budget: config[:ram_budget],
@@ -425,7 +445,7 @@ defmodule StarweaveImage.Sidecar do
       took = now() - state.started_at
 
       Logger.info(
-        "image sidecar #{state.index} is ready after #{took} ms on #{ready.device} " <>
+        "#{label(state)} is ready after #{took} ms on #{ready.device} " <>
           "(#{ready.device_name}), #{ready.dtype}"
       )
 
@@ -454,14 +474,14 @@ defmodule StarweaveImage.Sidecar do
   # What it says before it knows its generation, such as what is wrong with `hello`, has a 0 in its place.
   defp receive_message(state, %{t: :error, g: g, id: nil} = error)
        when g in [0, state.generation] do
-    Logger.error("image sidecar #{state.index}: #{error.message}")
+    Logger.error("#{label(state)}: #{error.message}")
     # Before `ready`, this is why it cannot start.
     if state.ready_at, do: state, else: %{state | failure: error.message}
   end
 
   defp receive_message(state, %{t: :log} = log) do
     metadata = if log.id, do: [request_id: log.id], else: []
-    Logger.log(log.level, "image sidecar #{state.index}: #{log.message}", metadata)
+    Logger.log(log.level, "#{label(state)}: #{log.message}", metadata)
     state
   end
 
@@ -486,7 +506,7 @@ defmodule StarweaveImage.Sidecar do
   end
 
   defp receive_message(state, message) do
-    Logger.debug("image sidecar #{state.index}: dropped #{inspect(message.t)}")
+    Logger.debug("#{label(state)}: dropped #{inspect(message.t)}")
     state
   end
 
@@ -588,7 +608,7 @@ defmodule StarweaveImage.Sidecar do
   # Kills at once. By the process group, before the port is closed: closing first would hang for
   # ever on output that a stuck child does not read.
   defp fail(state, reason) do
-    Logger.error("image sidecar #{state.index} (generation #{state.generation}) is killed: #{reason}")
+    Logger.error("#{label(state)} (generation #{state.generation}) is killed: #{reason}")
     report(state, state.phase)
     kill(state)
     ended(state, reason)
@@ -633,7 +653,7 @@ defmodule StarweaveImage.Sidecar do
   end
 
   defp log_end(state, sentence, pause) do
-    Logger.warning("image sidecar #{state.index} ended: #{sentence}; next start in #{pause} ms")
+    Logger.warning("#{label(state)} ended: #{sentence}; next start in #{pause} ms")
 
     Telemetry.execute(
       [:sidecar, :stop],
@@ -725,6 +745,9 @@ defmodule StarweaveImage.Sidecar do
 
   defp tell(state, event),
     do: GenServer.cast(state.queue, {:sidecar, self(), state.index, state.generation, event})
+
+  defp label(%{role: :standby, index: index}), do: "image sidecar #{index} (standby)"
+  defp label(%{index: index}), do: "image sidecar #{index}"
 
   defp now, do: System.monotonic_time(:millisecond)
 

@@ -127,6 +127,60 @@ defmodule StarweaveImage.SidecarTest do
     end
   end
 
+  describe "the role" do
+    defp preloaded(instance), do: report(instance)["config"]["preload"]
+
+    defp restart(instance) do
+      %{generation: generation, os_pid: victim} = sidecar(instance)
+      signal(victim, "KILL")
+
+      assert await(fn ->
+               match?(%{generation: g, state: :ready} when g > generation, sidecar(instance))
+             end)
+    end
+
+    test "of a standby is to load nothing at its next start, until it is active" do
+      instance = start_ready("honest", preload: ["starweave/tiny"])
+      pid = os_pid(instance)
+      assert preloaded(instance) == ["starweave/tiny"]
+
+      log =
+        capture_log(fn ->
+          assert :ok = Sidecar.set_role(owner(instance), :standby)
+          # It goes on as it is, and takes what it is asked.
+          assert preloaded(instance) == ["starweave/tiny"]
+          assert os_pid(instance) == pid
+          restart(instance)
+        end)
+
+      assert log =~ "image sidecar 1 is standby now"
+      assert log =~ "image sidecar 1 (standby) is ready"
+      assert preloaded(instance) == []
+
+      assert :ok = Sidecar.set_role(owner(instance), :active)
+      restart(instance)
+      assert preloaded(instance) == ["starweave/tiny"]
+    end
+
+    test "may be that of a standby from the start" do
+      instance = start_ready("honest", preload: ["starweave/tiny"])
+      config = :sys.get_state(owner(instance)).config
+
+      log =
+        capture_log(fn ->
+          start_supervised!({Sidecar, {2, config, :standby}})
+
+          standby = fn ->
+            Enum.find(StarweaveImage.status(instance).sidecars, &(&1.index == 2))
+          end
+
+          assert await(fn -> match?(%{state: :ready}, standby.()) end)
+        end)
+
+      assert log =~ "image sidecar 2 (standby) is ready"
+    end
+  end
+
   describe "output" do
     test "to stdout from Python, from C and from a child reaches Logger and not the frames" do
       log =

@@ -33,7 +33,7 @@ from .model_cache import Model, ModelCache, release_memory
 from .preview import Previews
 from .request import Lane, Request
 from .tasks import image_to_image, inpaint, text_to_image
-from .weights import Weights, checksum, load_pipeline, quiet_libraries
+from .weights import Weights, checksum, import_libraries, load_pipeline, quiet_libraries
 
 if TYPE_CHECKING:
     from .executor import Executor
@@ -87,6 +87,7 @@ class Engine:
             _logger.exception("an import failed")
             raise ImageError("unavailable", missing_package(error)) from None
         quiet_libraries()
+        import_libraries()
         self._versions = {
             "starweave_image": __version__,
             "python": platform.python_version(),

@@ -273,6 +273,31 @@ def _download(repository: str, revision: str | None, weights: bool = True) -> So
 # Loading
 
 
+def import_libraries() -> None:
+    """Import what diffusers and transformers would import piece by piece, when it is first asked for: the classes of all
+    families, for all tasks.
+
+    So that the first request finds all of it, and because several threads that import at once, as loads and requests
+    would, may see each other's modules half done.
+    """
+    import diffusers
+    import PIL.Image
+
+    for name in (
+        "AutoPipelineForText2Image",
+        "AutoPipelineForImage2Image",
+        "AutoPipelineForInpainting",
+        *{card.pipeline for card in shipped()},
+        *(name for name in dir(diffusers) if name.endswith("Scheduler")),
+    ):
+        try:
+            getattr(diffusers, name)
+        except Exception:
+            # Those that need it will fail, and say so.
+            _logger.warning("%s cannot be imported", name, exc_info=True)
+    PIL.Image.init()
+
+
 def quiet_libraries() -> None:
     """No progress bars of diffusers and transformers, and no warnings at each load about what nothing here needs."""
     import diffusers
