@@ -35,6 +35,7 @@ defmodule StarweaveImage.Supervisor do
   defp model_option?({:revision, revision}),
     do: is_binary(revision) and revision =~ ~r/\A[A-Za-z0-9._\/-]{1,256}\z/
 
+  defp model_option?({:fallbacks, ids}), do: match?({:ok, _}, model_ids(ids))
   defp model_option?(_option), do: false
 
   @doc false
@@ -65,9 +66,9 @@ defmodule StarweaveImage.Supervisor do
     enabled: {:boolean, true, "false starts no Python; requests answer `:disabled`."},
     models:
       {{:custom,
-        "a list of model ids and {id, path: …, revision: …}, paths in UTF-8 and revisions of A-Z a-z 0-9 . _ / -",
+        "a list of model ids and {id, path: …, revision: …, fallbacks: […]}, paths in UTF-8 and revisions of A-Z a-z 0-9 . _ / -",
         &__MODULE__.models/1}, [],
-       "What may be loaded beside the catalog's local copies: a hub id may be downloaded on first use, a `:path` is a local folder in diffusers layout."},
+       "What may be loaded beside the catalog's local copies: a hub id may be downloaded on first use, a `:path` is a local folder in diffusers layout. `:fallbacks` are ids of models that may take its place when it cannot be loaded, instead of those in the catalog."},
     default_model: {:model_id, "starweave/tiny", "Used when a request names none."},
     sidecars: {{:integer, 1, 16}, 1, "Python processes."},
     capacity: {{:integer, 1, 64}, 8, "Requests that one of them runs at once."},

@@ -44,6 +44,7 @@ defmodule StarweaveImage.Wire do
        max_pixels: :uint,
        max_guidance: :number},
     memory_bytes: :uint,
+    fallbacks: {:maybe, {:list, :str}},
     bytes: {:maybe, :uint},
     parked: {:maybe, :bool},
     idle_ms: {:maybe, :uint},

@@ -499,6 +499,7 @@ CARD = {
         "max_guidance": 20.0,
     },
     "memory_bytes": 30_000_000,
+    "fallbacks": [],
     "bytes": None,
     "parked": False,
     "idle_ms": None,
@@ -511,6 +512,7 @@ FAILED_CARD = CARD | {
     "state": "failed",
     "error": "the weights are not safetensors",
     "revision": "a1b2",
+    "fallbacks": ["local/loaded", "tiny"],
 }
 LOADED_CARD = CARD | {
     "id": "local/loaded",
@@ -562,7 +564,10 @@ to_sidecar(
         "v": 1,
         "g": 2**63 - 1,
         "config": {
-            "models": [{"id": "owner/hub", "revision": "main"}, {"id": "local", "path": "/models/x"}],
+            "models": [
+                {"id": "owner/hub", "revision": "main"},
+                {"id": "local", "path": "/models/x", "fallbacks": ["tiny"]},
+            ],
             "default_model": "starweave/tiny",
             "device": "cuda:1",
             "dtype": "bfloat16",
@@ -880,6 +885,8 @@ for value, at in [
     (["owner/hub"], "[0]"),
     ([{"id": "../x"}], "[0].id"),
     ([{"id": "a", "path": 1}], "[0].path"),
+    ([{"id": "a", "fallbacks": "tiny"}], "[0].fallbacks"),
+    ([{"id": "a", "fallbacks": ["../x"]}], "[0].fallbacks[0]"),
 ]:
     to_sidecar(
         f"hello with models {json.dumps(value)}",
@@ -962,6 +969,11 @@ for name, value, expect in [
         "kill",
     ),
     ("heartbeat with a map for running", HEARTBEAT | {"seq": 1, "running": {}}, "kill"),
+    (
+        "models with a card whose fallbacks are text",
+        {"t": "models", "g": 1, "id": "op-3", "models": [CARD | {"fallbacks": "tiny"}]},
+        "kill",
+    ),
     (
         "models with a card that is text",
         {"t": "models", "g": 1, "id": "op-3", "models": ["starweave/tiny"]},

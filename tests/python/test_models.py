@@ -85,6 +85,23 @@ def test_a_catalog_model_may_come_from_a_folder(folder: Path) -> None:
     assert done.model == known
 
 
+def test_what_may_take_the_place_of_a_model_is_on_its_card(folder: Path) -> None:
+    entries = [
+        wire.ModelEntry(id="local/model", path=str(folder), fallbacks=["tiny", "sdxl"]),
+        wire.ModelEntry(id="local/other", path=str(folder)),
+        wire.ModelEntry(id="flux-schnell", fallbacks=[]),
+        wire.ModelEntry(id="sdxl", path=str(folder)),
+    ]
+    bench = Bench(models=entries).start()
+    assert card(bench).fallbacks == ["tiny", "sdxl"] and card(bench, "local/other").fallbacks == []
+    # The configuration's word counts, where it has one.
+    assert card(bench, "black-forest-labs/FLUX.1-schnell").fallbacks == []
+    known = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert card(bench, "stabilityai/stable-diffusion-xl-base-1.0").fallbacks == [known]
+    with pytest.raises(ImageError, match="model nobody is not known"):
+        Bench(models=[wire.ModelEntry(id="local/model", path=str(folder), fallbacks=["nobody"])]).start()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -113,6 +113,9 @@ class Engine:
         default = self._weights.card(self._config.default_model)
         # A sidecar whose requests would all fail is better not started: so its application learns of it now.
         self._weights.check_folder(default)
+        for entry in self._config.models:
+            for name in entry.fallbacks or ():
+                self._weights.card(name, fetch=False)
         self._changed()
         if self._config.preload:
             for name in self._config.preload:

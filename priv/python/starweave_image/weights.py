@@ -163,7 +163,10 @@ class Weights:
         except ImageError:
             known = _unread(entry.id)
         source = known.source if entry.path is None else "local"
-        return msgspec.structs.replace(known, source=source, revision=entry.revision or known.revision)
+        fallbacks = known.fallbacks if entry.fallbacks is None else tuple(entry.fallbacks)
+        return msgspec.structs.replace(
+            known, source=source, revision=entry.revision or known.revision, fallbacks=fallbacks
+        )
 
     def _described(self, card: ModelCard, fetch: bool = False) -> ModelCard:
         """A card that was not read yet, read now if its files are here or may be fetched; else a later call tries."""

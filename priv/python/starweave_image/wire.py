@@ -123,15 +123,19 @@ class Incoming(Struct, tag_field="t", kw_only=True):
 
 
 class ModelEntry(Struct, kw_only=True):
-    """A model that may be loaded: a local folder where `path` is given, else a hub id."""
+    """A model that may be loaded: a local folder where `path` is given, else a hub id. `fallbacks` take the place of those
+    in the catalog."""
 
     id: ModelId
     path: Path | None = None
     revision: Revision | None = None
+    fallbacks: ModelIds | None = None
 
 
 class Config(Struct, kw_only=True):
-    models: Annotated[list[ModelEntry], Meta(description="a list of maps with id, path and revision")] = []
+    models: Annotated[
+        list[ModelEntry], Meta(description="a list of maps with id, path, revision and fallbacks")
+    ] = []
     default_model: ModelId = "starweave/tiny"
     device: Annotated[
         str,
@@ -286,6 +290,7 @@ class Card(Struct, kw_only=True):
     defaults: Defaults
     limits: Limits
     memory_bytes: int
+    fallbacks: list[str] = []
     bytes: int | None = None
     parked: bool = False
     idle_ms: int | None = None
