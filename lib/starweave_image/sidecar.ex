@@ -25,19 +25,27 @@ defmodule StarweaveImage.Sidecar do
   @patience 3
   # A start that reaches `ready` and stays up this long is a good one: the back-off begins anew.
   @stable_ms 30_000
+  # A tick that comes later than this says that this process, and maybe all of the machine, stood still.
+  @late_ms 1_000
+  # Work that has taken so many times what such work takes does not end any more.
+  @patience_times 10
 
   defstruct [
     :config,
     :index,
+    :role,
     :queue,
     :port,
     :os_pid,
     :log,
     :started_at,
+    :start_by,
     :ready_at,
     :heard_at,
+    :ticked_at,
     :heartbeat,
     :failure,
+    slept: 0,
     generation: 0,
     phase: :starting,
     ever_ready: false,
@@ -61,6 +69,9 @@ defmodule StarweaveImage.Sidecar do
     HF_HOME HF_TOKEN HF_ENDPOINT STARWEAVE_IMAGE_CACHE)
   @allowed_env_prefixes ~w(LC_ HF_HUB_ NVIDIA_ HIP_ ROCR_ PYTORCH_ OMP_ MKL_ KMP_ ONEDNN_ DNNL_)
 
+  @typedoc "A standby has everything imported and nothing loaded, until its queue makes it active."
+  @type role :: :active | :standby
+
   def child_spec({index, config, role}) do
     %{
       id: {__MODULE__, index},
@@ -70,8 +81,12 @@ defmodule StarweaveImage.Sidecar do
     }
   end
 
-  def start_link({index, config, _role}), do: GenServer.start_link(__MODULE__, {index, config})
-  def set_role(_, _), do: :ok
+  def start_link({_index, _config, _role} = start), do: GenServer.start_link(__MODULE__, start)
+
+  @doc "Says what the sidecar is from now on: a standby starts without preloading anything."
+  @spec set_role(pid, role) :: :ok
+  def set_role(sidecar, role) when role in [:active, :standby],
+    do: GenServer.cast(sidecar, {:role, role})
 
   @doc "Sends a message of the protocol to the Python process of this generation; late ones are dropped."
   @spec send_message(pid, pos_integer, map) :: :ok
@@ -96,31 +111,56 @@ defmodule StarweaveImage.Sidecar do
     div(pause, 2) + :rand.uniform(div(pause, 2) + 1) - 1
   end
 
-  @doc "Why a heartbeat shows a process that is alive but stuck, or nil."
-  @spec stuck(map, keyword) :: String.t() | nil
-  def stuck(%{running: running}, config) do
-    {loading, working} = Enum.split_with(running, &(&1.phase == "loading"))
+  @doc """
+  Why a heartbeat shows a process that is alive but stuck, or nil.
 
-    # Requests take turns, so each may wait long: what counts is whether *any* of them moves.
-    limit = fn -> Enum.max([config[:stall_timeout] | Enum.map(working, &(&1.step_ms * 10))]) end
+  Only those are judged who work: the device on its pass, each load, and each request that does not
+  wait for one of these. Who waits may have to wait for long, and is stuck only when nobody works.
+  """
+  @spec stuck(map, keyword) :: String.t() | nil
+  def stuck(%{running: running} = beat, config) do
+    {waiting, working} = Enum.split_with(running, & &1[:waits])
+    {work, loads} = {beat[:device_work], beat[:loads] || []}
 
     cond do
-      Enum.any?(loading, &(&1.step_age_ms > config[:load_timeout])) ->
-        "a model load took over #{div(config[:load_timeout], 1000)} s"
+      load = Enum.find(loads, &(&1.age_ms > config[:load_timeout])) ->
+        "the load of #{load.model} has taken over #{seconds(config[:load_timeout])} s"
 
-      loading == [] and working != [] and Enum.all?(working, &(&1.step_age_ms > limit.())) ->
-        "no denoise step for over #{div(limit.(), 1000)} s"
+      work && work.age_ms > work_limit(work, config) ->
+        "the device has been at one pass for over #{seconds(work_limit(work, config))} s"
+
+      request = Enum.find(working, &(&1.step_age_ms > step_limit(&1, config))) ->
+        limit = seconds(step_limit(request, config))
+        "request #{request.id} has not moved for over #{limit} s while #{request.phase}"
+
+      waiting != [] and {work, loads, working} == {nil, [], []} and
+          Enum.all?(waiting, &(&1.step_age_ms > config[:stall_timeout])) ->
+        "all requests have waited for over #{seconds(config[:stall_timeout])} s, and nothing is worked on"
 
       true ->
         nil
     end
   end
 
+  defp work_limit(work, config) do
+    least = if work.known, do: config[:stall_floor], else: config[:stall_timeout]
+    max(least, @patience_times * work.usual_ms)
+  end
+
+  defp step_limit(%{phase: "loading"}, config), do: config[:load_timeout]
+
+  defp step_limit(%{phase: "denoising", step_ms: known}, config) when known > 0,
+    do: max(config[:stall_floor], @patience_times * known)
+
+  defp step_limit(_request, config), do: config[:stall_timeout]
+
+  defp seconds(ms), do: Float.round(ms / 1_000, 1)
+
   @impl true
-  def init({index, config}) do
+  def init({index, config, role}) do
     # Killing a child that has output queued can send this process an `:epipe` exit.
     Process.flag(:trap_exit, true)
-    state = %__MODULE__{config: config, index: index, queue: config[:name]}
+    state = %__MODULE__{config: config, index: index, role: role, queue: config[:name]}
     {:ok, state, {:continue, :start}}
   end
 
@@ -133,6 +173,13 @@ defmodule StarweaveImage.Sidecar do
       do: {:noreply, state |> ask(message) |> push(message)}
 
   def handle_cast({:send, _generation, _message}, state), do: {:noreply, state}
+
+  def handle_cast({:role, role}, %{role: role} = state), do: {:noreply, state}
+
+  def handle_cast({:role, role}, state) do
+    Logger.info("image sidecar #{state.index} is #{role} now")
+    {:noreply, %{state | role: role}}
+  end
 
   @impl true
   def handle_info({port, {:data, bytes}}, %{port: port} = state) do
@@ -157,6 +204,9 @@ defmodule StarweaveImage.Sidecar do
 
   def handle_info(:tick, state) do
     Process.send_after(self(), :tick, @tick_ms)
+    now = now()
+    late = now - state.ticked_at - @tick_ms
+    state = %{state | ticked_at: now, slept: state.slept + if(late > @late_ms, do: late, else: 0)}
     {:noreply, if(state.port, do: check(state), else: state)}
   end
 
@@ -204,6 +254,11 @@ defmodule StarweaveImage.Sidecar do
       {:retry_write, _} ->
         drain(flush(state), deadline)
 
+      # One that hangs does not get all of a long grace period.
+      :tick ->
+        {:noreply, state} = handle_info(:tick, state)
+        drain(state, deadline)
+
       {^port, {:exit_status, _}} ->
         state
 
@@ -221,18 +276,17 @@ defmodule StarweaveImage.Sidecar do
 
   defp start(%{generation: 0} = state) do
     Process.send_after(self(), :tick, @tick_ms)
-    open(%{state | generation: 1})
+    open(%{state | generation: 1, ticked_at: now()})
   end
 
   defp start(state), do: open(%{state | generation: state.generation + 1})
 
   defp open(state) do
-    now = now()
-
     state = %{
       state
-      | started_at: now,
-        heard_at: now,
+      | started_at: now(),
+        start_by: awake(state) + state.config[:start_timeout],
+        heard_at: awake(state),
         ready_at: nil,
         heartbeat: nil,
         failure: nil,
@@ -318,7 +372,7 @@ defmodule StarweaveImage.Sidecar do
         default_model: config[:default_model],
         device: config[:device],
         dtype: config[:dtype],
-        preload: config[:preload],
+        preload: if(state.role == :active, do: config[:preload], else: []),
         pinned: config[:pinned],
         memory_budget: config[:memory_budget],
         ram_budget: config[:ram_budget],
@@ -354,7 +408,7 @@ defmodule StarweaveImage.Sidecar do
     # Greeted at its first sign of life: a write to one that has ended already would cost its exit status.
     state = if state.heartbeat, do: state, else: push(state, hello(state))
     known = state.heartbeat && state.heartbeat.resident
-    state = listed(%{state | heard_at: now(), heartbeat: beat})
+    state = listed(%{state | heard_at: awake(state), heartbeat: beat})
 
     Telemetry.execute(
       [:sidecar, :heartbeat],
@@ -387,7 +441,7 @@ defmodule StarweaveImage.Sidecar do
       took = now() - state.started_at
 
       Logger.info(
-        "image sidecar #{state.index} is ready after #{took} ms on #{ready.device} " <>
+        "#{label(state)} is ready after #{took} ms on #{ready.device} " <>
           "(#{ready.device_name}), #{ready.dtype}"
       )
 
@@ -405,7 +459,7 @@ defmodule StarweaveImage.Sidecar do
       )
 
       # The silence of its imports ends here, not with the next heartbeat.
-      state = %{state | ready_at: now(), heard_at: now(), ever_ready: true, phase: :ready}
+      state = %{state | ready_at: now(), heard_at: awake(state), ever_ready: true, phase: :ready}
       tell(state, {:ready, ready})
       state
     else
@@ -416,14 +470,14 @@ defmodule StarweaveImage.Sidecar do
   # What it says before it knows its generation, such as what is wrong with `hello`, has a 0 in its place.
   defp receive_message(state, %{t: :error, g: g, id: nil} = error)
        when g in [0, state.generation] do
-    Logger.error("image sidecar #{state.index}: #{error.message}")
+    Logger.error("#{label(state)}: #{error.message}")
     # Before `ready`, this is why it cannot start.
     if state.ready_at, do: state, else: %{state | failure: error.message}
   end
 
   defp receive_message(state, %{t: :log} = log) do
     metadata = if log.id, do: [request_id: log.id], else: []
-    Logger.log(log.level, "image sidecar #{state.index}: #{log.message}", metadata)
+    Logger.log(log.level, "#{label(state)}: #{log.message}", metadata)
     state
   end
 
@@ -448,7 +502,7 @@ defmodule StarweaveImage.Sidecar do
   end
 
   defp receive_message(state, message) do
-    Logger.debug("image sidecar #{state.index}: dropped #{inspect(message.t)}")
+    Logger.debug("#{label(state)}: dropped #{inspect(message.t)}")
     state
   end
 
@@ -478,11 +532,11 @@ defmodule StarweaveImage.Sidecar do
 
   # A process may be alive and well and yet not know of a request: it reads nothing, or forgot it. So
   # what it was asked must be in its heartbeats, from soon after until it is answered.
-  defp ask(state, %{t: "generate", id: id}), do: put_in(state.asked[id], now())
+  defp ask(state, %{t: "generate", id: id}), do: put_in(state.asked[id], awake(state))
   defp ask(state, _message), do: state
 
   defp listed(state) do
-    now = now()
+    now = awake(state)
     listed = for %{id: id} <- state.heartbeat.running, is_map_key(state.asked, id), do: {id, now}
     %{state | asked: Map.merge(state.asked, Map.new(listed))}
   end
@@ -497,23 +551,23 @@ defmodule StarweaveImage.Sidecar do
   ## Health
 
   defp check(state) do
-    now = now()
+    awake = awake(state)
     config = state.config
 
     # The import of a large library may hold the interpreter for long, and the heartbeat with it.
     importing? = is_nil(state.ready_at) and state.heartbeat != nil
 
     cond do
-      not importing? and now - state.heard_at > config[:heartbeat_timeout] ->
-        fail(%{state | phase: :stalled}, "no heartbeat for #{now - state.heard_at} ms")
+      not importing? and awake - state.heard_at > config[:heartbeat_timeout] ->
+        fail(%{state | phase: :stalled}, "no heartbeat for #{awake - state.heard_at} ms")
 
-      is_nil(state.ready_at) and now - state.started_at > config[:start_timeout] ->
+      is_nil(state.ready_at) and awake > state.start_by ->
         fail(state, "it was not ready after #{config[:start_timeout]} ms")
 
-      Enum.any?(state.asked, fn {_, at} -> now - at > config[:heartbeat_timeout] end) ->
+      Enum.any?(state.asked, fn {_, at} -> awake - at > config[:heartbeat_timeout] end) ->
         fail(%{state | phase: :stalled}, "it does not work on what it was asked")
 
-      state.ready_at && state.failed_starts > 0 && now - state.ready_at > @stable_ms ->
+      state.ready_at && state.failed_starts > 0 && now() - state.ready_at > @stable_ms ->
         %{state | failed_starts: 0}
 
       true ->
@@ -550,7 +604,7 @@ defmodule StarweaveImage.Sidecar do
   # Kills at once. By the process group, before the port is closed: closing first would hang for
   # ever on output that a stuck child does not read.
   defp fail(state, reason) do
-    Logger.error("image sidecar #{state.index} (generation #{state.generation}): #{reason}")
+    Logger.error("#{label(state)} (generation #{state.generation}) is killed: #{reason}")
     report(state, state.phase)
     kill(state)
     ended(state, reason)
@@ -595,7 +649,7 @@ defmodule StarweaveImage.Sidecar do
   end
 
   defp log_end(state, sentence, pause) do
-    Logger.warning("image sidecar #{state.index} ended: #{sentence}; next start in #{pause} ms")
+    Logger.warning("#{label(state)} ended: #{sentence}; next start in #{pause} ms")
 
     Telemetry.execute(
       [:sidecar, :stop],
@@ -688,5 +742,11 @@ defmodule StarweaveImage.Sidecar do
   defp tell(state, event),
     do: GenServer.cast(state.queue, {:sidecar, self(), state.index, state.generation, event})
 
+  defp label(%{role: :standby, index: index}), do: "image sidecar #{index} (standby)"
+  defp label(%{index: index}), do: "image sidecar #{index}"
+
   defp now, do: System.monotonic_time(:millisecond)
+
+  # A clock that stands still while this process does: what came in the meantime has not been read yet.
+  defp awake(state), do: now() - state.slept
 end

@@ -36,6 +36,7 @@ defmodule StarweaveImage.Supervisor do
   defp model_option?({:revision, revision}),
     do: is_binary(revision) and revision =~ ~r/\A[A-Za-z0-9._\/-]{1,256}\z/
 
+  defp model_option?({:fallbacks, ids}), do: match?({:ok, _}, model_ids(ids))
   defp model_option?(_option), do: false
 
   @doc false
@@ -94,9 +95,9 @@ defmodule StarweaveImage.Supervisor do
     enabled: {:boolean, true, "false starts no Python; requests answer `:disabled`."},
     models:
       {{:custom,
-        "a list of model ids and {id, path: …, revision: …}, paths in UTF-8 and revisions of A-Z a-z 0-9 . _ / -",
+        "a list of model ids and {id, path: …, revision: …, fallbacks: […]}, paths in UTF-8 and revisions of A-Z a-z 0-9 . _ / -",
         &__MODULE__.models/1}, [],
-       "What may be loaded beside the catalog's local copies: a hub id may be downloaded on first use, a `:path` is a local folder in diffusers layout."},
+       "What may be loaded beside the catalog's local copies: a hub id may be downloaded on first use, a `:path` is a local folder in diffusers layout. `:fallbacks` are ids of models that may take its place when it cannot be loaded, instead of those in the catalog."},
     default_model: {:model_id, "starweave/tiny", "Used when a request names none."},
     sidecars:
       {{:custom,
@@ -166,10 +167,17 @@ defmodule StarweaveImage.Supervisor do
     start_timeout: {{:integer, 1, @day}, 120_000, "ms from start to `ready`."},
     heartbeat_interval: {{:integer, 50, 10_000}, 1_000, "ms."},
     heartbeat_timeout:
-      {{:integer, 1, @day}, 15_000, "ms without a heartbeat until it is killed."},
+      {{:integer, 1, @day}, 15_000,
+       "ms without a heartbeat until it is killed; before `ready` only `start_timeout` counts."},
     stall_timeout:
-      {{:integer, 1, @day}, 120_000, "ms without any step while busy until it is killed."},
-    load_timeout: {{:integer, 1, @day}, 3_600_000, "ms that loading a model may take."},
+      {{:integer, 1, @day}, 120_000,
+       "ms without progress until it is killed, in work of which nothing tells how long it takes: the first pass of each kind, and what is outside of the device, such as encoding. A slow device with a large model needs more."},
+    stall_floor:
+      {{:integer, 1, @day}, 10_000,
+       "The same for passes of a kind that was seen before, and for a picture's further steps: ten times what they took, and at least so many ms."},
+    load_timeout:
+      {{:integer, 1, @day}, 3_600_000,
+       "ms that loading a model may take, its download included, until the process is killed."},
     shutdown_grace:
       {{:integer, 0, 600_000}, 2_000, "ms for running work when the instance stops."},
     backoff_min: {{:integer, 1, @day}, 500, "ms before the second start in a row that fails."},

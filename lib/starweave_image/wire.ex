@@ -15,7 +15,8 @@ defmodule StarweaveImage.Wire do
     step: :uint,
     steps: :uint,
     step_age_ms: :uint,
-    step_ms: :uint
+    step_ms: :uint,
+    waits: {:maybe, :bool}
   ]
   @card [
     id: :str,
@@ -43,6 +44,7 @@ defmodule StarweaveImage.Wire do
        max_pixels: :uint,
        max_guidance: :number},
     memory_bytes: :uint,
+    fallbacks: {:maybe, {:list, :str}},
     bytes: {:maybe, :uint},
     parked: {:maybe, :bool},
     idle_ms: {:maybe, :uint},
@@ -58,6 +60,8 @@ defmodule StarweaveImage.Wire do
     running: {:list, {:record, @running}},
     resident: {:list, :str},
     device_memory: {:maybe, {:record, used: :uint, total: :uint}},
+    device_work: {:maybe, {:record, age_ms: :uint, usual_ms: :uint, known: :bool}},
+    loads: {:maybe, {:list, {:record, model: :str, age_ms: :uint}}},
     rss: :uint,
     counters: {:record, accepted: :uint, done: :uint, failed: :uint, cancelled: :uint}
   ]

@@ -499,6 +499,7 @@ CARD = {
         "max_guidance": 20.0,
     },
     "memory_bytes": 30_000_000,
+    "fallbacks": [],
     "bytes": None,
     "parked": False,
     "idle_ms": None,
@@ -511,6 +512,7 @@ FAILED_CARD = CARD | {
     "state": "failed",
     "error": "the weights are not safetensors",
     "revision": "a1b2",
+    "fallbacks": ["local/loaded", "tiny"],
 }
 LOADED_CARD = CARD | {
     "id": "local/loaded",
@@ -525,9 +527,21 @@ VITALS = {
     "uptime_ms": 61_234,
     "capacity": 8,
     "grant": 7,
-    "running": [{"id": "r1", "phase": "denoising", "step": 3, "steps": 20, "step_age_ms": 12, "step_ms": 40}],
+    "running": [
+        {
+            "id": "r1",
+            "phase": "denoising",
+            "step": 3,
+            "steps": 20,
+            "step_age_ms": 12,
+            "step_ms": 40,
+            "waits": True,
+        }
+    ],
     "resident": ["starweave/tiny"],
     "device_memory": {"used": 2**34, "total": 2**36},
+    "device_work": {"age_ms": 11, "usual_ms": 38, "known": True},
+    "loads": [{"model": "local/loaded", "age_ms": 700}],
     "rss": 731_000_832,
     "counters": {"accepted": 5, "done": 3, "failed": 1, "cancelled": 0},
 }
@@ -538,6 +552,8 @@ IDLE = VITALS | {
     "running": [],
     "resident": [],
     "device_memory": None,
+    "device_work": None,
+    "loads": [],
 }
 
 to_sidecar("hello with the least", {"t": "hello", "v": 1, "g": 1, "config": {}})
@@ -548,7 +564,10 @@ to_sidecar(
         "v": 1,
         "g": 2**63 - 1,
         "config": {
-            "models": [{"id": "owner/hub", "revision": "main"}, {"id": "local", "path": "/models/x"}],
+            "models": [
+                {"id": "owner/hub", "revision": "main"},
+                {"id": "local", "path": "/models/x", "fallbacks": ["tiny"]},
+            ],
             "default_model": "starweave/tiny",
             "device": "cuda:1",
             "dtype": "bfloat16",
@@ -866,6 +885,8 @@ for value, at in [
     (["owner/hub"], "[0]"),
     ([{"id": "../x"}], "[0].id"),
     ([{"id": "a", "path": 1}], "[0].path"),
+    ([{"id": "a", "fallbacks": "tiny"}], "[0].fallbacks"),
+    ([{"id": "a", "fallbacks": ["../x"]}], "[0].fallbacks[0]"),
 ]:
     to_sidecar(
         f"hello with models {json.dumps(value)}",
@@ -941,7 +962,18 @@ for name, value, expect in [
         {key: item for key, item in (HEARTBEAT | {"seq": 1}).items() if key != "counters"},
         "kill",
     ),
+    ("heartbeat with a number for its device work", HEARTBEAT | {"seq": 1, "device_work": 3}, "kill"),
+    (
+        "heartbeat with a load without an age",
+        HEARTBEAT | {"seq": 1, "loads": [{"model": "local/loaded"}]},
+        "kill",
+    ),
     ("heartbeat with a map for running", HEARTBEAT | {"seq": 1, "running": {}}, "kill"),
+    (
+        "models with a card whose fallbacks are text",
+        {"t": "models", "g": 1, "id": "op-3", "models": [CARD | {"fallbacks": "tiny"}]},
+        "kill",
+    ),
     (
         "models with a card that is text",
         {"t": "models", "g": 1, "id": "op-3", "models": ["starweave/tiny"]},

@@ -123,6 +123,24 @@ defmodule StarweaveImage.LifecycleTest do
     end
   end
 
+  describe "a hang of the sidecar" do
+    test "in native code that holds the interpreter, in the middle of a request", %{
+      tmp_dir: folder
+    } do
+      python = holding(folder, python())
+      instance = start(nil, python: python, heartbeat_timeout: 6_000, start_timeout: 240_000)
+      assert await(fn -> StarweaveImage.available?(instance) end, 240_000)
+      victim = os_pid(instance)
+      opts = [seed: 5, steps: 50, width: 64, height: 64, instance: instance]
+      {:ok, id} = StarweaveImage.submit("a red apple", opts)
+      :ok = StarweaveImage.subscribe(id, instance)
+      assert_receive {:starweave_image, ^id, {:progress, %{phase: :denoising, step: 2}}}, 120_000
+      signal(victim, "USR1")
+      assert {:ok, %Image{attempts: 2, seed: 5}} = StarweaveImage.await(id, 120_000, instance)
+      assert [] == await_gone([victim], 5_000)
+    end
+  end
+
   describe "kill -9 of the sidecar" do
     @requests for n <- 1..8, do: {"a #{Enum.at(~w(red blue green), rem(n, 3))} star", n}
 

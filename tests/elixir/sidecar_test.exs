@@ -35,6 +35,18 @@ defmodule StarweaveImage.SidecarTest do
     %{instance: instance, attempts: attempts, victim: victim}
   end
 
+  # The same where the second process does not get ready, and the third is the survivor.
+  defp assert_restarted(fake, opts) do
+    instance = start_ready(fake, opts)
+
+    assert {:ok, %Image{attempts: attempts}} =
+             StarweaveImage.generate("a pear", instance: instance)
+
+    assert %{generation: 3} = sidecar(instance)
+    assert_works(instance)
+    %{attempts: attempts}
+  end
+
   describe "an honest process" do
     test "sees its command line, descriptors 0 to 4 and nothing of the application's secrets" do
       System.put_env("STARWEAVE_TEST_SECRET", "s3cret")
@@ -64,6 +76,19 @@ defmodule StarweaveImage.SidecarTest do
         assert report(instance)["generation"] == generation
         refute alive?(victim)
       end
+    end
+
+    test "is not taken for silent because its owner stood still" do
+      instance = start_ready("honest", heartbeat_timeout: 2_000)
+      pid = os_pid(instance)
+      id = submit_running(instance, "hold")
+      :ok = :sys.suspend(owner(instance))
+      # What the owner's clock must not count is this time itself.
+      Process.sleep(3_000)
+      :ok = :sys.resume(owner(instance))
+      assert_works(instance)
+      assert os_pid(instance) == pid
+      assert :ok = StarweaveImage.cancel(id, instance)
     end
 
     test "ends with its instance, and by `shutdown`" do
@@ -99,6 +124,60 @@ defmodule StarweaveImage.SidecarTest do
       assert_works(instance)
       assert {:ok, _} = StarweaveImage.generate("release", instance: instance)
       assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 10_000, instance)
+    end
+  end
+
+  describe "the role" do
+    defp preloaded(instance), do: report(instance)["config"]["preload"]
+
+    defp restart(instance) do
+      %{generation: generation, os_pid: victim} = sidecar(instance)
+      signal(victim, "KILL")
+
+      assert await(fn ->
+               match?(%{generation: g, state: :ready} when g > generation, sidecar(instance))
+             end)
+    end
+
+    test "of a standby is to load nothing at its next start, until it is active" do
+      instance = start_ready("honest", preload: ["starweave/tiny"])
+      pid = os_pid(instance)
+      assert preloaded(instance) == ["starweave/tiny"]
+
+      log =
+        capture_log(fn ->
+          assert :ok = Sidecar.set_role(owner(instance), :standby)
+          # It goes on as it is, and takes what it is asked.
+          assert preloaded(instance) == ["starweave/tiny"]
+          assert os_pid(instance) == pid
+          restart(instance)
+        end)
+
+      assert log =~ "image sidecar 1 is standby now"
+      assert log =~ "image sidecar 1 (standby) is ready"
+      assert preloaded(instance) == []
+
+      assert :ok = Sidecar.set_role(owner(instance), :active)
+      restart(instance)
+      assert preloaded(instance) == ["starweave/tiny"]
+    end
+
+    test "may be that of a standby from the start" do
+      instance = start_ready("honest", preload: ["starweave/tiny"])
+      config = :sys.get_state(owner(instance)).config
+
+      log =
+        capture_log(fn ->
+          start_supervised!({Sidecar, {2, config, :standby}})
+
+          standby = fn ->
+            Enum.find(StarweaveImage.status(instance).sidecars, &(&1.index == 2))
+          end
+
+          assert await(fn -> match?(%{state: :ready}, standby.()) end)
+        end)
+
+      assert log =~ "image sidecar 2 (standby) is ready"
     end
   end
 
@@ -225,12 +304,83 @@ defmodule StarweaveImage.SidecarTest do
       assert [] == await_gone([pid], 5_000)
     end
 
-    test "is stopped is killed, and its request replayed" do
-      assert %{attempts: 2} = assert_replayed("stops", heartbeat_timeout: 5_000)
+    for {fake, moment} <- [
+          {"stops", "in the middle of a request"},
+          {"stops_at_ready", "when it is ready"},
+          {"stops_when_accepted", "between a request and its first step"},
+          {"stops_while_loading", "while it loads a model"},
+          {"stops_in_a_frame", "in the middle of a frame"}
+        ] do
+      test "is stopped #{moment} is killed, and its request replayed" do
+        log =
+          capture_log(fn ->
+            assert %{attempts: 2} = assert_replayed(unquote(fake), heartbeat_timeout: 3_000)
+          end)
+
+        assert log =~ ~r/image sidecar 1 \(generation 1\) is killed: no heartbeat for \d{4} ms/
+      end
     end
 
-    test "makes no step is killed, its heartbeat notwithstanding" do
-      assert %{attempts: 2} = assert_replayed("makes_no_step", stall_timeout: 1_000)
+    test "is stopped by `hello`, before it is ready, is killed at the start timeout" do
+      # Longer than an honest one takes on a busy machine.
+      opts = [start_timeout: 4_000, heartbeat_timeout: 3_000]
+
+      log =
+        capture_log(fn -> assert %{attempts: 2} = assert_restarted("stops_at_hello", opts) end)
+
+      assert log =~ "(generation 2) is killed: it was not ready after 4000 ms"
+    end
+
+    test "is stopped by `shutdown` is killed without using up a long grace period" do
+      instance =
+        start_ready("stops_at_shutdown", shutdown_grace: 60_000, heartbeat_timeout: 3_000)
+
+      pid = os_pid(instance)
+      {took, :ok} = :timer.tc(fn -> stop_supervised(instance) end)
+      refute alive?(pid)
+      assert took < 30_000_000
+    end
+
+    test "makes no first step is killed, its heartbeat notwithstanding" do
+      log =
+        capture_log(fn ->
+          assert %{attempts: 2} = assert_replayed("makes_no_step", stall_timeout: 1_000)
+        end)
+
+      assert log =~ ~r/is killed: request \S+ has not moved for over 1.0 s while denoising/
+    end
+
+    test "hangs on the device is killed after a multiple of what a pass takes" do
+      log =
+        capture_log(fn ->
+          opts = [stall_floor: 500, stall_timeout: 600_000]
+          assert %{attempts: 2} = assert_replayed("hangs_on_the_device", opts)
+        end)
+
+      assert log =~ "is killed: the device has been at one pass for over 0.5 s"
+    end
+
+    test "hangs in a load is killed at the load timeout" do
+      log =
+        capture_log(fn ->
+          assert %{attempts: 2} = assert_replayed("hangs_in_a_load", load_timeout: 1_000)
+        end)
+
+      assert log =~ "is killed: the load of starweave/tiny has taken over 1.0 s"
+    end
+
+    test "does not get done with one request is killed, though others move" do
+      instance = start_ready("never_encodes", stall_timeout: 2_000)
+      held = submit_running(instance, "hold")
+      stuck = submit_running(instance, "stuck")
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(stuck, 30_000, instance)
+      await_running(instance, held)
+      assert {:ok, _} = StarweaveImage.generate("release", instance: instance)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(held, 10_000, instance)
+    end
+
+    test "works on nothing while all wait is killed" do
+      assert %{attempts: 2} = assert_replayed("forgets_to_work", stall_timeout: 1_000)
     end
 
     test "loses a request is killed, its heartbeat notwithstanding" do
@@ -409,20 +559,75 @@ defmodule StarweaveImage.SidecarTest do
       assert Sidecar.allowed_env(names, ["MINE"]) == ["PATH", "HF_TOKEN", "LC_ALL", "MINE"]
     end
 
-    test "one that moves is enough for all that take turns" do
-      config = [stall_timeout: 100, load_timeout: 1_000]
-      running = fn age, phase, step -> %{step_age_ms: age, phase: phase, step_ms: step} end
-      stuck = fn running -> Sidecar.stuck(%{running: running}, config) end
+    @config [stall_timeout: 1_000, stall_floor: 100, load_timeout: 9_000]
 
-      assert stuck.([]) == nil
-      assert stuck.([running.(99, "denoising", 5)]) == nil
-      assert stuck.([running.(101, "denoising", 5)]) =~ "no denoise step"
-      assert stuck.([running.(101, "denoising", 5), running.(0, "denoising", 5)]) == nil
-      assert stuck.([running.(101, "denoising", 50)]) == nil
-      assert stuck.([running.(501, "denoising", 50)]) =~ "no denoise step"
-      assert stuck.([running.(999, "loading", 0)]) == nil
-      assert stuck.([running.(1_001, "loading", 0)]) =~ "a model load took over"
-      assert stuck.([running.(999, "loading", 0), running.(101, "denoising", 5)]) == nil
+    defp beat(running, more \\ %{}), do: Map.merge(%{running: running}, more)
+
+    defp running(phase, age, more \\ %{}),
+      do: Map.merge(%{id: "r1", phase: phase, step_age_ms: age, step_ms: 0, waits: false}, more)
+
+    defp stuck(beat), do: Sidecar.stuck(beat, @config)
+
+    test "a pass of a known kind has ten times its time, and at least the floor" do
+      pass = fn age, usual -> %{age_ms: age, usual_ms: usual, known: true} end
+      assert stuck(beat([], %{device_work: nil})) == nil
+      assert stuck(beat([], %{device_work: pass.(100, 0)})) == nil
+      assert stuck(beat([], %{device_work: pass.(101, 10)})) =~ "over 0.1 s"
+      assert stuck(beat([], %{device_work: pass.(500, 50)})) == nil
+      assert stuck(beat([], %{device_work: pass.(501, 50)})) =~ "over 0.5 s"
+      assert stuck(beat([], %{device_work: pass.(50_000, 5_000)})) == nil
+    end
+
+    test "one of a kind that was not seen before has the stall timeout, or ten times the estimate" do
+      pass = fn age, usual -> %{age_ms: age, usual_ms: usual, known: false} end
+      assert stuck(beat([], %{device_work: pass.(1_000, 0)})) == nil
+      assert stuck(beat([], %{device_work: pass.(1_001, 0)})) =~ "over 1.0 s"
+      assert stuck(beat([], %{device_work: pass.(4_000, 400)})) == nil
+      assert stuck(beat([], %{device_work: pass.(4_001, 400)})) =~ "over 4.0 s"
+    end
+
+    test "who waits for its turn may wait for long, whoever works is judged alone" do
+      waits = running("denoising", 1_000_000, %{waits: true, step_ms: 5})
+      work = %{device_work: %{age_ms: 3, usual_ms: 5, known: true}}
+      assert stuck(beat([waits, waits], work)) == nil
+      assert stuck(beat([waits, running("encoding", 999)])) == nil
+      assert stuck(beat([waits], %{loads: [%{model: "a/b", age_ms: 8_999}]})) == nil
+      assert stuck(beat([waits, running("encoding", 1_001)], work)) =~ "r1 has not moved"
+
+      assert stuck(beat([running("denoising", 0), running("decoding", 1_001)])) =~
+               "while decoding"
+    end
+
+    test "a picture's further steps have ten times the longest, its first the stall timeout" do
+      assert stuck(beat([running("denoising", 1_000)])) == nil
+      assert stuck(beat([running("denoising", 1_001)])) =~ "over 1.0 s while denoising"
+      assert stuck(beat([running("denoising", 100, %{step_ms: 1})])) == nil
+      assert stuck(beat([running("denoising", 101, %{step_ms: 1})])) =~ "over 0.1 s"
+      assert stuck(beat([running("denoising", 300, %{step_ms: 30})])) == nil
+      assert stuck(beat([running("denoising", 301, %{step_ms: 30})])) =~ "over 0.3 s"
+      # What comes after the last step is work of another kind.
+      assert stuck(beat([running("encoding", 999, %{step_ms: 1})])) == nil
+    end
+
+    test "a load has the load timeout, also one that no request waits for" do
+      load = fn age -> %{loads: [%{model: "a/b", age_ms: age}]} end
+      assert stuck(beat([], load.(9_000))) == nil
+      assert stuck(beat([], load.(9_001))) =~ "the load of a/b has taken over 9.0 s"
+      assert stuck(beat([running("loading", 9_000)])) == nil
+      assert stuck(beat([running("loading", 9_001)])) =~ "while loading"
+    end
+
+    test "all who wait for nobody are stuck" do
+      waits = fn age -> running("denoising", age, %{waits: true}) end
+      assert stuck(beat([waits.(1_000), waits.(5_000)])) == nil
+      assert stuck(beat([waits.(1_001), waits.(5_000)])) =~ "nothing is worked on"
+      assert stuck(beat([waits.(1_001), running("encoding", 0)])) == nil
+    end
+
+    test "of an older process without these fields each request is judged by its age" do
+      old = &Map.delete(running("denoising", &1), :waits)
+      assert stuck(beat([old.(1_000)])) == nil
+      assert stuck(beat([old.(1_001)])) =~ "has not moved"
     end
   end
 end

@@ -267,6 +267,8 @@ defmodule StarweaveImage.SupervisionTest do
             {[models: [{"a/b", path: <<0xFF, ?x>>}]], ~r/models must be a list of model ids/},
             {[models: [{"a/b", path: ""}]], ~r/models must be a list of model ids/},
             {[models: [{"a/b", revision: "v1.0+fix"}]], ~r/revisions of A-Z a-z 0-9/},
+            {[models: [{"a/b", fallbacks: "tiny"}]], ~r/fallbacks: \[…\]/},
+            {[models: [{"a/b", fallbacks: ["../x"]}]], ~r/models must be a list of model ids/},
             {[max_queue: 0], ~r/max_queue must be an integer from 1/},
             {[preload: [nil]], ~r/preload must be a list of model ids/},
             {[pinned: ["../x"]], ~r/pinned must be a list of model ids/},

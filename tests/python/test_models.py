@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -82,6 +83,23 @@ def test_a_catalog_model_may_come_from_a_folder(folder: Path) -> None:
     assert (card(bench, known).source, card(bench, known).state) == ("local", "available")
     done, _ = bench.done(model="runwayml/stable-diffusion-v1-5", width=256, height=256, steps=1)
     assert done.model == known
+
+
+def test_what_may_take_the_place_of_a_model_is_on_its_card(folder: Path) -> None:
+    entries = [
+        wire.ModelEntry(id="local/model", path=str(folder), fallbacks=["tiny", "sdxl"]),
+        wire.ModelEntry(id="local/other", path=str(folder)),
+        wire.ModelEntry(id="flux-schnell", fallbacks=[]),
+        wire.ModelEntry(id="sdxl", path=str(folder)),
+    ]
+    bench = Bench(models=entries).start()
+    assert card(bench).fallbacks == ["tiny", "sdxl"] and card(bench, "local/other").fallbacks == []
+    # The configuration's word counts, where it has one.
+    assert card(bench, "black-forest-labs/FLUX.1-schnell").fallbacks == []
+    known = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert card(bench, "stabilityai/stable-diffusion-xl-base-1.0").fallbacks == [known]
+    with pytest.raises(ImageError, match="model nobody is not known"):
+        Bench(models=[wire.ModelEntry(id="local/model", path=str(folder), fallbacks=["nobody"])]).start()
 
 
 @pytest.mark.parametrize(
@@ -320,6 +338,26 @@ def test_many_waiters_share_one_load_and_one_who_leaves_does_not_stop_it() -> No
     with cache.use(TINY, patiently) as first, cache.use(TINY, patiently) as second:
         assert first is second
     assert loads.names == [TINY.id] and cache.resident() == [TINY.id]
+
+
+def test_a_load_that_waits_for_its_turn_is_not_at_work() -> None:
+    cache, loads = open_cache(10**12)
+    loads.opened.clear()
+    asked = time.monotonic()
+    for card in (TINY, TURBO):
+        with pytest.raises(ImageError, match="gone"), cache.use(card, leave):
+            pass
+        deadline = time.monotonic() + PATIENCE_S
+        while card.id not in loads.names:
+            assert time.monotonic() < deadline
+    later = time.monotonic() + 100
+    while len(at_work := cache.loads(later)) > 1:
+        assert time.monotonic() < deadline
+    [load] = at_work
+    assert load.model == TINY.id and 100_000 <= load.age_ms <= (later - asked) * 1000
+    loads.opened.set()
+    with cache.use(TURBO, patiently):
+        assert cache.loads(later) == []
 
 
 def test_each_waiter_gets_the_error_of_the_load_they_shared() -> None:

@@ -6,6 +6,8 @@ import hashlib
 import os
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +38,39 @@ def test_the_first_sign_of_life_comes_before_anything_heavy(start: Start) -> Non
     maps = Path(f"/proc/{sidecar.pid}/maps").read_text()
     assert "msgspec" in maps
     assert "torch" not in maps
+
+
+def test_nothing_is_left_to_import_once_it_is_ready() -> None:
+    program = (
+        "import sys\n"
+        "from engines import Bench\n"
+        "bench = Bench().start()\n"
+        "before = set(sys.modules)\n"
+        "bench.done(width=64, height=64, steps=2)\n"
+        "image = bench.files('r1')[0]\n"
+        "bench.done(width=64, height=64, steps=2, image=image, format='webp', preview=True)\n"
+        "bench.done(width=64, height=64, steps=2, image=image, mask=image, scheduler='euler')\n"
+        "print(*sorted(set(sys.modules) - before), sep='\\n')\n"
+    )
+    path = f"{Path(__file__).parent}:{PACKAGE}"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert result.returncode == 0, result.stderr
+    late = result.stdout.split()
+    costly = (
+        "diffusers.pipelines",
+        "diffusers.models",
+        "diffusers.schedulers",
+        "transformers",
+        "torch",
+        "PIL",
+    )
+    assert not [name for name in late if name.startswith(costly)]
 
 
 def test_heartbeats_go_on_while_the_engine_starts(start: Start) -> None:

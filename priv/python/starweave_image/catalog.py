@@ -36,6 +36,9 @@ _FROM_IMAGES = frozenset(
 class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """A card of the catalog. `source` is a hub id, `embedded` or `local`.
 
+    `fallbacks` are ids or aliases of models that may draw in its place, the best first, where it cannot be loaded: of the
+    same kind and smaller.
+
     `native` is the length in pixels at which the model draws, for a model that draws at one scale only:
     what is asked for in another size is rendered at that scale and enlarged.
     """
@@ -52,6 +55,7 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     limits: wire.Limits
     memory_bytes: int
     native: int | None = None
+    fallbacks: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -74,6 +78,7 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
             defaults=self.defaults,
             limits=self.limits,
             memory_bytes=self.memory_bytes,
+            fallbacks=list(self.fallbacks),
             state=state,
             error=error,
             **loaded,

@@ -33,7 +33,7 @@ from .model_cache import Model, ModelCache, release_memory
 from .preview import Previews
 from .request import Lane, Request
 from .tasks import image_to_image, inpaint, text_to_image
-from .weights import Weights, checksum, load_pipeline, quiet_libraries
+from .weights import Weights, checksum, import_libraries, load_pipeline, quiet_libraries
 
 if TYPE_CHECKING:
     from .executor import Executor
@@ -87,6 +87,7 @@ class Engine:
             _logger.exception("an import failed")
             raise ImageError("unavailable", missing_package(error)) from None
         quiet_libraries()
+        import_libraries()
         self._versions = {
             "starweave_image": __version__,
             "python": platform.python_version(),
@@ -112,6 +113,9 @@ class Engine:
         default = self._weights.card(self._config.default_model)
         # A sidecar whose requests would all fail is better not started: so its application learns of it now.
         self._weights.check_folder(default)
+        for entry in self._config.models:
+            for name in entry.fallbacks or ():
+                self._weights.card(name, fetch=False)
         self._changed()
         if self._config.preload:
             for name in self._config.preload:
@@ -194,6 +198,8 @@ class Engine:
             running=running,
             resident=cache.resident() if cache else [],
             device_memory=self._choice.memory() if self._choice else None,
+            device_work=self._executor.at_work(now) if self._executor else None,
+            loads=cache.loads(now) if cache else [],
             counters=counters,
         )
 
@@ -478,7 +484,8 @@ class Engine:
                 request.first.enter("loading")
                 self._send(request, request.first.progress())
                 model.add_done_callback(lambda _: request.wake())
-                request.first.wait(model.done)
+                with request.first.waiting():
+                    request.first.wait(model.done)
 
         with self._loaded_models().use(card, patiently) as model:
             yield model

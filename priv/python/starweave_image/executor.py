@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from . import devices, stacking
+from . import devices, stacking, wire
 from .batching import Batch, Batcher, Call
+from .durations import Durations, Kind
 from .errors import is_out_of_memory
 from .limits import Limits
 from .request import Lane
@@ -163,6 +164,7 @@ class Executor:
         self._news = threading.Condition()
         self._batcher: Batcher[Lane] = Batcher(self._most)
         self._gate = Gate()
+        self._durations = Durations()
         threading.Thread(target=self._work, name="executor", daemon=True).start()
 
     @property
@@ -170,13 +172,22 @@ class Executor:
         """A context in which nothing computes: neither a pipeline nor a network."""
         return self._gate.alone
 
+    def at_work(self, now: float) -> wire.DeviceWork | None:
+        """What the device works on, and for how long; None while it has nothing to do."""
+        current = self._durations.current
+        if current is None:
+            return None
+        age_ms, usual_ms = (max(0, round(s * 1000)) for s in (now - current.begun, current.usual_s))
+        return wire.DeviceWork(age_ms=age_ms, usual_ms=usual_ms, known=current.known)
+
     @contextmanager
     def drawing(self, lane: Lane, pipeline: Any, networks: dict[str, Network], alone: bool) -> Iterator[None]:
         """For the time of one call of `pipeline`, by the thread of `lane`. With `alone` nothing of it is stacked."""
         for name, network in networks.items():
             if vars(pipeline).get(name) is network.module:
                 vars(pipeline)[name] = self._twin(lane, network, alone)
-        self._gate.enter()
+        with lane.waiting():
+            self._gate.enter()
         try:
             yield
         finally:
@@ -230,11 +241,12 @@ class Executor:
             return answer
         ticket = self._ticket(lane, network, run, args, kwargs, alone)
         ticket.question = question
-        self._gate.leave()
-        try:
-            self._await(ticket)
-        finally:
-            self._gate.enter()
+        with lane.waiting():
+            self._gate.leave()
+            try:
+                self._await(ticket)
+            finally:
+                self._gate.enter()
         lane.queued(ticket.begun - ticket.asked)
         if ticket.error is not None:
             try:
@@ -303,6 +315,7 @@ class Executor:
             try:
                 self._compute(tickets)
             finally:
+                self._durations.rest()
                 self._gate.leave()
             with self._news:
                 self._batcher.ran(batch, time.monotonic() - begun)
@@ -366,6 +379,7 @@ class Executor:
 
     def _attempt(self, tickets: Sequence[_Ticket]) -> Exception | None:
         first = tickets[0]
+        self._durations.begin(time.monotonic(), _kind(tickets))
         try:
             if first.stackable is None:
                 memory, question = first.network.memory, first.question
@@ -374,6 +388,7 @@ class Executor:
                 if first.result is None:
                     first.result = first.run(*first.args, **first.kwargs)
                     self._choice.synchronize()
+                    self._durations.end(time.monotonic())
                     if memory and question:
                         memory.put(question, first.result)
                 return None
@@ -385,9 +400,12 @@ class Executor:
                 result = first.run(**stacking.stack(calls))
                 # Else the time of a pass would be that of its being asked for.
                 self._choice.synchronize()
+            self._durations.end(time.monotonic())
             self._limits.record(first.label, sum(rows), time.monotonic() - begun, peak())
             results = [result] if len(calls) == 1 else stacking.split(result, rows)
         except Exception as error:
+            # What follows is no pass.
+            self._durations.begin(time.monotonic())
             return error
         for ticket, part in zip(tickets, results, strict=True):
             ticket.result = part
@@ -401,6 +419,21 @@ class Executor:
 def _label(key: Any) -> str | None:
     """The name under which the limits of a key are kept; None for what runs alone."""
     return key[1] if isinstance(key[1], str) else None
+
+
+def _kind(tickets: Sequence[_Ticket]) -> Kind:
+    first = tickets[0]
+    if first.stackable is None:
+        tensors = list(_tensors([first.args, first.kwargs]))
+        work = (first.network.name, getattr(first.run, "__name__", ""))
+        return Kind(work, tuple(tuple(tensor.shape) for tensor in tensors), _size(tensors))
+    size = sum(_size(list(_tensors(ticket.stackable.arguments))) for ticket in tickets if ticket.stackable)
+    return Kind(first.network.name, (first.label, sum(ticket.rows for ticket in tickets)), size)
+
+
+def _size(tensors: Sequence[torch.Tensor]) -> int:
+    """How much a network has to do by its inputs: the first of them is what it works on."""
+    return tensors[0].numel() if tensors else 1
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

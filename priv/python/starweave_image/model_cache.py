@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import wire
 from .catalog import ModelCard
 from .devices import Choice
 from .errors import ImageError, is_out_of_memory
@@ -112,6 +113,8 @@ class _Entry:
         self.turn = 0
         self.used = time.monotonic()
         self.parked = False
+        # Since when it is loaded; None while it waits for its turn.
+        self.begun: float | None = time.monotonic()
         # Held by whoever moves it between the tiers.
         self.moving = threading.Lock()
 
@@ -199,6 +202,12 @@ class ModelCache:
         with self._lock:
             return any(not entry.model.done() for entry in self._entries.values())
 
+    def loads(self, now: float) -> list[wire.Load]:
+        """What is being loaded, without what waits for its turn."""
+        with self._lock:
+            begun = [(id, e.begun) for id, e in self._entries.items() if e.begun and not e.model.done()]
+        return [wire.Load(model=id, age_ms=max(0, round((now - since) * 1000))) for id, since in begun]
+
     def report(self, id: str) -> Report | None:
         """What is known of a model that is loaded."""
         with self._lock:
@@ -233,8 +242,17 @@ class ModelCache:
 
     def _fill(self, entry: _Entry) -> None:
         id = entry.card.id
+
+        @contextmanager
+        def room(wanted: int) -> Iterator[None]:
+            entry.begun = None
+            with self._loading:
+                entry.begun = time.monotonic()
+                self.make_room(wanted)
+                yield
+
         try:
-            model = self._load(entry.card, self._room)
+            model = self._load(entry.card, room)
         except Exception as error:
             known = error if isinstance(error, ImageError) else _unexpected(id, error)
             with self._lock:

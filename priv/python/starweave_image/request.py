@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from . import wire
@@ -61,8 +62,9 @@ class Request:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def on_wire(self, now: float) -> wire.Running:
-        """Where the picture stands that is least far of those in work."""
-        at_work = [lane for lane in self._lanes if lane.at_work] or self._lanes[:1]
+        """Where the picture stands that is least far of those in work; between two of them, the latest."""
+        latest = max(self._lanes, key=lambda lane: lane.advanced)
+        at_work = [lane for lane in self._lanes if lane.at_work] or [latest]
         return min(at_work, key=lambda lane: (_ORDER[lane.phase], lane.step)).on_wire(now)
 
     def timings(self) -> dict[str, int]:
@@ -99,8 +101,9 @@ class Lane:
         self.steps = 0
         self.queued_s = 0.0
         self.spent: dict[Phase, float] = {}
-        self._since = self._entered = time.monotonic()
+        self.advanced = self._step_begun = self._entered = time.monotonic()
         self._longest_s = 0.0
+        self._waits = False
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Block until `ready`, which whoever makes it true announces by `wake`; raises as `Request.check` does."""
@@ -112,34 +115,44 @@ class Lane:
                 return
             self.wake.wait(self.request.left_s())
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What is done inside is to wait for the device or for a model, which others work on."""
+        self.advanced, self._waits = time.monotonic(), True
+        try:
+            yield
+        finally:
+            self.advanced, self._waits = time.monotonic(), False
+
     def enter(self, phase: Phase) -> None:
         self.account()
         self.phase = phase
-        self._since = time.monotonic()
+        self.advanced = time.monotonic()
 
     def begin(self) -> None:
         """The lane's own thread starts to draw."""
         self.account()
         self.at_work = True
         self.phase, self.step, self.steps = "denoising", 0, 0
-        self._since = time.monotonic()
+        self.advanced = self._step_begun = time.monotonic()
 
     def finish(self) -> None:
         """The picture is done: what follows is no time of its own."""
         self.account()
         self.at_work = False
+        self.advanced = time.monotonic()
 
     def stepped(self, steps: int) -> None:
         now = time.monotonic()
-        self._longest_s = max(self._longest_s, now - self._since)
-        self._since = now
+        self._longest_s = max(self._longest_s, now - self._step_begun)
+        self.advanced = self._step_begun = now
         self.step, self.steps = self.step + 1, steps
 
     def queued(self, seconds: float) -> None:
-        """Account for a wait for the device: it is no part of the phase, nor of the step that follows."""
+        """Account for a wait for the device: it is no part of the phase, nor of the step."""
         self.queued_s += seconds
         self._entered += seconds
-        self._since = time.monotonic()
+        self._step_begun += seconds
 
     def progress(self) -> wire.Progress:
         return wire.Progress(
@@ -157,8 +170,9 @@ class Lane:
             phase=self.phase,
             step=self.step,
             steps=self.steps,
-            step_age_ms=max(0, round((now - self._since) * 1000)),
+            step_age_ms=max(0, round((now - self.advanced) * 1000)),
             step_ms=round(self._longest_s * 1000),
+            waits=self._waits,
         )
 
     def account(self) -> None:

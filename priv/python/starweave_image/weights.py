@@ -163,7 +163,10 @@ class Weights:
         except ImageError:
             known = _unread(entry.id)
         source = known.source if entry.path is None else "local"
-        return msgspec.structs.replace(known, source=source, revision=entry.revision or known.revision)
+        fallbacks = known.fallbacks if entry.fallbacks is None else tuple(entry.fallbacks)
+        return msgspec.structs.replace(
+            known, source=source, revision=entry.revision or known.revision, fallbacks=fallbacks
+        )
 
     def _described(self, card: ModelCard, fetch: bool = False) -> ModelCard:
         """A card that was not read yet, read now if its files are here or may be fetched; else a later call tries."""
@@ -271,6 +274,31 @@ def _download(repository: str, revision: str | None, weights: bool = True) -> So
 
 
 # Loading
+
+
+def import_libraries() -> None:
+    """Import what diffusers and transformers would import piece by piece, when it is first asked for: the classes of all
+    families, for all tasks.
+
+    So that the first request finds all of it, and because several threads that import at once, as loads and requests
+    would, may see each other's modules half done.
+    """
+    import diffusers
+    import PIL.Image
+
+    for name in (
+        "AutoPipelineForText2Image",
+        "AutoPipelineForImage2Image",
+        "AutoPipelineForInpainting",
+        *{card.pipeline for card in shipped()},
+        *(name for name in dir(diffusers) if name.endswith("Scheduler")),
+    ):
+        try:
+            getattr(diffusers, name)
+        except Exception:
+            # Those that need it will fail, and say so.
+            _logger.warning("%s cannot be imported", name, exc_info=True)
+    PIL.Image.init()
 
 
 def quiet_libraries() -> None:

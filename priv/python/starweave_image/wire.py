@@ -123,15 +123,19 @@ class Incoming(Struct, tag_field="t", kw_only=True):
 
 
 class ModelEntry(Struct, kw_only=True):
-    """A model that may be loaded: a local folder where `path` is given, else a hub id."""
+    """A model that may be loaded: a local folder where `path` is given, else a hub id. `fallbacks` take the place of those
+    in the catalog."""
 
     id: ModelId
     path: Path | None = None
     revision: Revision | None = None
+    fallbacks: ModelIds | None = None
 
 
 class Config(Struct, kw_only=True):
-    models: Annotated[list[ModelEntry], Meta(description="a list of maps with id, path and revision")] = []
+    models: Annotated[
+        list[ModelEntry], Meta(description="a list of maps with id, path, revision and fallbacks")
+    ] = []
     default_model: ModelId = "starweave/tiny"
     device: Annotated[
         str,
@@ -286,6 +290,7 @@ class Card(Struct, kw_only=True):
     defaults: Defaults
     limits: Limits
     memory_bytes: int
+    fallbacks: list[str] = []
     bytes: int | None = None
     parked: bool = False
     idle_ms: int | None = None
@@ -381,11 +386,23 @@ class Running(Struct, kw_only=True):
     steps: int = 0
     step_age_ms: int = 0
     step_ms: int = 0
+    waits: bool = False
 
 
 class DeviceMemory(Struct, kw_only=True):
     used: int
     total: int
+
+
+class DeviceWork(Struct, kw_only=True):
+    age_ms: int
+    usual_ms: int
+    known: bool
+
+
+class Load(Struct, kw_only=True):
+    model: str
+    age_ms: int
 
 
 class Counters(Struct, kw_only=True):
@@ -404,6 +421,8 @@ class Snapshot(Struct, kw_only=True):
     running: list[Running] = []
     resident: list[str] = []
     device_memory: DeviceMemory | None = None
+    device_work: DeviceWork | None = None
+    loads: list[Load] = []
     counters: Counters = msgspec.field(default_factory=Counters)
 
 
@@ -418,6 +437,8 @@ class Vitals(Outgoing, kw_only=True):
     running: list[Running]
     resident: list[str]
     device_memory: DeviceMemory | None
+    device_work: DeviceWork | None = None
+    loads: list[Load] = []
     rss: int
     counters: Counters
 

@@ -30,7 +30,9 @@ class Sidecar:
         self.phase = "starting"
         self.interval_s = 0.05
         self.capacity = 8
+        self.config: Message = {}
         self.running: dict[str, Message] = {}
+        self.accepted: dict[str, float] = {}
         self.received: list[list[str | None]] = []
         self.started = time.monotonic()
         self._sequence = 0
@@ -48,8 +50,9 @@ class Sidecar:
 
     def on_hello(self, hello: Message) -> None:
         self.generation = hello["g"]
-        self.capacity = hello["config"]["capacity"]
-        self.interval_s = hello["config"]["heartbeat_interval_ms"] / 1000
+        self.config = hello["config"]
+        self.capacity = self.config["capacity"]
+        self.interval_s = self.config["heartbeat_interval_ms"] / 1000
         self.phase = "ready"
         self.send("ready", **self.ready())
 
@@ -97,6 +100,7 @@ class Sidecar:
 
     def accept(self, request: Message) -> None:
         self.running[request["id"]] = request
+        self.accepted[request["id"]] = time.monotonic()
         self.send(
             "accepted",
             id=request["id"],
@@ -166,6 +170,7 @@ class Sidecar:
             "descriptors": [fd for fd in range(256) if is_open(fd)],
             "arguments": sys.argv[1:4],
             "generation": self.generation,
+            "config": self.config,
         }
 
     # Heartbeats
@@ -191,11 +196,20 @@ class Sidecar:
                 device_memory=None,
                 rss=1,
                 counters={"accepted": 0, "done": 0, "failed": 0, "cancelled": 0},
+                **self.work(),
             )
             self._sequence += 1
 
     def state_of(self, id: str) -> Message:
         return {"id": id, "phase": "denoising", "step": 1, "steps": 4, "step_age_ms": 0, "step_ms": 1}
+
+    def work(self) -> Message:
+        """What else a heartbeat may tell: the fields that came later."""
+        return {}
+
+    def age_ms(self, id: str) -> int:
+        """Since the request was accepted; 0 for one that was not."""
+        return int((time.monotonic() - self.accepted.get(id, time.monotonic())) * 1000)
 
     # Frames
 
