@@ -71,20 +71,20 @@ defmodule StarweaveImage.Journal do
   One that is not finished keeps its job: the same id is the same request. One that is finished is begun anew.
   """
   @spec accept(GenServer.server(), String.t(), map) :: :ok
-  def accept(journal, id, job), do: cast(journal, {:accept, id, job})
+  def accept(journal, id, job) when is_binary(id), do: cast(journal, {:accept, id, job})
 
   @doc "A request was begun for the n-th time; ignored if it is unknown or finished."
   @spec attempt(GenServer.server(), String.t(), pos_integer) :: :ok
-  def attempt(journal, id, n), do: cast(journal, {:attempt, id, n})
+  def attempt(journal, id, n) when is_binary(id), do: cast(journal, {:attempt, id, n})
 
   @doc "A request has ended; ignored if it is unknown. Of several ends the last one counts."
   @spec finish(GenServer.server(), String.t(), result) :: :ok
-  def finish(journal, id, result),
+  def finish(journal, id, result) when is_binary(id),
     do: cast(journal, {:finish, id, System.system_time(:millisecond), result})
 
   @doc "Nobody will ask for a request again, finished or not; ignored if it is unknown."
   @spec forget(GenServer.server(), String.t()) :: :ok
-  def forget(journal, id), do: cast(journal, {:forget, id})
+  def forget(journal, id) when is_binary(id), do: cast(journal, {:forget, id})
 
   @doc """
   The result of a finished request, read and checked in the calling process.
@@ -147,7 +147,8 @@ defmodule StarweaveImage.Journal do
   end
 
   @impl true
-  def terminate(_reason, state), do: commit(state)
+  def terminate(reason, state) when reason in [:normal, :shutdown], do: commit(state)
+  def terminate(_reason, _state), do: :ok
 
   @impl true
   def handle_continue(:open, state), do: state |> try_open() |> noreply()
@@ -171,10 +172,8 @@ defmodule StarweaveImage.Journal do
         {:reply, answer, state}
 
       {:error, reason, state} ->
-        refused = if request == :recover, do: [pid], else: []
-
-        {:reply, {:error, sentence(reason)},
-         %{state | refused: Enum.uniq(refused ++ state.refused)}}
+        told = if request == :recover, do: Enum.uniq([pid | state.refused]), else: state.refused
+        {:reply, {:error, sentence(reason)}, %{state | refused: told}}
     end
   end
 
@@ -256,7 +255,7 @@ defmodule StarweaveImage.Journal do
 
   defp note(index, {:attempt, id, n}, _place) do
     case index do
-      %{^id => %{finish: nil} = entry} -> %{index | id => %{entry | attempts: n}}
+      %{^id => entry} -> %{index | id => %{entry | attempts: n}}
       _ -> index
     end
   end
@@ -276,6 +275,8 @@ defmodule StarweaveImage.Journal do
 
   defp blobs(%{finish: %{blobs: blobs}}), do: blobs
   defp blobs(_entry), do: []
+
+  defp used_blobs(state), do: state.index |> Map.values() |> Enum.flat_map(&blobs/1)
 
   defp places(entry),
     do: Enum.reject([entry.accept, entry.finish && entry.finish.place], &is_nil/1)
@@ -330,19 +331,10 @@ defmodule StarweaveImage.Journal do
         with {:ok, stored} <- stored,
              {:ok, payload} <- Record.encode(stored),
              {:ok, bytes} <- Log.record(payload) do
-          place = {group.size, IO.iodata_length(bytes)}
-
-          answered(
-            %{
-              group
-              | index: note(group.index, stored, place),
-                size: Enum.sum(Tuple.to_list(place)),
-                bytes: [group.bytes, bytes]
-            },
-            pid,
-            record,
-            :ok
-          )
+          size = IO.iodata_length(bytes)
+          index = note(group.index, stored, {group.size, size})
+          group = %{group | index: index, size: group.size + size, bytes: [group.bytes, bytes]}
+          answered(group, pid, record, :ok)
         else
           error -> answered(group, pid, record, error)
         end
@@ -391,28 +383,20 @@ defmodule StarweaveImage.Journal do
   # What is forgotten is so all the same, and logged with the next group: its files make room for that.
   defp not_appended(state, batch, reason) do
     forgotten = for {_pid, {:forget, id}} <- batch, is_map_key(state.index, id), do: id
+    index = Map.drop(state.index, forgotten)
+    unlogged = Enum.uniq(state.unlogged ++ forgotten)
     :file.close(state.file)
-
-    state =
-      trouble(
-        %{
-          state
-          | file: nil,
-            index: Map.drop(state.index, forgotten),
-            unlogged: Enum.uniq(state.unlogged ++ forgotten)
-        },
-        reason
-      )
+    state = trouble(%{state | file: nil, index: index, unlogged: unlogged}, reason)
 
     # Which cuts off what was written of the group.
-    with {:error, _reason, state} <- usable(state), do: state, else: ({:ok, state} -> state)
+    try_open(state)
   end
 
   # Those of them that no result has any more.
   defp drop_blobs(_state, []), do: :ok
 
   defp drop_blobs(state, blobs) do
-    used = state.index |> Map.values() |> Enum.flat_map(&blobs/1) |> MapSet.new()
+    used = MapSet.new(used_blobs(state))
     for blob <- blobs, blob not in used, do: Folder.delete_blob(state.folder, blob)
   end
 
@@ -431,28 +415,36 @@ defmodule StarweaveImage.Journal do
 
   defp usable(%{file: nil} = state) do
     with :ok <- Folder.create(state.folder),
-         :ok <- if(state.locked?, do: :ok, else: Lock.take(state.folder)),
-         state = %{state | locked?: true},
-         {:ok, file} <- open_file(state) do
-      opened = if state.open?, do: reopen(state, file), else: load(state, file)
-
-      case opened do
-        {:ok, %{file: nil} = state} ->
-          usable(state)
-
-        {:ok, state} ->
-          {:ok, state}
-
-        {:error, reason} ->
-          :file.close(file)
-          closed(state, reason)
-      end
+         {:ok, state} <- locked(state),
+         {:ok, state} <- with_file(state) do
+      # Closed again if its new name could not be made durable.
+      usable(state)
     else
       {:error, reason} -> closed(state, reason)
+      {:error, reason, state} -> closed(state, reason)
     end
   end
 
   defp usable(state), do: {:ok, state}
+
+  # Once for ever: another one may use the folder only when this process is gone.
+  defp locked(%{locked?: true} = state), do: {:ok, state}
+
+  defp locked(state) do
+    with :ok <- Lock.take(state.folder), do: {:ok, %{state | locked?: true}}
+  end
+
+  defp with_file(state) do
+    # Not with :append: a group is written at its own place, over what may be left of one that failed.
+    with {:ok, file} <- :file.open(path(state, "journal"), [:read, :write, :raw, :binary]),
+         {:error, reason} <- if(state.open?, do: reopen(state, file), else: load(state, file)) do
+      :file.close(file)
+      {:error, reason, state}
+    else
+      {:ok, state} -> {:ok, state}
+      {:error, reason} -> {:error, reason, state}
+    end
+  end
 
   defp closed(state, reason) do
     timer = state.timer || Process.send_after(self(), :open, @retry_ms)
@@ -469,9 +461,6 @@ defmodule StarweaveImage.Journal do
     %{state | problem: sentence}
   end
 
-  # Not opened with :append, since a group is written at its own place, over what was left of one that failed.
-  defp open_file(state), do: :file.open(path(state, "journal"), [:read, :write, :raw, :binary])
-
   defp load(state, file) do
     _ = File.rm(path(state, "journal.new"))
 
@@ -479,27 +468,19 @@ defmodule StarweaveImage.Journal do
          {:ok, index, %{damaged: damaged, torn: torn}} <-
            Log.fold(reader(file), size, %{}, &replay/3),
          :ok <- set_size(file, size - torn),
-         :ok <- Folder.sync(state.folder),
          state = %{state | file: file, size: size - torn, index: index, damaged: damaged},
-         {:ok, state} <- check_images(state, index) do
-      if torn > 0,
-        do:
-          Logger.info(
-            "the last #{torn} bytes of the journal in #{state.folder} were never written to their end"
-          )
+         {:ok, state} <- check_images(state, index),
+         :ok <- Folder.sweep(state.folder, used_blobs(state)) do
+      cut =
+        "the last #{torn} bytes of the journal in #{state.folder} were never written to their end"
 
+      if torn > 0, do: Logger.info(cut)
       if state.problem, do: Logger.info("the journal in #{state.folder} can be used now")
       for pid <- state.refused, do: send(pid, {:journal, :open, :ok})
       state = %{state | open?: true, problem: nil, refused: []}
-      Folder.sweep(state.folder, state.index |> Map.values() |> Enum.flat_map(&blobs/1))
 
-      if damaged > 0 do
-        report(state, damaged, 0)
-        keep_aside(state)
-        {:ok, rewrite(state)}
-      else
-        {:ok, compact(state)}
-      end
+      if damaged > 0, do: report(state, damaged, 0)
+      {:ok, if(damaged > 0 and keep_aside(state), do: rewrite(state), else: compact(state))}
     end
   end
 
@@ -510,8 +491,8 @@ defmodule StarweaveImage.Journal do
              :ok <- Folder.sync(state.folder),
              do: {:ok, %{state | file: file}}
 
-      # Somebody else has emptied or removed it: what was known of it is not there any more.
       {:ok, _size} ->
+        Logger.error("somebody else has removed or cut the journal in #{state.folder}")
         load(state, file)
 
       error ->
@@ -568,14 +549,25 @@ defmodule StarweaveImage.Journal do
     })
   end
 
+  # A second name for the file, or a copy where there are no second names.
   defp keep_aside(state) do
     name = "damaged-#{System.system_time(:millisecond)}"
+    [journal, aside] = for name <- ["journal", name], do: path(state, name)
 
-    case File.ln(path(state, "journal"), path(state, name)) do
-      :ok -> Logger.error("what was the journal in #{state.folder} is kept there as #{name}")
-      {:error, reason} -> Logger.error("the damaged journal cannot be kept: #{sentence(reason)}")
+    with {:error, _reason} <- File.ln(journal, aside),
+         {:error, reason} <- File.cp(journal, aside) do
+      _ = File.rm(aside)
+      Logger.error("a copy of the damaged journal cannot be kept: #{sentence(reason)}")
+      false
+    else
+      :ok ->
+        Logger.error("what was the journal in #{state.folder} is kept there as #{name}")
+        forget_aside(state)
+        true
     end
+  end
 
+  defp forget_aside(state) do
     with {:ok, names} <- File.ls(state.folder) do
       kept = names |> Enum.filter(&String.starts_with?(&1, "damaged-")) |> Enum.sort(:desc)
       for name <- Enum.drop(kept, @kept_aside), do: File.rm(path(state, name))

@@ -40,7 +40,7 @@ defmodule StarweaveImage.Journal.Folder do
 
   # By systems that cannot do it for a folder.
   defp refused?(result),
-    do: result in for(reason <- ~w(einval enotsup eisdir)a, do: {:error, reason})
+    do: result in for(reason <- ~w(einval enotsup eisdir eacces)a, do: {:error, reason})
 
   @spec put_blob(Path.t(), binary) :: {:ok, sha256 :: String.t()} | {:error, File.posix()}
   def put_blob(folder, data) do
@@ -76,8 +76,12 @@ defmodule StarweaveImage.Journal.Folder do
     :ok
   end
 
-  @doc "Deletes all image files but these, and what was not written to its end."
-  @spec sweep(Path.t(), [String.t()]) :: :ok
+  @doc """
+  Deletes all image files but these, and what was not written to its end.
+
+  And makes durable what a process that was killed has left without: the folder, and those in it.
+  """
+  @spec sweep(Path.t(), [String.t()]) :: :ok | {:error, File.posix()}
   def sweep(folder, blobs) do
     kept = MapSet.new(blobs)
 
@@ -86,7 +90,11 @@ defmodule StarweaveImage.Journal.Folder do
         not MapSet.member?(kept, Path.basename(file)),
         do: File.rm(file)
 
-    :ok
+    shelves = Path.join(folder, "blobs")
+
+    with :ok <- sync(Path.dirname(folder)),
+         :ok <- sync(folder),
+         do: if(File.dir?(shelves), do: sync(shelves), else: :ok)
   end
 
   defp list(folder) do

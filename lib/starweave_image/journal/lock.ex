@@ -17,7 +17,7 @@ defmodule StarweaveImage.Journal.Lock do
   def take(folder), do: take(folder, @tries)
 
   defp take(folder, tries) do
-    case through_link(folder, &listen/1) do
+    case with_short_path(folder, &listen/1) do
       {:error, :held} when tries > 1 ->
         # Two that withdrew from each other must not go on doing so.
         Process.sleep(:rand.uniform(20))
@@ -29,7 +29,9 @@ defmodule StarweaveImage.Journal.Lock do
   end
 
   # The path of a unix socket has room for some 100 bytes, the folder's may be longer.
-  defp through_link(folder, fun) do
+  defp with_short_path(folder, fun) when byte_size(folder) <= 80, do: fun.(folder)
+
+  defp with_short_path(folder, fun) do
     name = "starweave_image-#{random()}"
     link = Path.join(System.tmp_dir() || "/tmp", name)
     link = if byte_size(link) > 80, do: Path.join("/tmp", name), else: link

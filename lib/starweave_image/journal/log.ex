@@ -1,23 +1,25 @@
 defmodule StarweaveImage.Journal.Log do
   @moduledoc false
 
-  # The bytes of an append-only log, without a file:
+  # The bytes of an append-only log, without a file. A record is
   #
   #     marker   4 bytes   C1 53 57 01
-  #     size     u32       bytes of the payload as it stands here, at most 64 MiB
-  #     sum      u32       CRC-32 of the payload as it stands here
-  #     check    u32       CRC-32 of the 12 bytes before
-  #     payload            with a 00 put behind every C1 53 57 in it
+  #     mask     4 bytes   what the body is XORed with, over and over; mostly 0
+  #     size     u32       bytes of the body, at most 64 MiB
+  #     sum      u32       CRC-32 of the body
+  #     check    u32       CRC-32 of the 16 bytes before
+  #     body               the payload, masked, and FF
   #
-  # So the marker stands nowhere but at the start of a record: after damage the next record is found by it,
-  # and nothing that a user put into a prompt or a picture is ever taken for one.
+  # The mask is chosen so that the marker is not in the body. So it stands nowhere but at the start of a
+  # record: after damage the next record is found by it, and nothing that a user put into a prompt or a picture
+  # is ever taken for one.
   #
-  # The check makes a length trustworthy before anything is read for it, and tells a record whose end was
+  # The check makes a size trustworthy before anything is read for it. Together with the FF, which tells the
+  # end of a record from the zeros of a file that grew and was not written, it tells a record whose end was
   # never written (a torn tail: power was lost, the process killed) from one that was damaged later.
 
-  @prefix <<0xC1, "SW">>
-  @marker <<@prefix::binary, 1>>
-  @header 16
+  @marker <<0xC1, "SW", 1>>
+  @header 20
   @max_size 64 * 1024 * 1024
   @chunk 64 * 1024
 
@@ -29,18 +31,15 @@ defmodule StarweaveImage.Journal.Log do
           (offset :: non_neg_integer, count :: pos_integer ->
              {:ok, binary} | {:error, reason :: atom})
 
-  @spec record(iodata) :: {:ok, iodata} | {:error, :too_large}
-  def record(payload) do
-    payload = payload |> IO.iodata_to_binary() |> escape()
-    size = byte_size(payload)
-
-    if size <= @max_size do
-      head = <<@marker, size::32, :erlang.crc32(payload)::32>>
-      {:ok, [head, <<:erlang.crc32(head)::32>>, payload]}
-    else
-      {:error, :too_large}
-    end
+  @spec record(binary) :: {:ok, iodata} | {:error, :too_large}
+  def record(payload) when byte_size(payload) < @max_size do
+    {mask, masked} = masked(payload, <<0::32>>)
+    body = [masked, 0xFF]
+    head = <<@marker, mask::binary, byte_size(payload) + 1::32, :erlang.crc32(body)::32>>
+    {:ok, [head, <<:erlang.crc32(head)::32>> | body]}
   end
+
+  def record(_payload), do: {:error, :too_large}
 
   @doc "The payload of the record that stands at a place, if it is whole."
   @spec payload(read, place) :: {:ok, binary} | :damaged | {:error, atom}
@@ -63,13 +62,13 @@ defmodule StarweaveImage.Journal.Log do
           {:ok, acc, %{damaged: non_neg_integer, torn: non_neg_integer}} | {:error, atom}
         when acc: term
   def fold(read, size, acc, fun) do
-    {acc, damaged, torn} = walk(read, 0, size, acc, fun, 0)
-    {:ok, acc, %{damaged: damaged, torn: torn}}
+    {acc, damaged, last} = walk(read, 0, without_zeros(read, size), acc, fun, 0)
+    {:ok, acc, %{damaged: damaged, torn: size - last}}
   catch
     {__MODULE__, reason} -> {:error, reason}
   end
 
-  defp walk(_read, size, size, acc, _fun, damaged), do: {acc, damaged, 0}
+  defp walk(_read, size, size, acc, _fun, damaged), do: {acc, damaged, size}
 
   defp walk(read, offset, size, acc, fun, damaged) do
     case at(read, offset, size) do
@@ -81,8 +80,8 @@ defmodule StarweaveImage.Journal.Log do
 
       bad ->
         case next(read, offset + 1, size) do
-          nil when bad == :torn -> {acc, damaged, size - offset}
-          nil -> {acc, damaged + 1, 0}
+          nil when bad == :torn -> {acc, damaged, offset}
+          nil -> {acc, damaged + 1, size}
           next -> walk(read, next, size, acc, fun, damaged + 1)
         end
     end
@@ -91,50 +90,60 @@ defmodule StarweaveImage.Journal.Log do
   defp at(_read, offset, size) when size - offset < @header, do: :torn
 
   defp at(read, offset, size) do
-    with <<@marker, length::32, sum::32, check::32>> = header <- bytes(read, offset, @header),
-         true <- :erlang.crc32(binary_part(header, 0, 12)) == check and length <= @max_size do
+    header = bytes(read, offset, @header)
+
+    with <<@marker, mask::binary-size(4), length::32, sum::32, check::32>> <- header,
+         true <- :erlang.crc32(binary_part(header, 0, 16)) == check and length <= @max_size do
       next = offset + @header + length
-      if next > size, do: :torn, else: whole(bytes(read, offset + @header, length), sum, next)
+
+      if next > size,
+        do: :torn,
+        else: whole(bytes(read, offset + @header, length), mask, sum, next)
     else
-      # What a file system may leave of a file that grew and was not written.
-      <<0::128>> -> if zeros?(read, offset, size), do: :torn, else: :damaged
       _no_header -> :damaged
     end
   end
 
-  defp whole(payload, sum, next),
-    do: if(:erlang.crc32(payload) == sum, do: {:ok, unescape(payload), next}, else: :damaged)
+  defp whole(body, mask, sum, next) do
+    if :erlang.crc32(body) == sum and body != "" and :binary.last(body) == 0xFF,
+      do: {:ok, body |> binary_part(0, byte_size(body) - 1) |> unmasked(mask), next},
+      else: :damaged
+  end
 
   # The next offset, from this one on, at which a whole record stands.
   defp next(_read, offset, size) when size - offset < @header, do: nil
 
   defp next(read, offset, size) do
     count = min(@chunk, size - offset)
+    found = read |> bytes(offset, count) |> :binary.matches(@marker)
 
-    case :binary.match(bytes(read, offset, count), @marker) do
-      {found, _} ->
-        case at(read, offset + found, size) do
-          {:ok, _payload, _next} -> offset + found
-          _bad -> next(read, offset + found + 1, size)
-        end
-
+    case Enum.find(found, fn {at, _} -> match?({:ok, _, _}, at(read, offset + at, size)) end) do
+      {at, _} -> offset + at
       # A marker may begin in the last three bytes.
-      :nomatch when count == @chunk ->
-        next(read, offset + count - 3, size)
-
-      :nomatch ->
-        nil
+      nil when count == @chunk -> next(read, offset + count - 3, size)
+      nil -> nil
     end
   end
 
-  defp zeros?(_read, size, size), do: true
+  # The size without the zeros at the end.
+  defp without_zeros(_read, 0), do: 0
 
-  defp zeros?(read, offset, size) do
-    count = min(@chunk, size - offset)
+  defp without_zeros(read, size) do
+    count = min(@chunk, size)
 
-    bytes(read, offset, count) == <<0::size(count)-unit(8)>> and
-      zeros?(read, offset + count, size)
+    case zeros(bytes(read, size - count, count), count) do
+      ^count -> without_zeros(read, size - count)
+      zeros -> size - zeros
+    end
   end
+
+  defp zeros(bytes, count) when count > 0 do
+    if :binary.last(bytes) == 0,
+      do: 1 + zeros(binary_part(bytes, 0, count - 1), count - 1),
+      else: 0
+  end
+
+  defp zeros(_bytes, 0), do: 0
 
   defp bytes(_read, _offset, 0), do: ""
 
@@ -146,6 +155,18 @@ defmodule StarweaveImage.Journal.Log do
     end
   end
 
-  defp escape(payload), do: :binary.replace(payload, @prefix, @prefix <> <<0>>, [:global])
-  defp unescape(payload), do: :binary.replace(payload, @prefix <> <<0>>, @prefix, [:global])
+  defp masked(payload, mask) do
+    masked = unmasked(payload, mask)
+
+    if :binary.match(masked, @marker) == :nomatch,
+      do: {mask, masked},
+      else: masked(payload, :crypto.strong_rand_bytes(4))
+  end
+
+  defp unmasked(payload, <<0::32>>), do: payload
+
+  defp unmasked(payload, mask) do
+    size = byte_size(payload)
+    :crypto.exor(payload, binary_part(:binary.copy(mask, div(size, 4) + 1), 0, size))
+  end
 end

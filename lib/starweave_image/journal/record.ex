@@ -27,10 +27,12 @@ defmodule StarweaveImage.Journal.Record do
   @images Map.keys(Image.__struct__()) -- [:__struct__, :data, :format, :timings]
   @blob ~r/\A[0-9a-f]{64}\z/
 
-  @spec encode(t) :: {:ok, iodata} | {:error, :unencodable}
+  @spec encode(t) :: {:ok, binary} | {:error, :unencodable}
   def encode(record) do
-    with {:error, _reason} <- record |> fields() |> plain() |> Msgpack.encode(),
-         do: {:error, :unencodable}
+    case record |> fields() |> plain() |> Msgpack.encode() do
+      {:ok, payload} -> {:ok, IO.iodata_to_binary(payload)}
+      {:error, _reason} -> {:error, :unencodable}
+    end
   end
 
   @spec decode(binary) :: {:ok, t} | :error
