@@ -12,6 +12,7 @@ defmodule StarweaveImage.Telemetry do
   | `[:starweave, :image, :request, :again]` | `attempts` | `id`, `reason`: its sidecar `:died`, it `:yielded` to an interactive request, or it `:failed` in a way that may pass |
   | `[:starweave, :image, :request, :progress]` | `step`, `steps` | `id`, `phase`, `image` |
   | `[:starweave, :image, :queue, :rejected]` | `queued`, `bytes` | `id`, `kind` |
+  | `[:starweave, :image, :journal, :damaged]` | `records`, `images`: how many are damaged or gone | |
   | `[:starweave, :image, :sidecar, :start]` | `system_time` | `index`, `generation`, `os_pid` |
   | `[:starweave, :image, :sidecar, :ready]` | `duration` | `index`, `generation`, `os_pid`, `device`, `dtype` |
   | `[:starweave, :image, :sidecar, :heartbeat]` | `rss`, `running`, `grant` | `index`, `generation`, `phase` |

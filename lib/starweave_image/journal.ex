@@ -1,0 +1,690 @@
+defmodule StarweaveImage.Journal do
+  @moduledoc false
+
+  # What an instance must not forget when its BEAM is killed: the requests that it accepted, how often
+  # each was begun, and how each ended. docs/journal.md says what is promised and what lies in the folder.
+  #
+  # Its callers are never blocked by a disk: they are told by `{:journal, {operation, id}, :ok | {:error, sentence}}`
+  # when what they asked for is durable, or that it is not. Whatever waits is written together and synced once.
+  #
+  # In memory are only the places of the records, by id.
+
+  use GenServer
+  require Logger
+
+  alias StarweaveImage.{Error, Image, Telemetry}
+  alias StarweaveImage.Journal.{Folder, Lock, Log, Record}
+
+  @group 64
+  @compact_above 1024 * 1024
+  @kept_aside 4
+  @retry_ms 1_000
+
+  defstruct [
+    :folder,
+    :instance,
+    :compact_above,
+    :compact_at,
+    :file,
+    :problem,
+    :timer,
+    open?: false,
+    locked?: false,
+    size: 0,
+    index: %{},
+    damaged: 0,
+    batch: [],
+    unlogged: [],
+    refused: []
+  ]
+
+  @type operation :: :accept | :attempt | :finish | :forget
+  @type result :: {:ok, [Image.t()]} | {:error, Error.t()}
+  @type unfinished :: %{id: String.t(), job: map, attempts: non_neg_integer}
+  @type finished :: %{id: String.t(), finished_at: integer}
+
+  @doc """
+  Starts the journal of a `:folder`, registered as `:name`.
+
+  It starts also where the folder cannot be used; every operation then says why, and it tries again by itself.
+  `:instance` is for telemetry; above `:compact_above` bytes a log that is mostly dead is written anew.
+  """
+  @spec start_link(keyword) :: GenServer.on_start()
+  def start_link(opts) do
+    # The state holds no large binaries, but what was written last may stay in the heap.
+    GenServer.start_link(__MODULE__, opts, name: opts[:name], hibernate_after: 5_000)
+  end
+
+  @doc """
+  What the journal knows: the unfinished in the order of their acceptance, the finished in that of their end.
+
+  After an error the caller is told by `{:journal, :open, :ok}` when the folder can be used, to ask again.
+  """
+  @spec recover(GenServer.server()) ::
+          %{unfinished: [unfinished], finished: [finished], damaged: non_neg_integer}
+          | {:error, String.t()}
+  def recover(journal), do: call(journal, :recover)
+
+  @doc """
+  A request is to be done: `job` is a map of MessagePack's types with text as keys, binaries of any bytes included.
+
+  One that is not finished keeps its job: the same id is the same request. One that is finished is begun anew.
+  """
+  @spec accept(GenServer.server(), String.t(), map) :: :ok
+  def accept(journal, id, job) when is_binary(id), do: cast(journal, {:accept, id, job})
+
+  @doc "A request was begun for the n-th time; ignored if it is unknown or finished."
+  @spec attempt(GenServer.server(), String.t(), pos_integer) :: :ok
+  def attempt(journal, id, n) when is_binary(id), do: cast(journal, {:attempt, id, n})
+
+  @doc "A request has ended; ignored if it is unknown. Of several ends the last one counts."
+  @spec finish(GenServer.server(), String.t(), result) :: :ok
+  def finish(journal, id, result) when is_binary(id),
+    do: cast(journal, {:finish, id, System.system_time(:millisecond), result})
+
+  @doc "Nobody will ask for a request again, finished or not; ignored if it is unknown."
+  @spec forget(GenServer.server(), String.t()) :: :ok
+  def forget(journal, id) when is_binary(id), do: cast(journal, {:forget, id})
+
+  @doc """
+  The result of a finished request, read and checked in the calling process.
+
+  An image file that is gone or damaged makes its request unfinished again.
+  """
+  @spec result(GenServer.server(), String.t()) ::
+          {:ok, result} | {:unfinished, unfinished} | {:error, String.t()}
+  def result(journal, id) do
+    with :damaged <- read_result(call(journal, {:result, id})),
+         :damaged <- read_result(call(journal, {:check, id})) do
+      {:error, "its files change while they are read"}
+    end
+  end
+
+  defp read_result({:finished, _folder, {:error, error}}), do: {:ok, {:error, error}}
+
+  defp read_result({:finished, folder, {:ok, images}}) do
+    images
+    |> Enum.reduce_while([], fn {image, blob}, read ->
+      case Folder.read_blob(folder, blob) do
+        {:ok, data} -> {:cont, [%{image | data: data} | read]}
+        bad -> {:halt, bad}
+      end
+    end)
+    |> case do
+      :damaged -> :damaged
+      {:error, reason} -> {:error, sentence(reason)}
+      images -> {:ok, {:ok, Enum.reverse(images)}}
+    end
+  end
+
+  defp read_result(other), do: other
+
+  defp cast(journal, record), do: GenServer.cast(journal, {:append, self(), record})
+
+  defp call(journal, request) do
+    GenServer.call(journal, request, :infinity)
+  catch
+    :exit, _reason -> {:error, "the journal does not run"}
+  end
+
+  ## The process
+
+  @impl true
+  def init(opts) do
+    # So that `terminate/2` runs, after all that was asked for before the end.
+    Process.flag(:trap_exit, true)
+    Logger.metadata(instance: opts[:instance])
+    compact_above = opts[:compact_above] || @compact_above
+
+    state = %__MODULE__{
+      folder: Path.expand(opts[:folder]),
+      instance: opts[:instance],
+      compact_above: compact_above,
+      compact_at: compact_above
+    }
+
+    {:ok, state, {:continue, :open}}
+  end
+
+  @impl true
+  def terminate(reason, state) when reason in [:normal, :shutdown], do: commit(state)
+  def terminate(_reason, _state), do: :ok
+
+  @impl true
+  def handle_continue(:open, state), do: state |> try_open() |> noreply()
+
+  @impl true
+  def handle_cast({:append, pid, record}, state) do
+    state = %{state | batch: [{pid, record} | state.batch]}
+    noreply(if length(state.batch) >= @group, do: commit(state), else: state)
+  end
+
+  @impl true
+  def handle_info(:timeout, state), do: state |> commit() |> noreply()
+  def handle_info(:open, state), do: %{state | timer: nil} |> try_open() |> noreply()
+  def handle_info(_message, state), do: noreply(state)
+
+  @impl true
+  def handle_call(request, {pid, _}, state) do
+    case state |> commit() |> usable() do
+      {:ok, state} ->
+        {answer, state} = answer(request, state)
+        {:reply, answer, state}
+
+      {:error, reason, state} ->
+        told = if request == :recover, do: Enum.uniq([pid | state.refused]), else: state.refused
+        {:reply, {:error, sentence(reason)}, %{state | refused: told}}
+    end
+  end
+
+  # The timeout of 0 comes when the mailbox is empty: all that waited there is one group.
+  defp noreply(%{batch: []} = state), do: {:noreply, state}
+  defp noreply(state), do: {:noreply, state, 0}
+
+  defp answer(:recover, state) do
+    {finished, unfinished} =
+      Enum.split_with(in_order(state.index), fn {_, entry} -> entry.finish end)
+
+    finished = for {id, %{finish: %{at: at}}} <- finished, do: %{id: id, finished_at: at}
+    jobs = for {id, entry} <- unfinished, do: job(state, id, entry)
+    lost = Enum.count(jobs, &(&1 == {:error, :damaged}))
+    if lost > 0, do: report(state, lost, 0)
+
+    case Enum.find(jobs, &(match?({:error, _}, &1) and &1 != {:error, :damaged})) do
+      {:error, reason} ->
+        {{:error, sentence(reason)}, state}
+
+      nil ->
+        {%{
+           unfinished: for({:ok, job} <- jobs, do: job),
+           finished: Enum.sort_by(finished, & &1.finished_at),
+           damaged: state.damaged + lost
+         }, state}
+    end
+  end
+
+  defp answer({:check, id}, state) do
+    case check_images(state, Map.take(state.index, [id])) do
+      {:ok, state} -> answer({:result, id}, state)
+      {:error, reason} -> {{:error, sentence(reason)}, state}
+    end
+  end
+
+  defp answer({:result, id}, state) do
+    answer =
+      case state.index do
+        %{^id => %{finish: nil} = entry} ->
+          with {:ok, job} <- job(state, id, entry), do: {:unfinished, job}
+
+        %{^id => %{finish: %{place: place}}} ->
+          with {:ok, {:finish, _id, _at, outcome}} <- read_record(state.file, place),
+               do: {:finished, state.folder, outcome}
+
+        _ ->
+          {:error, :unknown}
+      end
+
+    with {:error, reason} <- answer,
+         do: {{:error, sentence(reason)}, state},
+         else: (_ -> {answer, state})
+  end
+
+  defp job(state, id, %{accept: place, attempts: attempts}) do
+    with {:ok, {:accept, _id, job}} <- read_record(state.file, place),
+         do: {:ok, %{id: id, job: job, attempts: attempts}}
+  end
+
+  defp read_record(file, place) do
+    with {:ok, payload} <- Log.payload(reader(file), place),
+         {:ok, record} <- Record.decode(payload) do
+      {:ok, record}
+    else
+      {:error, reason} -> {:error, reason}
+      _damaged -> {:error, :damaged}
+    end
+  end
+
+  ## The index: of each request, where its records stand
+
+  defp note(index, {:accept, id, _job}, place) do
+    case index do
+      %{^id => %{finish: nil}} -> index
+      _ -> Map.put(index, :binary.copy(id), %{accept: place, attempts: 0, finish: nil})
+    end
+  end
+
+  defp note(index, {:attempt, id, n}, _place) do
+    case index do
+      %{^id => entry} -> %{index | id => %{entry | attempts: n}}
+      _ -> index
+    end
+  end
+
+  # A result whose request is not known was read from a log that lost the request: it is still a result.
+  defp note(index, {:finish, id, at, outcome}, place) do
+    blobs =
+      with {:ok, images} <- outcome,
+           do: for({_image, blob} <- images, do: :binary.copy(blob)),
+           else: (_ -> [])
+
+    entry = Map.get(index, id, %{accept: nil, attempts: 0, finish: nil})
+    Map.put(index, :binary.copy(id), %{entry | finish: %{place: place, at: at, blobs: blobs}})
+  end
+
+  defp note(index, {:forget, id}, _place), do: Map.delete(index, id)
+
+  defp blobs(%{finish: %{blobs: blobs}}), do: blobs
+  defp blobs(_entry), do: []
+
+  defp used_blobs(state), do: state.index |> Map.values() |> Enum.flat_map(&blobs/1)
+
+  defp places(entry),
+    do: Enum.reject([entry.accept, entry.finish && entry.finish.place], &is_nil/1)
+
+  defp in_order(index), do: Enum.sort_by(index, fn {_id, entry} -> hd(places(entry)) end)
+
+  ## Appending
+
+  defp commit(%{batch: []} = state), do: state
+
+  defp commit(state) do
+    batch = Enum.reverse(state.batch)
+
+    case usable(%{state | batch: []}) do
+      {:ok, state} ->
+        append(state, batch)
+
+      {:error, reason, state} ->
+        for {pid, record} <- batch, do: tell(pid, record, {:error, reason})
+        state
+    end
+  end
+
+  defp append(state, batch) do
+    unlogged = for id <- state.unlogged, do: {nil, {:forget, id}}
+    group = %{index: state.index, size: state.size, bytes: [], blobs: [], answers: []}
+    group = Enum.reduce(unlogged ++ batch, group, &join(&2, &1, state))
+    touched = for {_pid, record} <- batch, do: blobs(state.index[elem(record, 1)])
+
+    {result, state} =
+      case write(state.file, state.size, group.bytes) do
+        :ok -> {:ok, appended(state, group)}
+        {:error, reason} -> {{:error, reason}, not_appended(state, batch, reason)}
+      end
+
+    drop_blobs(state, Enum.concat([group.blobs | touched]))
+
+    for {pid, record, answer} <- Enum.reverse(group.answers),
+        do: tell(pid, record, if(answer == :ok, do: result, else: answer))
+
+    if state.file && state.size > state.compact_at, do: compact(state), else: state
+  end
+
+  defp join(group, {pid, record}, state) do
+    case admit(record, group.index[elem(record, 1)], state) do
+      :ignored ->
+        answered(group, pid, record, :ok)
+
+      :ok ->
+        {stored, group} = store(group, record, state)
+
+        with {:ok, stored} <- stored,
+             {:ok, payload} <- Record.encode(stored),
+             {:ok, bytes} <- Log.record(payload) do
+          size = IO.iodata_length(bytes)
+          index = note(group.index, stored, {group.size, size})
+          group = %{group | index: index, size: group.size + size, bytes: [group.bytes, bytes]}
+          answered(group, pid, record, :ok)
+        else
+          error -> answered(group, pid, record, error)
+        end
+    end
+  end
+
+  defp answered(group, pid, record, answer),
+    do: %{group | answers: [{pid, record, answer} | group.answers]}
+
+  defp admit({:accept, _, _}, %{finish: nil}, _state), do: :ignored
+  defp admit({:accept, _, _}, _finished, _state), do: :ok
+  defp admit({:forget, id}, nil, state), do: if(id in state.unlogged, do: :ok, else: :ignored)
+  defp admit(_record, nil, _state), do: :ignored
+  defp admit({:attempt, _, _}, %{finish: finish}, _state) when finish != nil, do: :ignored
+  defp admit(_record, _known, _state), do: :ok
+
+  # The images before the record that refers to them.
+  defp store(group, {:finish, id, at, {:ok, images}}, state) do
+    {images, blobs} =
+      Enum.map_reduce(images, [], fn image, blobs ->
+        case Folder.put_blob(state.folder, image.data) do
+          {:ok, blob} -> {{image, blob}, [blob | blobs]}
+          error -> {error, blobs}
+        end
+      end)
+
+    error = Enum.find(images, &match?({:error, _}, &1))
+    {error || {:ok, {:finish, id, at, {:ok, images}}}, %{group | blobs: blobs ++ group.blobs}}
+  end
+
+  defp store(group, record, _state), do: {{:ok, record}, group}
+
+  defp write(_file, _offset, []), do: :ok
+
+  defp write(file, offset, bytes) do
+    with :ok <- :file.pwrite(file, offset, bytes), do: :file.datasync(file)
+  end
+
+  defp appended(state, %{bytes: []}), do: state
+
+  defp appended(state, group) do
+    if state.problem, do: Logger.info("the journal in #{state.folder} works again")
+    %{state | index: group.index, size: group.size, unlogged: [], problem: nil}
+  end
+
+  # What is forgotten is so all the same, and logged with the next group: its files make room for that.
+  defp not_appended(state, batch, reason) do
+    forgotten = for {_pid, {:forget, id}} <- batch, is_map_key(state.index, id), do: id
+    index = Map.drop(state.index, forgotten)
+    unlogged = Enum.uniq(state.unlogged ++ forgotten)
+    :file.close(state.file)
+    state = trouble(%{state | file: nil, index: index, unlogged: unlogged}, reason)
+
+    # Which cuts off what was written of the group.
+    try_open(state)
+  end
+
+  # Those of them that no result has any more.
+  defp drop_blobs(_state, []), do: :ok
+
+  defp drop_blobs(state, blobs) do
+    used = MapSet.new(used_blobs(state))
+    for blob <- blobs, blob not in used, do: Folder.delete_blob(state.folder, blob)
+  end
+
+  defp tell(nil, _record, _answer), do: :ok
+
+  defp tell(pid, record, answer) do
+    answer = with {:error, reason} <- answer, do: {:error, sentence(reason)}
+    send(pid, {:journal, {elem(record, 0), elem(record, 1)}, answer})
+  end
+
+  ## Opening
+
+  defp try_open(state) do
+    with {:error, _reason, state} <- usable(state), do: state, else: ({:ok, state} -> state)
+  end
+
+  defp usable(%{file: nil} = state) do
+    with :ok <- Folder.create(state.folder),
+         {:ok, state} <- locked(state),
+         {:ok, state} <- with_file(state) do
+      # Closed again if its new name could not be made durable.
+      usable(state)
+    else
+      {:error, reason} -> closed(state, reason)
+      {:error, reason, state} -> closed(state, reason)
+    end
+  end
+
+  defp usable(state), do: {:ok, state}
+
+  # Once for ever: another one may use the folder only when this process is gone.
+  defp locked(%{locked?: true} = state), do: {:ok, state}
+
+  defp locked(state) do
+    with :ok <- Lock.take(state.folder), do: {:ok, %{state | locked?: true}}
+  end
+
+  defp with_file(state) do
+    # Not with :append: a group is written at its own place, over what may be left of one that failed.
+    with {:ok, file} <- :file.open(path(state, "journal"), [:read, :write, :raw, :binary]),
+         {:error, reason} <- if(state.open?, do: reopen(state, file), else: load(state, file)) do
+      :file.close(file)
+      {:error, reason, state}
+    else
+      {:ok, state} -> {:ok, state}
+      {:error, reason} -> {:error, reason, state}
+    end
+  end
+
+  defp closed(state, reason) do
+    timer = state.timer || Process.send_after(self(), :open, @retry_ms)
+    {:error, reason, trouble(%{state | timer: timer}, reason)}
+  end
+
+  # Said once, not for every request.
+  defp trouble(state, reason) do
+    sentence = sentence(reason)
+
+    if state.problem != sentence,
+      do: Logger.error("the journal in #{state.folder} cannot be used: #{sentence}")
+
+    %{state | problem: sentence}
+  end
+
+  defp load(state, file) do
+    _ = File.rm(path(state, "journal.new"))
+
+    with {:ok, size} <- :file.position(file, :eof),
+         {:ok, index, %{damaged: damaged, torn: torn}} <-
+           Log.fold(reader(file), size, %{}, &replay/3),
+         :ok <- set_size(file, size - torn),
+         state = %{state | file: file, size: size - torn, index: index, damaged: damaged},
+         {:ok, state} <- check_images(state, index),
+         :ok <- Folder.sweep(state.folder, used_blobs(state)) do
+      cut =
+        "the last #{torn} bytes of the journal in #{state.folder} were never written to their end"
+
+      if torn > 0, do: Logger.info(cut)
+      if state.problem, do: Logger.info("the journal in #{state.folder} can be used now")
+      for pid <- state.refused, do: send(pid, {:journal, :open, :ok})
+      state = %{state | open?: true, problem: nil, refused: []}
+
+      if damaged > 0, do: report(state, damaged, 0)
+      {:ok, if(damaged > 0 and keep_aside(state), do: rewrite(state), else: compact(state))}
+    end
+  end
+
+  defp reopen(state, file) do
+    case :file.position(file, :eof) do
+      {:ok, size} when size >= state.size ->
+        with :ok <- set_size(file, state.size),
+             :ok <- Folder.sync(state.folder),
+             do: {:ok, %{state | file: file}}
+
+      {:ok, _size} ->
+        Logger.error("somebody else has removed or cut the journal in #{state.folder}")
+        load(state, file)
+
+      error ->
+        error
+    end
+  end
+
+  defp replay(payload, place, index) do
+    case Record.decode(payload) do
+      {:ok, record} -> {:ok, note(index, record, place)}
+      :error -> :damaged
+    end
+  end
+
+  # A request whose images are not what they were is to be done again.
+  defp check_images(state, index) do
+    Enum.reduce_while(index, {:ok, state}, fn {id, entry}, {:ok, state} ->
+      bad =
+        for blob <- blobs(entry),
+            read = Folder.read_blob(state.folder, blob),
+            not match?({:ok, _}, read),
+            do: {blob, read}
+
+      case Enum.find(bad, &match?({_, {:error, _}}, &1)) do
+        {_blob, error} -> {:halt, error}
+        nil when bad == [] -> {:cont, {:ok, state}}
+        nil -> {:cont, {:ok, undone(state, id, entry, for({blob, _} <- bad, do: blob))}}
+      end
+    end)
+  end
+
+  defp undone(state, id, entry, bad) do
+    report(state, 0, length(bad))
+    Enum.each(bad, &Folder.delete_blob(state.folder, &1))
+
+    index =
+      if entry.accept,
+        do: Map.put(state.index, id, %{entry | finish: nil}),
+        else: Map.delete(state.index, id)
+
+    %{state | index: index, damaged: state.damaged + length(bad)}
+  end
+
+  defp report(state, places, images) do
+    what =
+      for {n, what} <- [{places, "of its records"}, {images, "of its images"}],
+          n > 0,
+          do: "#{n} #{what}"
+
+    Logger.error("the journal in #{state.folder} is damaged: #{Enum.join(what, ", ")}")
+
+    Telemetry.execute([:journal, :damaged], %{records: places, images: images}, %{
+      instance: state.instance
+    })
+  end
+
+  # A second name for the file, or a copy where there are no second names.
+  defp keep_aside(state) do
+    name = "damaged-#{System.system_time(:millisecond)}"
+    [journal, aside] = for name <- ["journal", name], do: path(state, name)
+
+    with {:error, _reason} <- File.ln(journal, aside),
+         {:error, reason} <- File.cp(journal, aside) do
+      _ = File.rm(aside)
+      Logger.error("a copy of the damaged journal cannot be kept: #{sentence(reason)}")
+      false
+    else
+      :ok ->
+        Logger.error("what was the journal in #{state.folder} is kept there as #{name}")
+        forget_aside(state)
+        true
+    end
+  end
+
+  defp forget_aside(state) do
+    with {:ok, names} <- File.ls(state.folder) do
+      kept = names |> Enum.filter(&String.starts_with?(&1, "damaged-")) |> Enum.sort(:desc)
+      for name <- Enum.drop(kept, @kept_aside), do: File.rm(path(state, name))
+    end
+  end
+
+  ## Compaction
+
+  # Written anew when more than half of it is of no use; so it costs as much as what was appended since, at most.
+  defp compact(%{size: size, compact_at: at} = state) when size <= at, do: state
+
+  defp compact(state) do
+    live =
+      for {_id, entry} <- state.index,
+          {_offset, size} <- places(entry),
+          reduce: 0,
+          do: (sum -> sum + size)
+
+    if 2 * live < state.size, do: rewrite(state), else: %{state | compact_at: 2 * live}
+  end
+
+  # Beside the old one, which is whole until the new one has taken its name.
+  defp rewrite(state) do
+    new = path(state, "journal.new")
+    _ = File.rm(new)
+
+    with {:ok, file} <- :file.open(new, [:read, :write, :raw, :binary]) do
+      with {:ok, index, size} <- copy(state, file),
+           :ok <- :file.datasync(file),
+           :ok <- File.rename(new, path(state, "journal")) do
+        :file.close(state.file)
+
+        renamed(%{
+          state
+          | file: file,
+            index: index,
+            size: size,
+            compact_at: max(state.compact_above, 2 * size)
+        })
+      else
+        {:error, reason} ->
+          :file.close(file)
+          _ = File.rm(new)
+          not_rewritten(state, reason)
+      end
+    else
+      {:error, reason} -> not_rewritten(state, reason)
+    end
+  end
+
+  # Until the name is durable a loss of power may bring the old one back, and nothing may be promised.
+  defp renamed(state) do
+    case Folder.sync(state.folder) do
+      :ok ->
+        state
+
+      {:error, reason} ->
+        :file.close(state.file)
+        trouble(%{state | file: nil}, reason)
+    end
+  end
+
+  defp not_rewritten(state, reason) do
+    Logger.warning("the journal in #{state.folder} cannot be made smaller: #{sentence(reason)}")
+    %{state | compact_at: state.size + state.compact_above}
+  end
+
+  defp copy(state, new) do
+    state.index
+    |> in_order()
+    |> Enum.flat_map(&sources/1)
+    |> Enum.reduce_while({:ok, %{}, 0}, fn source, {:ok, index, size} ->
+      with {:ok, payload} <- source(state, source),
+           {:ok, bytes} <- Log.record(payload),
+           place = {size, IO.iodata_length(bytes)},
+           :ok <- :file.pwrite(new, size, bytes),
+           {:ok, index} <- replay(payload, place, index) do
+        {:cont, {:ok, index, size + elem(place, 1)}}
+      else
+        {:error, reason} -> {:halt, {:error, reason}}
+        :damaged -> {:halt, {:error, :damaged}}
+      end
+    end)
+  end
+
+  defp sources({id, %{accept: accept, attempts: n, finish: finish}}) do
+    List.wrap(accept) ++
+      if(accept && n > 0, do: [{:attempt, id, n}], else: []) ++
+      if(finish, do: [finish.place], else: [])
+  end
+
+  defp source(_state, {:attempt, _, _} = record), do: Record.encode(record)
+  defp source(state, place), do: Log.payload(reader(state.file), place)
+
+  defp path(state, name), do: Path.join(state.folder, name)
+
+  defp reader(file) do
+    fn offset, count ->
+      case :file.pread(file, offset, count) do
+        {:ok, bytes} when byte_size(bytes) == count -> {:ok, bytes}
+        {:error, reason} -> {:error, reason}
+        _shorter -> {:error, :eio}
+      end
+    end
+  end
+
+  defp set_size(file, size) do
+    with {:ok, _} <- :file.position(file, size),
+         :ok <- :file.truncate(file),
+         do: :file.datasync(file)
+  end
+
+  # For a person, without a path.
+  defp sentence(:held), do: "another instance uses its folder"
+  defp sentence(:unknown), do: "it is not in the journal"
+  defp sentence(:damaged), do: "its record is damaged"
+  defp sentence(:too_large), do: "it is larger than 64 MiB"
+  defp sentence(:unencodable), do: "it holds what the journal cannot keep"
+  defp sentence(reason), do: to_string(:file.format_error(reason))
+end

@@ -1,0 +1,111 @@
+defmodule StarweaveImage.Journal.Folder do
+  @moduledoc false
+
+  # The folder of a journal and the image files in it, each named by the SHA-256 of its content:
+  # blobs/ab/abcdef…. What these functions say is done is done for the disk too, names included.
+
+  @doc "Makes a folder, and those above it, for this user alone."
+  @spec create(Path.t()) :: :ok | {:error, File.posix()}
+  def create(folder) do
+    parent = Path.dirname(folder)
+
+    case File.mkdir(folder) do
+      :ok ->
+        with :ok <- File.chmod(folder, 0o700), do: sync(parent)
+
+      {:error, :eexist} ->
+        if File.dir?(folder), do: :ok, else: {:error, :enotdir}
+
+      {:error, :enoent} when parent != folder ->
+        with :ok <- create(parent), do: create(folder)
+
+      error ->
+        error
+    end
+  end
+
+  @doc "Makes the names in a folder durable: what was created, renamed or removed."
+  @spec sync(Path.t()) :: :ok | {:error, File.posix()}
+  def sync(folder) do
+    case :file.open(folder, [:read, :raw, :directory]) do
+      {:ok, file} ->
+        result = :file.sync(file)
+        :ok = :file.close(file)
+        if refused?(result), do: :ok, else: result
+
+      error ->
+        if refused?(error), do: :ok, else: error
+    end
+  end
+
+  # By systems that cannot do it for a folder.
+  defp refused?(result),
+    do: result in for(reason <- ~w(einval enotsup eisdir eacces)a, do: {:error, reason})
+
+  @spec put_blob(Path.t(), binary) :: {:ok, sha256 :: String.t()} | {:error, File.posix()}
+  def put_blob(folder, data) do
+    blob = sha256(data)
+    path = path(folder, blob)
+    part = path <> ".part"
+
+    # Also where it is already: that one may have been damaged since.
+    with :ok <- create(Path.dirname(path)),
+         :ok <- File.write(part, data, [:sync]),
+         :ok <- File.rename(part, path),
+         :ok <- sync(Path.dirname(path)) do
+      {:ok, blob}
+    else
+      error ->
+        _ = File.rm(part)
+        error
+    end
+  end
+
+  @spec read_blob(Path.t(), String.t()) :: {:ok, binary} | :damaged | {:error, File.posix()}
+  def read_blob(folder, blob) do
+    case File.read(path(folder, blob)) do
+      {:ok, data} -> if sha256(data) == blob, do: {:ok, data}, else: :damaged
+      {:error, reason} when reason in [:enoent, :enotdir, :eisdir, :eio] -> :damaged
+      error -> error
+    end
+  end
+
+  @spec delete_blob(Path.t(), String.t()) :: :ok
+  def delete_blob(folder, blob) do
+    _ = File.rm(path(folder, blob))
+    :ok
+  end
+
+  @doc """
+  Deletes all image files but these, and what was not written to its end.
+
+  And makes durable what a process that was killed has left without: the folder, and those in it.
+  """
+  @spec sweep(Path.t(), [String.t()]) :: :ok | {:error, File.posix()}
+  def sweep(folder, blobs) do
+    kept = MapSet.new(blobs)
+
+    for shelf <- list(Path.join(folder, "blobs")),
+        file <- list(shelf),
+        not MapSet.member?(kept, Path.basename(file)),
+        do: File.rm(file)
+
+    shelves = Path.join(folder, "blobs")
+
+    with :ok <- sync(Path.dirname(folder)),
+         :ok <- sync(folder),
+         do: if(File.dir?(shelves), do: sync(shelves), else: :ok)
+  end
+
+  defp list(folder) do
+    case File.ls(folder) do
+      {:ok, names} -> Enum.map(names, &Path.join(folder, &1))
+      {:error, _none} -> []
+    end
+  end
+
+  defp path(folder, <<shelf::binary-size(2), _::binary>> = blob),
+    do: Path.join([folder, "blobs", shelf, blob])
+
+  defp sha256(data), do: :sha256 |> :crypto.hash(data) |> Base.encode16(case: :lower)
+end

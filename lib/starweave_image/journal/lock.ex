@@ -1,0 +1,90 @@
+defmodule StarweaveImage.Journal.Lock do
+  @moduledoc false
+
+  # One user of a folder at a time, in one BEAM or several. Erlang has no file locks: the holder listens on a unix
+  # socket in the folder, which the kernel closes with the process, however that ends, and a connect tells
+  # at once whether anyone still listens.
+  #
+  # Each who wants the folder first listens under a name of its own, which nobody ever uses again, and then looks
+  # for others that listen: of two at the same time at least the later one sees the other and withdraws. So
+  # what nobody listens on may be removed by anyone, and no moment is left in which two can hold it.
+
+  @connect_ms 1_000
+  @tries 5
+
+  @doc "Holds the folder until the calling process ends."
+  @spec take(Path.t()) :: :ok | {:error, :held | File.posix()}
+  def take(folder), do: take(folder, @tries)
+
+  defp take(folder, tries) do
+    case with_short_path(folder, &listen/1) do
+      {:error, :held} when tries > 1 ->
+        # Two that withdrew from each other must not go on doing so.
+        Process.sleep(:rand.uniform(20))
+        take(folder, tries - 1)
+
+      result ->
+        result
+    end
+  end
+
+  # The path of a unix socket has room for some 100 bytes, the folder's may be longer.
+  defp with_short_path(folder, fun) when byte_size(folder) <= 80, do: fun.(folder)
+
+  defp with_short_path(folder, fun) do
+    name = "starweave_image-#{random()}"
+    link = Path.join(System.tmp_dir() || "/tmp", name)
+    link = if byte_size(link) > 80, do: Path.join("/tmp", name), else: link
+
+    with :ok <- File.ln_s(folder, link) do
+      try do
+        fun.(link)
+      after
+        File.rm(link)
+      end
+    end
+  end
+
+  defp listen(folder) do
+    name = random()
+    [new, lock] = for ending <- ~w(new lock), do: Path.join(folder, "#{name}.#{ending}")
+
+    with {:ok, socket} <- :gen_tcp.listen(0, ifaddr: {:local, new}) do
+      # Renamed when it already listens: a name that ends in .lock on which nobody listens is dead for ever.
+      with :ok <- File.rename(new, lock),
+           {:ok, names} <- File.ls(folder),
+           others = for(name <- names, do: Path.join(folder, name)) -- [lock],
+           false <- Enum.any?(others, &(Path.extname(&1) == ".lock" and held?(&1))) do
+        # Of those that were killed before they had another name.
+        for path <- others, Path.extname(path) == ".new", do: held?(path)
+        :ok
+      else
+        refusal ->
+          :gen_tcp.close(socket)
+          for path <- [new, lock], do: File.rm(path)
+          # Its first name is gone because another one holds the folder by now.
+          if refusal in [true, {:error, :enoent}], do: {:error, :held}, else: refusal
+      end
+    end
+  end
+
+  defp held?(path) do
+    case :gen_tcp.connect({:local, path}, 0, [active: false], @connect_ms) do
+      {:error, :econnrefused} ->
+        _ = File.rm(path)
+        false
+
+      {:error, :enoent} ->
+        false
+
+      {:ok, socket} ->
+        :gen_tcp.close(socket)
+        true
+
+      {:error, _busy} ->
+        true
+    end
+  end
+
+  defp random, do: Base.url_encode64(:crypto.strong_rand_bytes(9))
+end
