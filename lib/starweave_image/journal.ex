@@ -86,6 +86,10 @@ defmodule StarweaveImage.Journal do
   @spec forget(GenServer.server(), String.t()) :: :ok
   def forget(journal, id) when is_binary(id), do: cast(journal, {:forget, id})
 
+  @doc "The job of a request, finished or not, as it was accepted."
+  @spec job(GenServer.server(), String.t()) :: {:ok, unfinished} | {:error, String.t()}
+  def job(journal, id), do: call(journal, {:job, id})
+
   @doc """
   The result of a finished request, read and checked in the calling process.
 
@@ -201,6 +205,18 @@ defmodule StarweaveImage.Journal do
            damaged: state.damaged + lost
          }, state}
     end
+  end
+
+  defp answer({:job, id}, state) do
+    answer =
+      case state.index do
+        %{^id => %{accept: place} = entry} when place != nil -> job(state, id, entry)
+        _ -> {:error, :unknown}
+      end
+
+    with {:error, reason} <- answer,
+         do: {{:error, sentence(reason)}, state},
+         else: (_ -> {answer, state})
   end
 
   defp answer({:check, id}, state) do

@@ -84,6 +84,10 @@ defmodule StarweaveImage.Queue do
 
   def start_link(config), do: GenServer.start_link(__MODULE__, config, name: config[:name])
 
+  @doc "The name of the instance's journal, if it has one."
+  @spec journal(keyword) :: atom
+  def journal(config), do: config[:journal] && Module.concat(config[:name], "Journal")
+
   @impl true
   def init(config) do
     # So that `terminate/2` runs: whoever waits gets an answer also when the instance stops.
@@ -91,7 +95,7 @@ defmodule StarweaveImage.Queue do
 
     state = %__MODULE__{
       config: config,
-      journal: config[:journal] && Journal.name(config[:name]),
+      journal: journal(config),
       schedule: Schedule.new(config),
       fleet: Fleet.new(config[:enabled], config[:layout]),
       rates: RateLimit.new(config[:rate_limit], config[:user_rate_limit])
@@ -261,6 +265,8 @@ defmodule StarweaveImage.Queue do
       _ -> {:noreply, state}
     end
   end
+
+  def handle_info({:journal, :open, :ok}, state), do: {:noreply, state |> recover() |> dispatch()}
 
   def handle_info({:journal, {operation, id}, answer}, state),
     do: {:noreply, state |> journaled(operation, id, answer) |> dispatch()}
@@ -459,16 +465,20 @@ defmodule StarweaveImage.Queue do
 
   defp recover(state) do
     case Journal.recover(state.journal) do
-      {:ok, %{unfinished: unfinished, finished: finished}} ->
+      %{unfinished: unfinished, finished: finished} ->
         state = Enum.reduce(finished, state, &recover_finished(&2, &1))
         Enum.reduce(unfinished, state, &recover_unfinished(&2, &1))
 
-      {:error, _logged_there} ->
+      # It has said why, and will say when it can be asked again.
+      {:error, _why} ->
         state
     end
   end
 
-  defp recover_unfinished(state, %{id: id, record: record, attempts: dispatches}) do
+  # What was asked for meanwhile goes before what was asked for in an earlier life.
+  defp recover_unfinished(state, %{id: id}) when is_map_key(state.jobs, id), do: state
+
+  defp recover_unfinished(state, %{id: id, job: record, attempts: dispatches}) do
     most = state.config[:max_attempts]
 
     with {:ok, request} <- Request.restore(record["request"], state.config[:name]),
@@ -501,8 +511,11 @@ defmodule StarweaveImage.Queue do
     Error.new(:sidecar_crashed, message)
   end
 
-  defp recover_finished(state, %{id: id, record: record, finished_at: finished_at}) do
-    with {:ok, request} <- Request.restore(record["request"], state.config[:name]) do
+  defp recover_finished(state, %{id: id}) when is_map_key(state.jobs, id), do: state
+
+  defp recover_finished(state, %{id: id, finished_at: finished_at}) do
+    with {:ok, %{job: record}} <- Journal.job(state.journal, id),
+         {:ok, request} <- Request.restore(record["request"], state.config[:name]) do
       age = max(System.system_time(:millisecond) - finished_at, 0)
       job = %Job{request: request, status: :finished, submitted?: true, result: :stored}
       remember(state, job, max(state.config[:result_ttl] - age, 0))
@@ -1057,7 +1070,10 @@ defmodule StarweaveImage.Queue do
 
   defp remember(state, job, ttl) do
     serial = state.serial + 1
-    job = start_timer(%{job | serial: serial, progress: %{}, previews: %{}}, :forget, ttl)
+    # Who asks for the same again is known by the digest of it.
+    request = %{job.request | image: nil, mask: nil}
+    job = %{job | serial: serial, request: request, progress: %{}, previews: %{}}
+    job = start_timer(job, :forget, ttl)
 
     drop_oldest(%{
       state
@@ -1100,6 +1116,7 @@ defmodule StarweaveImage.Queue do
   defp result(state, %{result: :stored, request: %{id: id}}) do
     case Journal.result(state.journal, id) do
       {:ok, result} -> result
+      {:unfinished, _} -> {:error, unavailable("the image was damaged on disk: ask for it again")}
       {:error, why} -> {:error, unavailable(why)}
     end
   end

@@ -217,7 +217,10 @@ defmodule StarweaveImage.Supervisor do
 
     journal =
       if config[:journal],
-        do: [{Journal, name: Journal.name(config[:name]), folder: config[:journal]}],
+        do: [
+          {Journal,
+           name: Queue.journal(config), instance: config[:name], folder: config[:journal]}
+        ],
         else: []
 
     children =

@@ -25,13 +25,8 @@ defmodule Watch do
 
   # The queue hears more of a sidecar than its status tells.
   defp seen do
-    case :sys.get_state(StarweaveImage).sidecars do
-      %{1 => %{heartbeat: beat} = sidecar} ->
-        {sidecar.os_pid, if(beat, do: beat.phase, else: :silent), sidecar.ready != nil}
-
-      _not_heard_of ->
-        {nil, :silent, false}
-    end
+    %{1 => %{heartbeat: beat} = seat} = :sys.get_state(StarweaveImage).fleet.seats
+    {seat.os_pid, if(beat, do: beat.phase, else: :silent), seat.ready != nil}
   end
 end
 
