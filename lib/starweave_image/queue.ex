@@ -111,7 +111,12 @@ defmodule StarweaveImage.Queue do
   @impl true
   def terminate(_reason, state) do
     error = unavailable("its instance stops")
-    for {_, %{status: :open} = job} <- state.jobs, do: deliver(job, {:error, error})
+
+    for {id, %{status: :open} = job} <- state.jobs do
+      if is_integer(Schedule.place(state.schedule, id)), do: not_its_fault(state, job)
+      deliver(job, {:error, error})
+    end
+
     for {_, %{status: :ending} = job} <- state.jobs, do: deliver(job, job.result)
     for {_, job} <- state.jobs, from <- job.submitters, do: GenServer.reply(from, {:error, error})
   end
@@ -481,22 +486,21 @@ defmodule StarweaveImage.Queue do
   defp recover_unfinished(state, %{id: id, job: record, attempts: dispatches}) do
     most = state.config[:max_attempts]
 
-    with {:ok, request} <- Request.restore(record["request"], state.config[:name]),
-         :ok <- if(dispatches < @lives * most, do: :ok, else: {:error, fatal(dispatches)}) do
-      elapsed = System.system_time(:millisecond) - record["submitted_at"]
-      # The clock may have been set back meanwhile.
-      left = request.timeout - min(max(elapsed, 0), request.timeout)
+    case Request.restore(record["request"], state.config[:name]) do
+      {:ok, request} ->
+        elapsed = System.system_time(:millisecond) - record["submitted_at"]
+        # The clock may have been set back meanwhile.
+        left = request.timeout - min(max(elapsed, 0), request.timeout)
+        job = %Job{request: request, model: request.model, submitted?: true}
+        # Whether it is to blame for the end of the BEAM is not known: alone it harms nobody else.
+        attempts = min(dispatches, most - 1)
+        job = %{job | dispatches: dispatches}
+        state = open(state, job, left, Request.bytes(request), attempts)
 
-      job = %Job{
-        request: request,
-        model: request.model,
-        submitted?: true,
-        dispatches: dispatches
-      }
+        if dispatches < @lives * most,
+          do: state,
+          else: finish(state, id, {:error, fatal(dispatches)})
 
-      # Whether it is to blame for the end of the BEAM is not known: alone it harms nobody else.
-      open(state, job, left, Request.bytes(request), min(dispatches, most - 1))
-    else
       {:error, error} ->
         Logger.error("a request of the journal is not resumed: #{error.message}", request_id: id)
         Journal.finish(state.journal, id, {:error, error})
@@ -900,6 +904,7 @@ defmodule StarweaveImage.Queue do
 
   defp again(state, job, place, reason) do
     id = job.request.id
+    job = if reason == :died, do: job, else: not_its_fault(state, job)
     state = put_job(state, %{job | images: [], progress: %{}, previews: %{}})
     state = %{state | schedule: Schedule.return(state.schedule, id, place, reason)}
 
@@ -910,6 +915,12 @@ defmodule StarweaveImage.Queue do
     })
 
     tell_queued(state, id)
+  end
+
+  # What was begun and ended in order is none of the attempts that may have cost a life.
+  defp not_its_fault(state, %{request: %{id: id, durable: durable?}} = job) do
+    if durable?, do: Journal.attempt(state.journal, id, job.dispatches - 1)
+    %{job | dispatches: job.dispatches - 1}
   end
 
   defp retry_pause(state, job, error) do

@@ -163,18 +163,11 @@ defmodule StarweaveImage.SidecarTest do
     end
 
     test "may be that of a standby from the start" do
-      instance = start_ready("honest", preload: ["starweave/tiny"])
-      config = :sys.get_state(owner(instance)).config
-
       log =
         capture_log(fn ->
-          start_supervised!({Sidecar, {2, config, :standby}})
-
-          standby = fn ->
-            Enum.find(StarweaveImage.status(instance).sidecars, &(&1.index == 2))
-          end
-
-          assert await(fn -> match?(%{state: :ready}, standby.()) end)
+          instance = start("honest", preload: ["starweave/tiny"], standby: 1)
+          all = fn -> Enum.map(StarweaveImage.status(instance).sidecars, &{&1.role, &1.state}) end
+          assert await(fn -> all.() == [active: :ready, standby: :ready] end)
         end)
 
       assert log =~ "image sidecar 2 (standby) is ready"

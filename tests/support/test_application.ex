@@ -10,19 +10,19 @@ defmodule StarweaveImage.TestApplication do
 
   alias StarweaveImage.TestOSProcess
 
-  @script Path.expand("application.exs", __DIR__)
+  @scripts __DIR__
   @misbehaviour Path.expand("python", __DIR__)
 
   @enforce_keys [:output, :beam]
   defstruct [:output, :beam]
 
   @doc "Starts it; `args` are those of the script. Ends by itself after five minutes at the latest."
-  def start(folder, args) do
+  def start(folder, script \\ "application.exs", args) do
     output = Path.join(folder, "output-#{System.unique_integer([:positive])}")
     ebin = :starweave_image |> :code.lib_dir() |> Path.join("ebin")
     # Its own standard streams: a child that gets stuck must not hold those of the tests.
     command = ~s(exec timeout -s KILL 300 elixir -pa "$0" "$@" >'#{output}' 2>&1 </dev/null)
-    arguments = ["-c", command, ebin, @script | args]
+    arguments = ["-c", command, ebin, Path.join(@scripts, script) | args]
     Port.open({:spawn_executable, "/bin/sh"}, [:nouse_stdio, args: arguments])
     [_, pid] = await_output(output, ~r/^beam (\d+)$/m)
     %__MODULE__{output: output, beam: String.to_integer(pid)}
