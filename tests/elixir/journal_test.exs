@@ -639,6 +639,8 @@ defmodule StarweaveImage.JournalTest do
     assert (["accept", "before-#{n}"] ++ ["{:error,", "\"file", "too", "large\"}"]) in said
     assert (["accept", "refused"] ++ ["{:error,", "\"file", "too", "large\"}"]) in said
     assert (["finish", "before-1"] ++ ["{:error,", "\"file", "too", "large\"}"]) in said
+    # Nothing of it stays.
+    assert ["left", "0"] in said
     # A short one had room where a long one had not.
     assert ["attempt", "before-1", ":ok"] in said
     # And what is forgotten is so even where there was no room to say it.
@@ -714,8 +716,13 @@ defmodule StarweaveImage.JournalTest do
         lines = Enum.random(5..100)
         TestJournal.await(host, &(length(&1) >= lines))
         # At any moment, or as it writes its log anew.
-        new = Path.join(folder, "journal.new")
-        :ok = TestJournal.kill(host, fn -> rem(round, 2) == 0 or File.exists?(new) end)
+        size = fn ->
+          with {:ok, stat} <- File.stat(log_file(folder)), do: stat.size, else: (_ -> 0)
+        end
+
+        [new, before_it] = [Path.join(folder, "journal.new"), size.()]
+        anew? = fn -> File.exists?(new) or size.() < before_it end
+        :ok = TestJournal.kill(host, fn -> rem(round, 2) == 0 or anew?.() end)
         said = TestJournal.said(host)
         journal = open(folder, compact_above: 20_000)
 

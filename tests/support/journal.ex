@@ -179,16 +179,19 @@ defmodule StarweaveImage.TestJournal do
     say = begin(said)
     {:ok, _} = Journal.start_link(name: :journal, folder: folder)
     %{} = Journal.recover(:journal)
-    accept_until_refused(say, 1)
+    accept_until_refused(say, folder, 1)
   end
 
-  defp accept_until_refused(say, n) do
-    ask(say, :accept, "before-#{n}", &Journal.accept(:journal, &1, job(&1)))
-    |> case do
+  defp accept_until_refused(say, folder, n) do
+    size = fn -> File.stat!(Path.join(folder, "journal")).size end
+    before = size.()
+
+    case ask(say, :accept, "before-#{n}", &Journal.accept(:journal, &1, job(&1))) do
       :ok ->
-        accept_until_refused(say, n + 1)
+        accept_until_refused(say, folder, n + 1)
 
       {:error, _sentence} ->
+        say.("left #{size.() - before}")
         ask(say, :accept, "refused", &Journal.accept(:journal, &1, job(&1)))
         ask(say, :attempt, "before-1", &Journal.attempt(:journal, &1, 1))
         image = %{hd(images("large")) | data: :binary.copy("x", 200_000)}
