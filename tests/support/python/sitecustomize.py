@@ -1,18 +1,67 @@
-"""Misbehaviour of a sidecar on SIGUSR1, for tests that put this folder on PYTHONPATH.
+"""Misbehaviour of a sidecar, for tests that put this folder on PYTHONPATH.
 
-STARWEAVE_TEST_MISBEHAVIOUR says which; a line on descriptor 2 says that it has begun.
+STARWEAVE_TEST_MISBEHAVIOUR says which, as words NAME or NAME:SIGNAL: on that signal, SIGUSR1 unless given, whatever it is at then;
+`die_of_poison` needs none. A line on descriptor 2 says that it has begun.
 """
 
+import collections
 import ctypes
+import itertools
 import os
+import random
 import signal
+import sys
+import threading
+import time
 
 _libc = ctypes.PyDLL(None)  # its calls keep the interpreter's lock
+POISON = b"poison that ends its process"
 
 
 def _hold_interpreter():
     os.write(2, b"holding\n")
     _libc.sleep(600)
+
+
+def _spin_interpreter():
+    os.write(2, b"spinning\n")
+    collections.deque(itertools.repeat(None), maxlen=0)
+
+
+def _never_end_a_pass():
+    # What every network here computes with; the thread that does sleeps, and all others go on.
+    if torch := sys.modules.get("torch"):
+        torch.nn.functional.conv2d = lambda *_, **__: time.sleep(600)
+        os.write(2, b"no pass ends\n")
+
+
+def _die_in_a_frame():
+    writev = os.writev
+
+    def dying_writev(fd, buffers):
+        # An image: its head in one buffer, its data in another.
+        if len(buffers) == 3 and b"sha256" in bytes(buffers[1]):
+            frame = b"".join(buffers)
+            os.write(fd, frame[: random.randrange(1, len(frame))])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return writev(fd, buffers)
+
+    os.writev = dying_writev
+    os.write(2, b"dies in the next image\n")
+
+
+def _die_of_poison():
+    read = os.read
+
+    def poisoned_read(fd, size):
+        data = read(fd, size)
+        if fd == 3 and POISON in data:
+            end = threading.Timer(random.random() / 5, os.kill, (os.getpid(), signal.SIGKILL))
+            end.daemon = True
+            end.start()
+        return data
+
+    os.read = poisoned_read
 
 
 def _fork_in_c():
@@ -31,8 +80,22 @@ def _print():
     os.write(2, b"printed\n")
 
 
-_MISBEHAVIOURS = {"hold_interpreter": _hold_interpreter, "fork_in_c": _fork_in_c, "print": _print}
+_MISBEHAVIOURS = {
+    "hold_interpreter": _hold_interpreter,
+    "spin_interpreter": _spin_interpreter,
+    "never_end_a_pass": _never_end_a_pass,
+    "die_in_a_frame": _die_in_a_frame,
+    "fork_in_c": _fork_in_c,
+    "print": _print,
+}
 
-if "STARWEAVE_TEST_MISBEHAVIOUR" in os.environ:
-    _misbehave = _MISBEHAVIOURS[os.environ["STARWEAVE_TEST_MISBEHAVIOUR"]]
-    signal.signal(signal.SIGUSR1, lambda *_: _misbehave())
+
+def _arrange(name, number="USR1"):
+    if name == "die_of_poison":
+        _die_of_poison()
+    else:
+        signal.signal(getattr(signal, f"SIG{number}"), lambda *_: _MISBEHAVIOURS[name]())
+
+
+for _word in os.environ.get("STARWEAVE_TEST_MISBEHAVIOUR", "").split():
+    _arrange(*_word.split(":"))

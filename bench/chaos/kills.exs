@@ -1,0 +1,40 @@
+defmodule Chaos.Kills do
+  # SIGKILL at random moments, and deaths in the middle of a frame, under a thousand requests whose bytes are known.
+
+  alias Chaos.{Strikes, Watch}
+
+  # An innocent request may be under many deaths here.
+  @attempts 20
+  @moments ~w(start load denoising decoding encoding frame any denoising frame any)a
+
+  def run(%{full?: full?}) do
+    requests = if full?, do: 1_000, else: 150
+    kills = if full?, do: 120, else: 10
+    sums = Chaos.undisturbed(requests, sidecars: 2)
+
+    mark = Chaos.mark()
+    instance = Chaos.start(sidecars: 2, max_attempts: @attempts)
+    plan = @moments |> Stream.cycle() |> Enum.take(kills)
+    plan = for moment <- plan, do: {if(moment == :frame, do: :frame, else: :kill), moment}
+    strikes = Task.async(fn -> Strikes.play(instance, plan) end)
+    outcomes = Chaos.load(instance, requests, 12, sums, fn -> not Process.alive?(strikes.pid) end)
+    strikes = Task.await(strikes, :infinity)
+    deaths = for s <- Watch.sidecars(instance), s.ended, do: s
+    Chaos.stop(instance)
+    orphans = Chaos.orphans(mark)
+
+    same = for {:same, attempts} <- outcomes, do: attempts
+    struck = for %{ms: ms} = strike when ms != nil <- strikes, do: strike.moment
+
+    [
+      {"distinct requests; asked for in all", "#{requests}; #{length(outcomes)}", nil},
+      {"deaths of sidecars", length(deaths), length(deaths) >= kills},
+      {"struck at", Chaos.tally(struck), length(struck) == kills},
+      {"done with the bytes of an undisturbed run", "#{length(same)} of #{length(outcomes)}",
+       length(same) == length(outcomes)},
+      {"of those after more than one attempt", Enum.count(same, &(&1 > 1)), nil},
+      {"most attempts of one request (max_attempts #{@attempts})", Enum.max(same), nil},
+      {"processes left behind", length(orphans), orphans == []}
+    ]
+  end
+end
