@@ -5,12 +5,11 @@
 # Scenarios: kills hangs beams poison pair handover soak; by default all, each in a short form. A line for each figure;
 # the exit status is 1 if one is not as it must be. docs/reliability.md has results.
 
-for path <- ~w(../tests/support/telemetry.ex ../tests/support/os_process.ex),
-    do: Code.require_file(path, __DIR__)
+for support <- ~w(telemetry os_process),
+    do: Code.require_file("../tests/support/#{support}.ex", __DIR__)
 
-for path <- Path.wildcard(Path.join(__DIR__, "chaos/*.exs")),
-    Path.basename(path) != "host.exs",
-    do: Code.require_file(path)
+for part <- ~w(harness kills hangs beams poison pair handover soak),
+    do: Code.require_file("chaos/#{part}.exs", __DIR__)
 
 Logger.configure(level: if(System.get_env("CHAOS_LOG"), do: :debug, else: :emergency))
 

@@ -115,24 +115,23 @@ defmodule Chaos do
   def digest(image), do: Base.encode16(:crypto.hash(:sha256, image.data), case: :lower)
 
   @doc """
-  Asks for requests 1 to n over and over from `clients` processes, until all were done and `enough?` says so.
-  Gives the outcomes: `:same` bytes as `sums`, `:other` or the error.
+  Asks for requests 1 to n over and over from `clients` processes while `strikes` goes on, all of them once at least, and counts in
+  `done`. Gives the result of `strikes`, and the outcomes: `:same` bytes as `sums`, `:other` or the error, with the attempts.
   """
-  def load(instance, n, clients, sums, enough?) do
-    counter = :counters.new(1, [])
-
-    tasks =
-      for _ <- 1..clients,
-          do: Task.async(fn -> client(instance, n, sums, enough?, counter, []) end)
-
-    tasks |> Task.await_many(:infinity) |> Enum.concat()
+  def load(instance, n, clients, sums, done, strikes) do
+    strikes = Task.async(strikes)
+    turns = :atomics.new(1, [])
+    over? = fn turn -> turn > n and not Process.alive?(strikes.pid) end
+    client = fn -> client(instance, n, sums, done, turns, over?, []) end
+    clients = for _ <- 1..clients, do: Task.async(client)
+    outcomes = clients |> Task.await_many(:infinity) |> Enum.concat()
+    {Task.await(strikes, :infinity), outcomes}
   end
 
-  defp client(instance, n, sums, enough?, counter, outcomes) do
-    :counters.add(counter, 1, 1)
-    turn = :counters.get(counter, 1)
+  defp client(instance, n, sums, done, turns, over?, outcomes) do
+    turn = :atomics.add_get(turns, 1, 1)
 
-    if turn > n and enough?.() do
+    if over?.(turn) do
       outcomes
     else
       number = rem(turn - 1, n) + 1
@@ -146,9 +145,10 @@ defmodule Chaos do
             {error.kind, 0}
         end
 
+      :counters.add(done, 1, 1)
       # The machine is others' too.
       Process.sleep(:rand.uniform(400))
-      client(instance, n, sums, enough?, counter, [outcome | outcomes])
+      client(instance, n, sums, done, turns, over?, [outcome | outcomes])
     end
   end
 
@@ -195,22 +195,38 @@ defmodule Chaos.Watch do
   @doc "Those that live, by what they are at."
   def alive(instance), do: for(s <- sidecars(instance), s.ended == nil, do: s)
 
+  @doc "Sends all telemetry to the calling process from now on."
+  def listen, do: GenServer.call(__MODULE__, :listen)
+
+  def claimed?(os_pid), do: :ets.member(Chaos.Claims, os_pid)
+
+  @doc "Whether the caller is the first to strike this process."
+  def claim(os_pid), do: :ets.insert_new(Chaos.Claims, {os_pid})
+
   def sidecar(os_pid), do: :ets.lookup_element(__MODULE__, os_pid, 2)
 
   @impl true
   def init(nil) do
     :ets.new(__MODULE__, [:named_table, read_concurrency: true])
+    :ets.new(Chaos.Claims, [:named_table, :public])
     :telemetry.listen()
-    {:ok, nil}
+    {:ok, []}
   end
 
   @impl true
-  def handle_info({:telemetry, [_, _, :sidecar, event], _, about}, state) do
-    hear(event, about, Chaos.now())
-    {:noreply, state}
+  def handle_call(:listen, {pid, _}, listeners) do
+    Process.monitor(pid)
+    {:reply, :ok, [pid | listeners]}
   end
 
-  def handle_info(_event, state), do: {:noreply, state}
+  @impl true
+  def handle_info({:telemetry, event, _, about} = news, listeners) do
+    with [_, _, :sidecar, what] <- event, do: hear(what, about, Chaos.now())
+    for pid <- listeners, do: send(pid, news)
+    {:noreply, listeners}
+  end
+
+  def handle_info({:DOWN, _, _, pid, _}, listeners), do: {:noreply, List.delete(listeners, pid)}
 
   defp hear(:start, about, now) do
     sidecar = Map.take(about, [:instance, :index, :generation, :os_pid])
@@ -250,11 +266,20 @@ defmodule Chaos.Strikes do
   }
 
   @doc """
-  Plays a plan of `{fault, moment}`; a strike that was not seen within `limit` ms ends the sidecar itself, and its `ms` is nil.
+  Plays a plan of `{fault, moment}`, so many at once; between two of them 0 to 20 requests are `done`, or else nothing but strikes would ever
+  come to its end. One that was not seen within `limit` ms ends the sidecar itself, and its `ms` is nil.
   """
-  def play(instance, plan, limit \\ 60_000) do
-    :telemetry.listen()
-    for {fault, moment} <- plan, do: strike(instance, fault, moment, limit)
+  def play(instance, plan, done, at_once, limit \\ 60_000) do
+    one = fn {fault, moment} ->
+      Watch.listen()
+      enough = :counters.get(done, 1) + :rand.uniform(21) - 1
+      await(fn -> :counters.get(done, 1) >= enough end, 30_000)
+      strike(instance, fault, moment, limit)
+    end
+
+    plan
+    |> Task.async_stream(one, max_concurrency: at_once, timeout: :infinity)
+    |> Enum.map(fn {:ok, strike} -> strike end)
   end
 
   defp strike(instance, fault, moment, limit) do
@@ -265,7 +290,7 @@ defmodule Chaos.Strikes do
 
     cond do
       # It was quicker than we were, to an end of its own or to the moment after.
-      ended != nil or (moment == :start and ready != nil) ->
+      ended != nil or (moment == :start and ready != nil) or not Watch.claim(os_pid) ->
         strike(instance, fault, moment, limit)
 
       true ->
@@ -281,7 +306,9 @@ defmodule Chaos.Strikes do
 
   # Waits for the moment; gives whom it has come for.
   defp target(instance, :start) do
-    starting = fn -> for(%{ready: nil} = sidecar <- Watch.alive(instance), do: sidecar.os_pid) end
+    starting = fn ->
+      for s <- Watch.alive(instance), s.ready == nil, not Watch.claimed?(s.os_pid), do: s.os_pid
+    end
 
     # A start is there soon after an end.
     if starting.() == [], do: Chaos.signal(target(instance, :any), "KILL")
@@ -319,7 +346,9 @@ defmodule Chaos.Strikes do
     end
   end
 
-  defp ready(instance), do: for(s <- Watch.alive(instance), s.ready != nil, do: s)
+  defp ready(instance) do
+    for s <- Watch.alive(instance), s.ready != nil, not Watch.claimed?(s.os_pid), do: s
+  end
 
   defp flush do
     receive do

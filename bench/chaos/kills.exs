@@ -16,9 +16,9 @@ defmodule Chaos.Kills do
     instance = Chaos.start(sidecars: 2, max_attempts: @attempts)
     plan = @moments |> Stream.cycle() |> Enum.take(kills)
     plan = for moment <- plan, do: {if(moment == :frame, do: :frame, else: :kill), moment}
-    strikes = Task.async(fn -> Strikes.play(instance, plan) end)
-    outcomes = Chaos.load(instance, requests, 12, sums, fn -> not Process.alive?(strikes.pid) end)
-    strikes = Task.await(strikes, :infinity)
+    done = :counters.new(1, [])
+    play = fn -> Strikes.play(instance, plan, done, 1) end
+    {strikes, outcomes} = Chaos.load(instance, requests, 12, sums, done, play)
     deaths = for s <- Watch.sidecars(instance), s.ended, do: s
     Chaos.stop(instance)
     orphans = Chaos.orphans(mark)

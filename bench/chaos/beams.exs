@@ -1,0 +1,2 @@
+defmodule Chaos.Beams do
+end

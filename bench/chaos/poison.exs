@@ -1,0 +1,37 @@
+defmodule Chaos.Poison do
+  # One request whose every attempt ends its sidecar, among fifty that are good.
+
+  @poison "poison that ends its process"
+  @opts [steps: 2, width: 64, height: 64, timeout: 600_000]
+
+  def run(_options) do
+    mark = Chaos.mark()
+    instance = Chaos.start([])
+
+    ask = fn prompt, opts ->
+      StarweaveImage.generate(prompt, [instance: instance] ++ opts ++ @opts)
+    end
+
+    good = for n <- 1..25, do: Task.async(fn -> ask.("a fig number #{n}", seed: n) end)
+    poison = Task.async(fn -> ask.(@poison, []) end)
+    more = for n <- 26..50, do: Task.async(fn -> ask.("a fig number #{n}", seed: n) end)
+
+    {:error, error} = Task.await(poison, :infinity)
+    {microseconds, {:error, again}} = :timer.tc(fn -> ask.(@poison, seed: 5) end)
+    images = for {:ok, image} <- Task.await_many(good ++ more, :infinity), do: image
+    deaths = Enum.count(Chaos.Watch.sidecars(instance), & &1.ended)
+    Chaos.stop(instance)
+    orphans = Chaos.orphans(mark)
+
+    [
+      {"the poison ends with", inspect(error.kind), error.kind == :sidecar_crashed},
+      {"deaths of sidecars (max_attempts 3)", deaths, deaths == 3},
+      {"good requests done", "#{length(images)} of 50", length(images) == 50},
+      {"most attempts of a good one", images |> Enum.map(& &1.attempts) |> Enum.max(), nil},
+      {"asked again, with another seed, it is refused with",
+       "#{inspect(again.kind)} after #{div(microseconds, 1000)} ms, for another #{again.details[:retry_after_ms]} ms",
+       again.kind == :sidecar_crashed and is_map_key(again.details, :retry_after_ms)},
+      {"processes left behind", length(orphans), orphans == []}
+    ]
+  end
+end
