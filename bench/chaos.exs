@@ -56,7 +56,7 @@ broken =
   end
   |> Enum.reject(&is_nil/1)
 
-File.rm_rf!(Chaos.folder())
+unless System.get_env("CHAOS_KEEP"), do: File.rm_rf!(Chaos.folder())
 
 if broken != [] do
   IO.puts("\nNot as it must be: #{Enum.join(broken, ", ")}")

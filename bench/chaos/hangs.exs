@@ -12,7 +12,7 @@ defmodule Chaos.Hangs do
   @slack 1_000
   @attempts 20
 
-  def run(%{full?: full?}) do
+  def run(%{full?: full?, minutes: minutes}) do
     requests = if full?, do: 200, else: 60
     each = if full?, do: 100, else: 2
     sums = Chaos.undisturbed(requests, sidecars: 2)
@@ -32,7 +32,11 @@ defmodule Chaos.Hangs do
 
     plan = for n <- 1..each, fault <- [:stop, :spin, :endless_pass], do: {fault, moment(fault, n)}
     done = :counters.new(1, [])
-    play = fn -> Strikes.play(instance, plan, done, 2, 2 * @start) end
+
+    play = fn ->
+      Strikes.play(instance, plan, done, at_once: 2, limit: 2 * @start, minutes: minutes)
+    end
+
     {strikes, outcomes} = Chaos.load(instance, requests, 12, sums, done, play)
     Chaos.stop(instance)
     orphans = Chaos.orphans(mark)

@@ -266,10 +266,14 @@ defmodule Chaos.Strikes do
   }
 
   @doc """
-  Plays a plan of `{fault, moment}`, so many at once; between two of them 0 to 20 requests are `done`, or else nothing but strikes would ever
-  come to its end. One that was not seen within `limit` ms ends the sidecar itself, and its `ms` is nil.
+  Plays a plan of `{fault, moment}`; between two of them 0 to 20 requests are `done`, or else nothing but strikes would ever
+  come to its end. Options: `:at_once`; `:minutes`, after which no further one is begun; `:limit` in ms: one that was not seen within
+  it ends the sidecar itself, and its `ms` is nil.
   """
-  def play(instance, plan, done, at_once, limit \\ 60_000) do
+  def play(instance, plan, done, options) do
+    limit = Keyword.get(options, :limit, 60_000)
+    ends = Chaos.now() + 60_000 * (options[:minutes] || 1_440)
+
     one = fn {fault, moment} ->
       Watch.listen()
       enough = :counters.get(done, 1) + :rand.uniform(21) - 1
@@ -278,7 +282,8 @@ defmodule Chaos.Strikes do
     end
 
     plan
-    |> Task.async_stream(one, max_concurrency: at_once, timeout: :infinity)
+    |> Stream.take_while(fn _ -> Chaos.now() < ends end)
+    |> Task.async_stream(one, max_concurrency: options[:at_once], timeout: :infinity)
     |> Enum.map(fn {:ok, strike} -> strike end)
   end
 
