@@ -1,7 +1,7 @@
 """Misbehaviour of a sidecar, for tests that put this folder on PYTHONPATH.
 
-STARWEAVE_TEST_MISBEHAVIOUR says which, as words NAME or NAME:SIGNAL: on that signal, SIGUSR1 unless given, whatever it is at then;
-`die_of_poison` needs none. A line on descriptor 2 says that it has begun.
+STARWEAVE_TEST_MISBEHAVIOUR says which, as words NAME or NAME:SIGNAL: on that signal, SIGUSR1 unless given, whatever it is
+at then; `die_of_poison` needs none. A line on descriptor 2 says that it has begun.
 """
 
 import collections
