@@ -308,6 +308,7 @@ class Engine:
         lane.request.check()
         lane.begin()
         picture, scheduler = self._draw(lane, job, seed)
+        job.note(*lane.notices)
         lane.request.check()
         lane.enter("encoding")
         self._send(lane.request, lane.progress())
@@ -677,6 +678,7 @@ class Job:
             self.height,
             self.settings.steps,
             self.settings.guidance_scale,
+            self.message.guidance_scale is not None,
         )
         if self._image is None:
             return pipeline, text_to_image.prepare(pipeline, text)
@@ -698,7 +700,7 @@ class Job:
         return picture
 
     def note(self, *sentences: str) -> None:
-        self.notices += [sentence for sentence in sentences if sentence not in self.notices]
+        self.notices += [sentence for sentence in dict.fromkeys(sentences) if sentence not in self.notices]
 
 
 def _parts(id: str, index: int, data: bytes, record: dict[str, Any], format: str) -> Iterator[wire.ImagePart]:
