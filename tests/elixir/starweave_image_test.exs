@@ -9,6 +9,8 @@ defmodule StarweaveImageTest do
   doctest StarweaveImage.Image
 
   @small [width: 64, height: 64, steps: 4]
+  # In company a picture is the one drawn alone to rounding only.
+  @exact [reproducible: true] ++ @small
 
   setup_all do
     start_supervised!(StarweaveImage)
@@ -47,15 +49,15 @@ defmodule StarweaveImageTest do
   end
 
   test "generate_many/3 gives n seeds, each as a single request would" do
-    {:ok, images} = StarweaveImage.generate_many("a blue star", 3, [seed: 10] ++ @small)
+    {:ok, images} = StarweaveImage.generate_many("a blue star", 3, [seed: 10] ++ @exact)
     assert Enum.map(images, & &1.seed) == [10, 11, 12]
     assert Enum.map(images, & &1.index) == [0, 1, 2]
-    {:ok, single} = StarweaveImage.generate("a blue star", [seed: 12] ++ @small)
+    {:ok, single} = StarweaveImage.generate("a blue star", [seed: 12] ++ @exact)
     assert List.last(images).data == single.data
   end
 
   test "edit/3 and variations/2 start from a picture, and go as far as they are let" do
-    apple = StarweaveImage.generate!("a red apple", [seed: 7] ++ @small)
+    apple = StarweaveImage.generate!("a red apple", [seed: 7] ++ @exact)
     {:ok, edited} = StarweaveImage.edit(apple, "a blue star", seed: 1, steps: 4)
     assert {edited.width, edited.height, edited.prompt} == {64, 64, "a blue star"}
     assert edited.parameters["task"] == "image_to_image"
@@ -69,9 +71,17 @@ defmodule StarweaveImageTest do
     assert images |> Enum.map(& &1.sha256) |> Enum.uniq() |> length() == 3
     assert hd(images).parameters["strength"] == 0.6
 
-    {:ok, images} = StarweaveImage.variations("a red apple", [seed: 7] ++ @small)
+    {:ok, images} = StarweaveImage.variations("a red apple", [seed: 7] ++ @exact)
     assert length(images) == 4
     assert hd(images).data == apple.data
+
+    near = [seed: 7, variation_strength: 0.3] ++ @exact
+    {:ok, [same, varied]} = StarweaveImage.variations("a red apple", [num_images: 2] ++ near)
+    assert {same.seed, varied.seed} == {7, 8}
+    assert varied.parameters["seed"] == 7 and varied.parameters["variation_strength"] == 0.3
+    {:ok, again} = StarweaveImage.generate("a red apple", [variation_seed: varied.seed] ++ near)
+    assert again.data == varied.data
+    assert varied.data not in [same.data | Enum.map(images, & &1.data)]
 
     assert {:ok, [_]} =
              StarweaveImage.variations(apple.data, prompt: "a red apple", num_images: 1, steps: 2)

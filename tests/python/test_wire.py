@@ -49,6 +49,8 @@ INCOMING: list[dict[str, Any]] = [
         "scheduler": "euler",
         "style": "oil painting",
         "strength": 0.5,
+        "variation_strength": None,
+        "variation_seed": None,
         "image": PNG,
         "mask": PNG,
         "format": "webp",
