@@ -29,6 +29,8 @@ INCOMING: list[dict[str, Any]] = [
             "memory_budget": 10**9,
             "ram_budget": 0,
             "offload": "none",
+            "attention": "sliced",
+            "vae": "tiled",
             "compile": "blocks",
             "heartbeat_interval_ms": 50,
         },

@@ -33,7 +33,7 @@ from .model_cache import Model, ModelCache, release_memory
 from .preview import Previews
 from .request import Lane, Request
 from .tasks import image_to_image, inpaint, text_to_image
-from .weights import Weights, checksum, load_pipeline, quiet_libraries
+from .weights import Weights, checksum, divide, load_pipeline, quiet_libraries
 
 if TYPE_CHECKING:
     from .executor import Executor
@@ -430,6 +430,7 @@ class Engine:
             "dtype": self._choice.dtype,
             "revision": model.revision,
             "checksum": model.checksum,
+            **model.divided,
         }
 
     # Models
@@ -476,6 +477,9 @@ class Engine:
         # A hub revision names its files; a folder on this machine may have been changed.
         digest = checksum(source.folder) if source.revision is None else None
         model = Model(card, pipeline, source.folder, source.revision, digest, self._choice)
+        model.divided = divide(
+            pipeline, config.attention, config.vae, self._choice.device, model.bytes, card.most_pixels
+        )
         model.load_s = time.monotonic() - begun
         _logger.info("%s loaded in %.1f s, %d MB", card.id, time.monotonic() - begun, model.bytes // 10**6)
         return model

@@ -154,6 +154,10 @@ class Config(Struct, kw_only=True):
         Literal["auto", "none", "model", "sequential"],
         Meta(description="one of auto, none, model, sequential"),
     ] = "auto"
+    attention: Annotated[Literal["auto", "none", "sliced"], Meta(description="one of auto, none, sliced")] = (
+        "auto"
+    )
+    vae: Annotated[Literal["auto", "none", "tiled"], Meta(description="one of auto, none, tiled")] = "auto"
     compile: Annotated[Literal["none", "blocks"], Meta(description="one of none, blocks")] = "none"
     heartbeat_interval_ms: Annotated[
         int, Meta(ge=50, le=10_000, description="an integer from 50 to 10000")
