@@ -191,12 +191,15 @@ defmodule StarweaveImage do
   @doc """
   Several pictures of the same thing: four, or `:num_images`, each with a seed of its own that it reports.
 
-  Of a prompt they differ by their seeds alone. Of a `StarweaveImage.Image` or of a file's bytes they start from that
+  Of a prompt they differ by their seeds alone; with `:variation_strength` (0 to 1) each goes only so far from the picture of
+  `:seed`, which is the first of them, towards its own. Any of them comes again by `:seed` and `:variation_strength` as
+  they were, with its own seed as `:variation_seed`. Of a `StarweaveImage.Image` or of a file's bytes they start from that
   picture and leave it as far as `:strength` says (0.6 unless given); an image brings its prompt, for a file
   `:prompt` says what it shows.
 
       {:ok, [one, two]} = StarweaveImage.variations("a red apple", num_images: 2)
       {:ok, nearby} = StarweaveImage.variations(one, strength: 0.3)
+      {:ok, [_one_again | alike]} = StarweaveImage.variations("a red apple", seed: one.seed, variation_strength: 0.3)
 
       iex> {:error, error} = StarweaveImage.variations(<<0x89, "PNG\\r\\n", 0x1A, "\\n", 0::64>>)
       iex> error.message

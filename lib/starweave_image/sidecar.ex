@@ -377,6 +377,8 @@ defmodule StarweaveImage.Sidecar do
         memory_budget: config[:memory_budget],
         ram_budget: config[:ram_budget],
         offload: config[:offload],
+        attention: config[:attention],
+        vae: config[:vae],
         compile: config[:compile],
         offline: config[:offline],
         capacity: config[:capacity],

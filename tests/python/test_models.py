@@ -12,7 +12,7 @@ from typing import Any
 
 import checkpoints
 import pytest
-from engines import PATIENCE_S, Bench
+from engines import PATIENCE_S, Bench, difference
 from starweave_image import weights, wire
 from starweave_image.catalog import ModelCard, find, shipped
 from starweave_image.errors import ImageError
@@ -216,6 +216,34 @@ def test_memory_that_runs_out_in_a_load_is_tried_again_without_the_idle_models(
     monkeypatch.setattr("starweave_image.engine.load_pipeline", full)
     refused = error(bench.generate(**SMALL))
     assert (refused.kind, refused.retryable) == ("out_of_memory", True)
+
+
+@pytest.mark.parametrize(
+    ("make", "divided"),
+    [
+        (checkpoints.stable_diffusion, {"attention": "sliced", "vae": "tiled"}),
+        (checkpoints.flux, {"vae": "tiled"}),
+        (checkpoints.qwen_image, {"vae": "tiled"}),
+        (checkpoints.sana, {"vae": "tiled"}),
+    ],
+)
+def test_networks_work_part_by_part_where_that_is_configured_and_known(
+    checkpoint: Callable[[Callable[[Path], Path]], Path],
+    make: Callable[[Path], Path],
+    divided: dict[str, str],
+) -> None:
+    whole = bench_of(checkpoint(make), dtype="float32", attention="none", vae="none")
+    parted = bench_of(checkpoint(make), dtype="float32", attention="sliced", vae="tiled")
+    fields = SMALL | {"width": 128, "metadata": False, "reproducible": True}
+    (plain, [one]), (done, [two]) = whole.done(**fields), parted.done(**fields)
+    assert plain.parameters and done.parameters
+    environment = done.parameters["environment"]
+    assert environment == plain.parameters["environment"] | divided
+    assert parted.done(**fields)[1] == [two]
+    if make is checkpoints.stable_diffusion:
+        assert 0 < difference([one], [two]) < 255
+        small = fields | {"width": 64}
+        assert 0 <= difference(whole.done(**small)[1], parted.done(**small)[1]) <= 1
 
 
 def test_words_outside_the_vocabulary_are_told(folder: Path) -> None:

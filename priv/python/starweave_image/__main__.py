@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         ("--style", str),
         ("--quality", int),
         ("--strength", float),
+        ("--variation-strength", float),
+        ("--variation-seed", int),
     ):
         generate.add_argument(name, type=kind)
     generate.add_argument("--image", metavar="FILE", help="picture to start from")

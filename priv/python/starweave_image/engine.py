@@ -33,7 +33,7 @@ from .model_cache import Model, ModelCache, release_memory
 from .preview import Previews
 from .request import Lane, Request
 from .tasks import image_to_image, inpaint, text_to_image
-from .weights import Weights, checksum, import_libraries, load_pipeline, quiet_libraries
+from .weights import Weights, checksum, divide, import_libraries, load_pipeline, quiet_libraries
 
 if TYPE_CHECKING:
     from .executor import Executor
@@ -237,7 +237,8 @@ class Engine:
             first = message.seed
             if first is None or first == -1:
                 first = secrets.randbelow(2**63)
-            seeds = [(first + index) % 2**63 for index in range(message.num_images)]
+            own = first if message.variation_seed is None else message.variation_seed
+            seeds = [(own + index) % 2**63 for index in range(message.num_images)]
             request.check()
             with self._lock:
                 self._counters.accepted += 1
@@ -257,7 +258,7 @@ class Engine:
             )
             with self._use(card, request) as model:
                 send = functools.partial(self._send, request)
-                job = Job(message, card, settings, model, self._environment(model), image, mask, send)
+                job = Job(message, card, settings, model, self._environment(model), image, mask, first, send)
                 files = self._pictures(request, job, seeds)
             done = wire.Done(
                 id=request.id,
@@ -314,6 +315,7 @@ class Engine:
         lane.request.check()
         lane.begin()
         picture, scheduler = self._draw(lane, job, seed)
+        job.note(*lane.notices)
         lane.request.check()
         lane.enter("encoding")
         self._send(lane.request, lane.progress())
@@ -328,8 +330,8 @@ class Engine:
             "steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "scheduler": scheduler,
-            "seed": seed,
             "environment": job.environment,
+            **job.seeded(seed),
             **job.origin,
         }
         picture = job.finish(picture)
@@ -340,6 +342,8 @@ class Engine:
     def _draw(self, lane: Lane, job: Job, seed: int) -> tuple[Image, str]:
         """One picture at the size at which the model draws, and the class of the scheduler used."""
         import torch
+
+        from .noise import Between
 
         assert self._executor is not None
         with job.model.borrow() as pipeline:
@@ -353,7 +357,12 @@ class Engine:
             exact = job.message.reproducible
             result = None
             noise = torch.Generator("cpu").manual_seed(seed)
+            towards: AbstractContextManager[Any] = nullcontext()
+            if (fraction := job.message.variation_strength) is not None:
+                base = torch.Generator("cpu").manual_seed(job.base_seed)
+                noise, towards = base, Between(base, noise, fraction)
             with (
+                towards,
                 self._executor.drawing(lane, pipeline, job.model.networks, exact),
                 job.previews.watch(pipeline, lane.image) if job.previews else nullcontext(),
                 self._hooked(lane, pipeline, noise),
@@ -427,6 +436,7 @@ class Engine:
             "dtype": self._choice.dtype,
             "revision": model.revision,
             "checksum": model.checksum,
+            **model.divided,
         }
 
     # Models
@@ -473,6 +483,9 @@ class Engine:
         # A hub revision names its files; a folder on this machine may have been changed.
         digest = checksum(source.folder) if source.revision is None else None
         model = Model(card, pipeline, source.folder, source.revision, digest, self._choice)
+        model.divided = divide(
+            pipeline, config.attention, config.vae, self._choice.device, model.bytes, card.most_pixels
+        )
         model.load_s = time.monotonic() - begun
         _logger.info("%s loaded in %.1f s, %d MB", card.id, time.monotonic() - begun, model.bytes // 10**6)
         return model
@@ -518,7 +531,7 @@ class Engine:
                 card = self._card(name, self._preloading)
                 with self._use(card, self._preloading) as model:
                     message = wire.Generate(id=self._preloading.id, prompt="a picture", steps=1)
-                    job = Job(message, card, settle(message, card), model, {}, None, None, self._emit)
+                    job = Job(message, card, settle(message, card), model, {}, None, None, 0, self._emit)
                     lane = self._preloading.first
                     lane.begin()
                     self._draw(lane, job, seed=0)
@@ -637,9 +650,11 @@ class Job:
         environment: dict[str, Any],
         image: Image | None,
         mask: Image | None,
+        base_seed: int,
         send: Callable[[wire.Outgoing], None],
     ) -> None:
         self.message = message
+        self.base_seed = base_seed
         self.card = card
         self.settings = settings
         self.model = model
@@ -675,6 +690,16 @@ class Job:
             digests["mask_sha256"] = hashlib.sha256(self.message.mask).hexdigest()
         return {"task": self.settings.task, "strength": self.message.strength, **digests}
 
+    def seeded(self, seed: int) -> dict[str, Any]:
+        """What the record of a picture says of its noise, given its own seed."""
+        if self.message.variation_strength is None:
+            return {"seed": seed}
+        return {
+            "seed": self.base_seed,
+            "variation_seed": seed,
+            "variation_strength": self.message.variation_strength,
+        }
+
     def prepare(self, pipeline: Any) -> tuple[Any, text_to_image.Call]:
         """The pipeline of this task, over the parts of `pipeline`, and its call."""
         text = text_to_image.Text(
@@ -684,6 +709,7 @@ class Job:
             self.height,
             self.settings.steps,
             self.settings.guidance_scale,
+            self.message.guidance_scale is not None,
         )
         if self._image is None:
             return pipeline, text_to_image.prepare(pipeline, text)
@@ -705,7 +731,7 @@ class Job:
         return picture
 
     def note(self, *sentences: str) -> None:
-        self.notices += [sentence for sentence in sentences if sentence not in self.notices]
+        self.notices += [sentence for sentence in dict.fromkeys(sentences) if sentence not in self.notices]
 
 
 def _parts(id: str, index: int, data: bytes, record: dict[str, Any], format: str) -> Iterator[wire.ImagePart]:
@@ -714,7 +740,7 @@ def _parts(id: str, index: int, data: bytes, record: dict[str, Any], format: str
         yield wire.ImagePart(
             id=id,
             index=index,
-            seed=record["seed"],
+            seed=record.get("variation_seed", record["seed"]),
             format=format,
             width=record["width"],
             height=record["height"],

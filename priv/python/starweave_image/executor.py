@@ -31,6 +31,8 @@ from .request import Lane
 _logger = logging.getLogger(__name__)
 
 _REMEMBERED_BYTES = 64 * 1024 * 1024
+_IN_HALVES = "Drawn in smaller passes, because memory was short: it took longer, and may differ by rounding."
+_IN_TILES = "Drawn in tiles, because memory was short: slight differences are possible."
 # As port.INTERNAL: docs/protocol.md, exit codes.
 _BROKEN = 70
 
@@ -359,6 +361,7 @@ class Executor:
             _logger.warning("%s works tile by tile, for want of memory", first.network.kind)
             first.run = tiled
             if self._attempt(tickets) is None:
+                first.member.notices.append(_IN_TILES)
                 return
         self._release()
         first.error = error
@@ -375,6 +378,7 @@ class Executor:
                 ticket.error = half.error
                 return
             results.append(half.result)
+        ticket.member.notices.append(_IN_HALVES)
         ticket.result = stacking.unite(results)
 
     def _attempt(self, tickets: Sequence[_Ticket]) -> Exception | None:

@@ -45,6 +45,8 @@ class Model:
         self.checksum = checksum
         self.bytes = _weight_bytes(pipeline)
         self.load_s = 0.0
+        # Which networks work part by part, for want of memory.
+        self.divided: dict[str, str] = {}
         self._home = choice.device.id
         self._offloaded = any(hasattr(part, "_hf_hook") for part in pipeline.components.values())
         # A tokenizer keeps the padding and truncation of its last call, and a large one takes a second to

@@ -101,6 +101,8 @@ class Lane:
         self.steps = 0
         self.queued_s = 0.0
         self.spent: dict[Phase, float] = {}
+        # Sentences for the caller about how the picture was drawn.
+        self.notices: list[str] = []
         self.advanced = self._step_begun = self._entered = time.monotonic()
         self._longest_s = 0.0
         self._waits = False
