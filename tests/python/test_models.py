@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -215,7 +215,7 @@ def test_memory_that_runs_out_in_a_load_is_tried_again_without_the_idle_models(
 
     monkeypatch.setattr("starweave_image.engine.load_pipeline", full)
     refused = error(bench.generate(**SMALL))
-    assert (refused.kind, refused.retryable) == ("out_of_memory", True)
+    assert (refused.kind, refused.retryable) == ("out_of_memory", False)
 
 
 def test_words_outside_the_vocabulary_are_told(folder: Path) -> None:
@@ -425,6 +425,26 @@ def test_main_memory_too_has_a_budget() -> None:
         pass
     # The last that left the device keeps its place aside; who was there before is gone.
     assert cache.resident() == sorted([TURBO.id, TINY.id])
+
+
+@pytest.mark.parametrize("crowded", [True, False])
+def test_what_does_not_fit_may_do_so_once_others_have_left(crowded: bool) -> None:
+    def load(card: ModelCard, room: Callable[[int], AbstractContextManager[None]]) -> Model:
+        with room(card.memory_bytes):
+            if card is SDXL:
+                raise RuntimeError("CUDA out of memory")
+            return Weighty(card)
+
+    cache = ModelCache(load, 10**12, lambda: None)
+    with ExitStack() as others:
+        if crowded:
+            others.enter_context(cache.use(TINY, patiently))
+        with (
+            pytest.raises(ImageError, match="not enough device memory") as raised,
+            cache.use(SDXL, patiently),
+        ):
+            pass
+    assert (raised.value.kind, raised.value.retryable) == ("out_of_memory", crowded)
 
 
 def test_a_pinned_model_stays() -> None:

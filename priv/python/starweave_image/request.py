@@ -24,7 +24,7 @@ class Request:
         self.ended = False
         self.begun = time.monotonic()
         self._deadline = None if timeout_ms is None else self.begun + timeout_ms / 1000
-        self._cancelled: str | None = None
+        self._cancelled: ImageError | None = None
         self._lanes = [Lane(self, 0)]
         self.first.at_work = True
 
@@ -37,8 +37,8 @@ class Request:
         self._lanes += [Lane(self, index) for index in range(1, count)]
         return list(self._lanes)
 
-    def cancel(self, why: str = "the request was cancelled") -> None:
-        self._cancelled = why
+    def cancel(self, why: str = "the request was cancelled", retryable: bool = False) -> None:
+        self._cancelled = ImageError("cancelled", why, retryable=retryable)
         self.wake()
 
     def abandon(self) -> None:
@@ -52,8 +52,9 @@ class Request:
 
     def check(self) -> None:
         """Raise `cancelled` or `timeout` if the request must not go on."""
-        if self._cancelled is not None:
-            raise ImageError("cancelled", self._cancelled)
+        if (known := self._cancelled) is not None:
+            # A fresh one for each thread that comes here.
+            raise ImageError(known.kind, known.message, retryable=known.retryable)
         if self._deadline is not None and time.monotonic() >= self._deadline:
             raise ImageError("timeout", "the request did not end within its timeout", retryable=True)
 
