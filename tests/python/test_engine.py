@@ -205,6 +205,20 @@ def test_cancel_reaches_a_request_that_waits_for_the_device(bench: Bench) -> Non
     assert not [m for m in bench.of("second", wire.Progress) if m.step]
 
 
+@pytest.mark.parametrize("phase", ["decoding", "encoding"])
+def test_cancel_after_the_last_step_ends_a_request_without_its_picture(bench: Bench, phase: str) -> None:
+    def cancel(message: Any) -> None:
+        if isinstance(message, wire.Progress) and message.phase == phase:
+            bench.engine.cancel("doomed")
+
+    bench.on["doomed"] = cancel
+    assert error(bench.end(bench.submit("doomed", **SMALL))).kind == "cancelled"
+    assert bench.of("doomed", wire.Progress)[-1].phase == phase
+    assert bench.of("doomed", wire.ImagePart, wire.Done) == []
+    assert bench.engine.snapshot().counters.cancelled == 1
+    assert isinstance(bench.generate(**SMALL), wire.Done)
+
+
 def test_cancelling_what_does_not_run_does_nothing(shared: Bench) -> None:
     before = len(shared.said)
     shared.engine.cancel("nobody")
@@ -231,8 +245,11 @@ def test_cancel_and_deadline_end_a_request_while_its_model_loads(bench: Bench, g
     bench.wait_for(lambda: all(bench.of(id, wire.Progress) for id in ids) or None)
     assert bench.engine.snapshot().phase == "loading"
     assert [card.state for card in bench.engine.models() if card.id == "local/sd"] == ["loading"]
-    bench.engine.cancel("leaves")
-    assert error(bench.end("leaves")).kind == "cancelled"
+    bench.engine.load_model("operation", "local/sd")
+    bench.wait_for(lambda: bench.of("operation", wire.Progress) or None)
+    for id in ("leaves", "operation"):
+        bench.engine.cancel(id)
+        assert error(bench.end(id)).kind == "cancelled"
     assert error(bench.end(late)).kind == "timeout"
     gate.set()
     assert isinstance(bench.end("stays"), wire.Done)
