@@ -343,21 +343,18 @@ def test_many_waiters_share_one_load_and_one_who_leaves_does_not_stop_it() -> No
 def test_a_load_that_waits_for_its_turn_is_not_at_work() -> None:
     cache, loads = open_cache(10**12)
     loads.opened.clear()
-    asked = time.monotonic()
     for card in (TINY, TURBO):
         with pytest.raises(ImageError, match="gone"), cache.use(card, leave):
             pass
         deadline = time.monotonic() + PATIENCE_S
         while card.id not in loads.names:
             assert time.monotonic() < deadline
-    later = time.monotonic() + 100
-    while len(at_work := cache.loads(later)) > 1:
+    while len(at_work := cache.loads()) > 1 or not at_work[0].age_ms:
         assert time.monotonic() < deadline
-    [load] = at_work
-    assert load.model == TINY.id and 100_000 <= load.age_ms <= (later - asked) * 1000
+    assert at_work[0].model == TINY.id
     loads.opened.set()
     with cache.use(TURBO, patiently):
-        assert cache.loads(later) == []
+        assert cache.loads() == []
 
 
 def test_each_waiter_gets_the_error_of_the_load_they_shared() -> None:

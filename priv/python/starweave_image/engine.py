@@ -173,9 +173,8 @@ class Engine:
     def snapshot(self) -> wire.Snapshot:
         """What a heartbeat tells; from any thread, never blocks."""
         cache = self._cache
-        now = time.monotonic()
         with self._lock:
-            running = [request.on_wire(now) for request in self._running.values()]
+            running = [request.on_wire() for request in self._running.values()]
             counters = msgspec.structs.replace(self._counters)
             draining, operating = self._draining, bool(self._operations)
         capacity = self._config.capacity
@@ -198,8 +197,8 @@ class Engine:
             running=running,
             resident=cache.resident() if cache else [],
             device_memory=self._choice.memory() if self._choice else None,
-            device_work=self._executor.at_work(now) if self._executor else None,
-            loads=cache.loads(now) if cache else [],
+            device_work=self._executor.at_work() if self._executor else None,
+            loads=cache.loads() if cache else [],
             counters=counters,
         )
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import wire
+from . import clock, wire
 from .catalog import ModelCard
 from .devices import Choice
 from .errors import ImageError, is_out_of_memory
@@ -114,7 +114,7 @@ class _Entry:
         self.used = time.monotonic()
         self.parked = False
         # Since when it is loaded; None while it waits for its turn.
-        self.begun: float | None = time.monotonic()
+        self.begun: float | None = clock.now()
         # Held by whoever moves it between the tiers.
         self.moving = threading.Lock()
 
@@ -203,9 +203,10 @@ class ModelCache:
         with self._lock:
             return any(not entry.model.done() for entry in self._entries.values())
 
-    def loads(self, now: float) -> list[wire.Load]:
+    def loads(self) -> list[wire.Load]:
         """What is being loaded, without what waits for its turn."""
         with self._lock:
+            now = clock.now()
             begun = [(id, e.begun) for id, e in self._entries.items() if e.begun and not e.model.done()]
         return [wire.Load(model=id, age_ms=max(0, round((now - since) * 1000))) for id, since in begun]
 
@@ -248,7 +249,7 @@ class ModelCache:
         def room(wanted: int) -> Iterator[None]:
             entry.begun = None
             with self._loading:
-                entry.begun = time.monotonic()
+                entry.begun = clock.now()
                 self.make_room(wanted)
                 yield
 

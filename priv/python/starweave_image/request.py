@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from . import wire
+from . import clock, wire
 from .errors import ImageError
 
 Phase = Literal["loading", "denoising", "decoding", "encoding"]
@@ -62,11 +62,11 @@ class Request:
         """Seconds until the deadline, where there is one."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
-    def on_wire(self, now: float) -> wire.Running:
+    def on_wire(self) -> wire.Running:
         """Where the picture stands that is least far of those in work; between two of them, the latest."""
         latest = max(self._lanes, key=lambda lane: lane.advanced)
         at_work = [lane for lane in self._lanes if lane.at_work] or [latest]
-        return min(at_work, key=lambda lane: (_ORDER[lane.phase], lane.step)).on_wire(now)
+        return min(at_work, key=lambda lane: (_ORDER[lane.phase], lane.step)).on_wire()
 
     def timings(self) -> dict[str, int]:
         """Milliseconds by phase, those of all pictures added up; `total` is by the clock."""
@@ -102,7 +102,8 @@ class Lane:
         self.steps = 0
         self.queued_s = 0.0
         self.spent: dict[Phase, float] = {}
-        self.advanced = self._step_begun = self._entered = time.monotonic()
+        self.advanced = clock.now()
+        self._step_begun = self._entered = time.monotonic()
         self._longest_s = 0.0
         self._waits = False
 
@@ -119,34 +120,34 @@ class Lane:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """What is done inside is to wait for the device or for a model, which others work on."""
-        self.advanced, self._waits = time.monotonic(), True
+        self.advanced, self._waits = clock.now(), True
         try:
             yield
         finally:
-            self.advanced, self._waits = time.monotonic(), False
+            self.advanced, self._waits = clock.now(), False
 
     def enter(self, phase: Phase) -> None:
         self.account()
         self.phase = phase
-        self.advanced = time.monotonic()
+        self.advanced = clock.now()
 
     def begin(self) -> None:
         """The lane's own thread starts to draw."""
         self.account()
         self.at_work = True
         self.phase, self.step, self.steps = "denoising", 0, 0
-        self.advanced = self._step_begun = time.monotonic()
+        self.advanced, self._step_begun = clock.now(), time.monotonic()
 
     def finish(self) -> None:
         """The picture is done: what follows is no time of its own."""
         self.account()
         self.at_work = False
-        self.advanced = time.monotonic()
+        self.advanced = clock.now()
 
     def stepped(self, steps: int) -> None:
         now = time.monotonic()
         self._longest_s = max(self._longest_s, now - self._step_begun)
-        self.advanced = self._step_begun = now
+        self.advanced, self._step_begun = clock.now(), now
         self.step, self.steps = self.step + 1, steps
 
     def queued(self, seconds: float) -> None:
@@ -165,13 +166,13 @@ class Lane:
             elapsed_ms=round((time.monotonic() - self.request.begun) * 1000),
         )
 
-    def on_wire(self, now: float) -> wire.Running:
+    def on_wire(self) -> wire.Running:
         return wire.Running(
             id=self.request.id,
             phase=self.phase,
             step=self.step,
             steps=self.steps,
-            step_age_ms=max(0, round((now - self.advanced) * 1000)),
+            step_age_ms=max(0, round((clock.now() - self.advanced) * 1000)),
             step_ms=round(self._longest_s * 1000),
             waits=self._waits,
         )
