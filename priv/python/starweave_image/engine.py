@@ -173,9 +173,8 @@ class Engine:
     def snapshot(self) -> wire.Snapshot:
         """What a heartbeat tells; from any thread, never blocks."""
         cache = self._cache
-        now = time.monotonic()
         with self._lock:
-            running = [request.on_wire(now) for request in self._running.values()]
+            running = [request.on_wire() for request in self._running.values()]
             counters = msgspec.structs.replace(self._counters)
             draining, operating = self._draining, bool(self._operations)
         capacity = self._config.capacity
@@ -198,8 +197,8 @@ class Engine:
             running=running,
             resident=cache.resident() if cache else [],
             device_memory=self._choice.memory() if self._choice else None,
-            device_work=self._executor.at_work(now) if self._executor else None,
-            loads=cache.loads(now) if cache else [],
+            device_work=self._executor.at_work() if self._executor else None,
+            loads=cache.loads() if cache else [],
             counters=counters,
         )
 
@@ -213,13 +212,14 @@ class Engine:
             return
         with self._lock:
             left = [*self._running.values(), *self._operations.values()]
+        # Another sidecar can do what this one cannot any more.
+        stopped = ImageError("cancelled", "the image service is shutting down", retryable=True)
         for request in left:
-            request.cancel("the image service is shutting down")
+            request.cancel(stopped.message, stopped.retryable)
         if self._settled(_CANCEL_WAIT_S):
             return
         # A step that does not end in time cannot be broken off; its caller need not wait for it.
         for request in left:
-            stopped = ImageError("cancelled", "the image service is shutting down")
             self._end(request, "cancelled", _error(request.id, stopped))
 
     # One request
@@ -377,7 +377,8 @@ class Engine:
                 raise ImageError(
                     "out_of_memory",
                     f"{job.width}x{job.height} pixels with {job.card.id} need more device memory than is free",
-                    retryable=True,
+                    # What has the device for itself will not fit later either.
+                    retryable=self._in_company(lane.request),
                 )
         if any(getattr(result, "nsfw_content_detected", None) or []):
             raise ImageError("unsafe_content", "the model's safety checker withheld the picture")
@@ -562,6 +563,13 @@ class Engine:
                 self._finish(request, wire.Done(id=id))
 
         threading.Thread(target=run, name=f"operation {id}", daemon=True).start()
+
+    def _in_company(self, request: Request) -> bool:
+        """Whether others run that take memory."""
+        assert self._cache is not None
+        with self._lock:
+            others = [other for other in self._running.values() if other is not request]
+        return bool(others) or self._cache.loading()
 
     # The end of a request
 

@@ -303,8 +303,14 @@ def hub_error(repository: str, error: Exception) -> ImageError:
         return ImageError("model_not_found", f"{repository} {why}", "model")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return unfit(repository, f"has no {INDEX}, so it is not a model in diffusers layout")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return unfit(repository, "could not be downloaded: there is no space left on the disk")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return unfit(repository, "could not be downloaded: the cache folder cannot be written")
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    # But for these two, what is refused once is refused again.
+    if 400 <= status < 500 and status not in (408, 429):
+        return unfit(repository, f"could not be downloaded: the hub refuses it (HTTP {status})")
     return ImageError(
         "model_load_failed",
         f"{repository} could not be downloaded: the hub cannot be reached",
