@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ImageError
-from .layout import INDEX, check_classes, check_files, read_layout, unfit
+from .layout import INDEX, check_files, check_names, read_layout, unfit
 from .lease import take
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def partial(blob: Path) -> Path:
 def plan(repository: str, revision: str | None = None) -> Plan:
     """Ask the hub what a model consists of, and refuse what may not be loaded; leaves nothing in the cache.
 
-    Raises `model_not_found` or `model_load_failed`. Imports diffusers.
+    Raises `model_not_found` or `model_load_failed`.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -124,7 +124,7 @@ def plan(repository: str, revision: str | None = None) -> Plan:
     except Exception as error:
         raise hub_error(repository, error) from None
     siblings = info.siblings or []
-    check_classes(layout, repository)
+    check_names(layout, repository)
     check_files(layout, [sibling.rfilename for sibling in siblings], repository)
     files = [
         File(
