@@ -37,9 +37,15 @@ defmodule StarweaveImage do
 
   An accepted request ends with its images or with one `StarweaveImage.Error`, whatever dies.
   `generate/2`, `generate_many/3` and `stream/2` cancel the work when their caller dies; `submit/2` does not. When the
-  Python process dies, what it was running is sent again with the same seed, at most `:max_attempts`
-  times. No function here leaves a message in the caller's mailbox, but those that were asked for
-  with `subscribe/1`.
+  Python process dies or hangs, what it was running is sent again with the same seed, at most `:max_attempts`
+  times; with `:standby` a spare process takes over at once. What failed in a way that may pass is tried again. No function here
+  leaves a message in the caller's mailbox, but those that were asked for with `subscribe/1`.
+
+  In an instance with a `:journal`, what is submitted with `durable: true` outlives the BEAM: it is on disk when `submit/2` returns,
+  goes on with the next start, and its result is kept there for `:result_ttl`.
+
+  Users of a priority are served one by one. A request has four time-outs that do not stand in for each other: `:queue_timeout`,
+  `:run_timeout` and `:timeout` of the request, and the instance's `:heartbeat_timeout`, which costs no request.
   """
 
   alias StarweaveImage.{Environment, Error, Image, Options, Request}
@@ -445,7 +451,8 @@ defmodule StarweaveImage do
   What the instance is doing. Answers within milliseconds, whatever runs.
 
   `state` is one of `:starting :loading :ready :busy :stalled :down :disabled`; `error` says in one
-  sentence why a sidecar is down; `sidecars` and `queue` give the numbers.
+  sentence why a sidecar is down; `sidecars` and `queue` give the numbers. `queue.estimated_start_ms` is when a request that
+  comes now would go, by what was measured, and nil while nothing is up; `queue.next` has the ids, places and estimates of the first 20 that wait.
 
       %{state: :ready, error: nil, sidecars: [%{device: "cpu"}], queue: %{queued: 0, running: 0}} =
         StarweaveImage.status()
@@ -466,7 +473,8 @@ defmodule StarweaveImage do
           limit: 0,
           bytes: 0,
           max_bytes: 0,
-          estimated_start_ms: nil
+          estimated_start_ms: nil,
+          next: []
         }
 
         %{state: :down, error: error.message, default_model: nil, sidecars: [], queue: queue}

@@ -82,6 +82,8 @@ defmodule StarweaveImage.Queue do
   # A request of the journal may be begun so many times `max_attempts` in all lives of the application together.
   @lives 10
   @most_quarantined 1_000
+  # How many of those that wait are in the status.
+  @next 20
 
   def start_link(config), do: GenServer.start_link(__MODULE__, config, name: config[:name])
 
@@ -1350,9 +1352,21 @@ defmodule StarweaveImage.Queue do
         limit: state.config[:max_queue],
         bytes: Schedule.bytes(state.schedule),
         max_bytes: state.config[:max_queue_bytes],
-        estimated_start_ms: Schedule.wait_ms(state.schedule, waiting + 1)
+        estimated_start_ms: Schedule.wait_ms(state.schedule, waiting + 1),
+        next: next(state)
       }
     }
+  end
+
+  # More would be no status any more: who watches a request is told by its events.
+  defp next(state) do
+    for {id, position} <- state.schedule |> Schedule.order(@next) |> Enum.with_index(1) do
+      %{
+        id: id,
+        position: position,
+        estimated_start_ms: Schedule.wait_ms(state.schedule, position)
+      }
+    end
   end
 
   defp taken(state) do
