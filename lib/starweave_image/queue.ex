@@ -124,6 +124,8 @@ defmodule StarweaveImage.Queue do
     for {_, job} <- state.jobs, from <- job.submitters, do: GenServer.reply(from, {:error, error})
   end
 
+  # OTP has this callback since 25, Elixir knows it since 1.17.
+  if Version.match?(System.version(), ">= 1.17.0"), do: @impl(true)
   @doc false
   # What users asked for does not belong in the log of a crash.
   def format_status(status) do
