@@ -132,6 +132,24 @@ flush.(flush)
 row.("unsubscribe", times)
 {times, _} = timed.(nil, 5_000, fn n, _ -> :ok = StarweaveImage.cancel("r#{n}", Bench.Queue) end)
 row.("cancel", times)
+
+callers =
+  for n <- 1..1_000,
+      do:
+        spawn(fn -> StarweaveImage.generate("a red apple", instance: Bench.Queue, id: "c#{n}") end)
+
+queued = fn -> StarweaveImage.status(Bench.Queue).queue.queued end
+wait = fn wait, n -> if queued.() == n, do: :ok, else: wait.(wait, n) end
+wait.(wait, requests + 1_000)
+
+{times, _} =
+  timed.({callers, queued.()}, 1_000, fn _, {[pid | rest], n} ->
+    Process.exit(pid, :kill)
+    wait.(wait, n - 1)
+    {rest, n - 1}
+  end)
+
+row.("take out the request of a caller that dies, and ask until it is", times)
 {times, _} = timed.(nil, 1_000, fn _, _ -> StarweaveImage.status(Bench.Queue) end)
 row.("status", times)
 

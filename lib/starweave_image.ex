@@ -37,9 +37,15 @@ defmodule StarweaveImage do
 
   An accepted request ends with its images or with one `StarweaveImage.Error`, whatever dies.
   `generate/2`, `generate_many/3` and `stream/2` cancel the work when their caller dies; `submit/2` does not. When the
-  Python process dies, what it was running is sent again with the same seed, at most `:max_attempts`
-  times. No function here leaves a message in the caller's mailbox, but those that were asked for
-  with `subscribe/1`.
+  Python process dies or hangs, what it was running is sent again with the same seed, at most `:max_attempts`
+  times; with `:standby` a spare process takes over at once. What failed in a way that may pass is tried again. No function here
+  leaves a message in the caller's mailbox, but those that were asked for with `subscribe/1`.
+
+  In an instance with a `:journal`, what is submitted with `durable: true` outlives the BEAM: it is on disk when `submit/2` returns,
+  goes on with the next start, and its result is kept there for `:result_ttl`.
+
+  Users of a priority are served one by one. A request has four time-outs that do not stand in for each other: `:queue_timeout`,
+  `:run_timeout` and `:timeout` of the request, and the instance's `:heartbeat_timeout`, which costs no request.
   """
 
   alias StarweaveImage.{Environment, Error, Image, Options, Request}
@@ -191,12 +197,15 @@ defmodule StarweaveImage do
   @doc """
   Several pictures of the same thing: four, or `:num_images`, each with a seed of its own that it reports.
 
-  Of a prompt they differ by their seeds alone. Of a `StarweaveImage.Image` or of a file's bytes they start from that
+  Of a prompt they differ by their seeds alone; with `:variation_strength` (0 to 1) each goes only so far from the picture of
+  `:seed`, which is the first of them, towards its own. Any of them comes again by `:seed` and `:variation_strength` as
+  they were, with its own seed as `:variation_seed`. Of a `StarweaveImage.Image` or of a file's bytes they start from that
   picture and leave it as far as `:strength` says (0.6 unless given); an image brings its prompt, for a file
   `:prompt` says what it shows.
 
       {:ok, [one, two]} = StarweaveImage.variations("a red apple", num_images: 2)
       {:ok, nearby} = StarweaveImage.variations(one, strength: 0.3)
+      {:ok, [_one_again | alike]} = StarweaveImage.variations("a red apple", seed: one.seed, variation_strength: 0.3)
 
       iex> {:error, error} = StarweaveImage.variations(<<0x89, "PNG\\r\\n", 0x1A, "\\n", 0::64>>)
       iex> error.message
@@ -442,7 +451,8 @@ defmodule StarweaveImage do
   What the instance is doing. Answers within milliseconds, whatever runs.
 
   `state` is one of `:starting :loading :ready :busy :stalled :down :disabled`; `error` says in one
-  sentence why a sidecar is down; `sidecars` and `queue` give the numbers.
+  sentence why a sidecar is down; `sidecars` and `queue` give the numbers. `queue.estimated_start_ms` is when a request that
+  comes now would go, by what was measured, and nil while nothing is up; `queue.next` has the ids, places and estimates of the first 20 that wait.
 
       %{state: :ready, error: nil, sidecars: [%{device: "cpu"}], queue: %{queued: 0, running: 0}} =
         StarweaveImage.status()
@@ -463,7 +473,8 @@ defmodule StarweaveImage do
           limit: 0,
           bytes: 0,
           max_bytes: 0,
-          estimated_start_ms: nil
+          estimated_start_ms: nil,
+          next: []
         }
 
         %{state: :down, error: error.message, default_model: nil, sidecars: [], queue: queue}

@@ -7,15 +7,15 @@ defmodule StarweaveImage.Error do
 
   | Kind | Meaning | Retry |
   |---|---|---|
-  | `:invalid_request` | an option is wrong; `details.field` names it | no |
+  | `:invalid_request` | an option is wrong; `details.field` names it, and `details.conflict` is true where `:id` is that of another request | no |
   | `:model_not_found` | no such model, or it is not on this machine | no |
   | `:model_load_failed` | the model's files cannot be loaded | no |
   | `:overloaded` | the queue is full; `details.retry_after_ms` | yes |
-  | `:rate_limited` | the caller asks too often | yes |
+  | `:rate_limited` | the user, or all users together, ask too often; `details.retry_after_ms` | yes |
   | `:timeout` | the deadline passed | yes |
   | `:cancelled` | somebody cancelled it | no |
   | `:out_of_memory` | the device has too little memory for it | no |
-  | `:sidecar_crashed` | the Python process died under it too often | no |
+  | `:sidecar_crashed` | the Python process died under it too often, now or when it was asked for before; then `details.retry_after_ms` | no |
   | `:unavailable` | the Python process cannot be started; the message says why | yes |
   | `:disabled` | the instance was started with `enabled: false` | no |
   | `:unsafe_content` | the model's safety checker refused the picture | no |

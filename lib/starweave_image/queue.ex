@@ -62,6 +62,7 @@ defmodule StarweaveImage.Queue do
     :fleet,
     :rates,
     jobs: %{},
+    monitors: %{},
     serial: 0,
     finished: :gb_sets.new(),
     result_bytes: 0,
@@ -81,6 +82,8 @@ defmodule StarweaveImage.Queue do
   # A request of the journal may be begun so many times `max_attempts` in all lives of the application together.
   @lives 10
   @most_quarantined 1_000
+  # How many of those that wait are in the status.
+  @next 20
 
   def start_link(config), do: GenServer.start_link(__MODULE__, config, name: config[:name])
 
@@ -121,6 +124,8 @@ defmodule StarweaveImage.Queue do
     for {_, job} <- state.jobs, from <- job.submitters, do: GenServer.reply(from, {:error, error})
   end
 
+  # OTP has this callback since 25, Elixir knows it since 1.17.
+  if Version.match?(System.version(), ">= 1.17.0"), do: @impl(true)
   @doc false
   # What users asked for does not belong in the log of a crash.
   def format_status(status) do
@@ -154,14 +159,14 @@ defmodule StarweaveImage.Queue do
 
   def handle_call({:await, id}, from, state) do
     case state.jobs do
-      %{^id => _} -> {:noreply, await(state, id, from)}
+      %{^id => _} -> {:noreply, state |> await(id, from) |> dispatch()}
       _ -> {:reply, {:error, unknown_id()}, state}
     end
   end
 
   def handle_call({:subscribe, id, subscriber}, _from, state) do
     if Map.has_key?(state.jobs, id),
-      do: {:reply, :ok, subscribe(state, id, subscriber)},
+      do: {:reply, :ok, state |> subscribe(id, subscriber) |> dispatch()},
       else: {:reply, {:error, :not_found}, state}
   end
 
@@ -256,8 +261,10 @@ defmodule StarweaveImage.Queue do
   def handle_info({:DOWN, monitor, :process, pid, _reason}, state) do
     case Fleet.find(state.fleet, monitor) do
       nil ->
-        ids = for {id, %{owners: owners}} <- state.jobs, {pid, monitor} in owners, do: id
-        {:noreply, ids |> Enum.reduce(state, &leave(&2, &1, pid)) |> dispatch()}
+        case state.monitors do
+          %{^monitor => id} -> {:noreply, state |> leave(id, pid) |> dispatch()}
+          _ -> {:noreply, state}
+        end
 
       index ->
         {:noreply, state |> sidecar_gone(index) |> dispatch()}
@@ -331,7 +338,7 @@ defmodule StarweaveImage.Queue do
 
       job ->
         if Request.same?(job.request, request),
-          do: {:ok, put_job(state, join(job, owner))},
+          do: {:ok, join(state, job, owner)},
           else: {:error, conflict()}
     end
   end
@@ -378,13 +385,13 @@ defmodule StarweaveImage.Queue do
   defp enqueue(state, request, owner, bytes) do
     job = %Job{
       submitted?: owner == nil,
-      owners: if(owner, do: [{owner, Process.monitor(owner)}], else: []),
       request: request,
       model: request.model,
       status: if(request.durable, do: :journaling, else: :open)
     }
 
     state = open(state, job, request.timeout, bytes, 0)
+    state = if owner, do: own(state, request.id, owner), else: state
     if request.durable, do: Journal.accept(state.journal, request.id, record(request))
     state
   end
@@ -431,9 +438,21 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  defp join(%{status: :finished} = job, _owner), do: job
-  defp join(job, nil), do: %{job | submitted?: true}
-  defp join(job, owner), do: %{job | owners: [{owner, Process.monitor(owner)} | job.owners]}
+  defp join(state, %{status: :finished}, _owner), do: state
+  defp join(state, job, nil), do: put_job(state, %{job | submitted?: true})
+  defp join(state, job, owner), do: own(state, job.request.id, owner)
+
+  defp own(state, id, owner) do
+    monitor = Process.monitor(owner)
+    state = update_job(state, id, &%{&1 | owners: [{owner, monitor} | &1.owners]})
+    put_in(state.monitors[monitor], id)
+  end
+
+  defp disown(state, owners) do
+    monitors = for {_owner, monitor} <- owners, do: monitor
+    Enum.each(monitors, &Process.demonitor(&1, [:flush]))
+    %{state | monitors: Map.drop(state.monitors, monitors)}
+  end
 
   defp acknowledge(state, id, from) do
     case state.jobs[id] do
@@ -448,9 +467,8 @@ defmodule StarweaveImage.Queue do
 
   defp leave(state, id, owner) do
     with %{^id => %{owners: owners} = job} <- state.jobs,
-         {{_, monitor}, owners} <- List.keytake(owners, owner, 0) do
-      Process.demonitor(monitor, [:flush])
-      state = put_job(state, %{job | owners: owners})
+         {left, owners} when left != nil <- List.keytake(owners, owner, 0) do
+      state = state |> disown([left]) |> put_job(%{job | owners: owners})
       if owners == [] and not job.submitted?, do: abandon(state, id, cancelled()), else: state
     else
       _not_its_owner -> state
@@ -1038,7 +1056,7 @@ defmodule StarweaveImage.Queue do
     case state.jobs do
       %{^id => %{status: status} = job} when status in [:open, :journaling] ->
         job = stop_timers(job)
-        for {_pid, monitor} <- job.owners, do: Process.demonitor(monitor, [:flush])
+        state = disown(state, job.owners)
         # First, so that whoever has the answer finds the event already emitted.
         measure(state, job, result)
         state = %{state | schedule: Schedule.drop(state.schedule, id)}
@@ -1106,9 +1124,17 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  defp forget(state, %{request: %{id: id} = request} = job) do
+  defp forget(state, %{request: %{id: id, durable: durable?}} = job) do
+    if durable?, do: Journal.forget(state.journal, id)
+    drop(state, job)
+  end
+
+  # Its files were damaged on the disk since the start.
+  defp draw_again(state, job, unfinished),
+    do: state |> drop(job) |> recover_unfinished(unfinished)
+
+  defp drop(state, %{request: %{id: id}} = job) do
     stop_timers(job)
-    if request.durable, do: Journal.forget(state.journal, id)
 
     %{
       state
@@ -1127,7 +1153,7 @@ defmodule StarweaveImage.Queue do
   defp result(state, %{result: :stored, request: %{id: id}}) do
     case Journal.result(state.journal, id) do
       {:ok, result} -> result
-      {:unfinished, _} -> {:error, unavailable("the image was damaged on disk: ask for it again")}
+      {:unfinished, unfinished} -> {:again, unfinished}
       {:error, why} -> {:error, unavailable(why)}
     end
   end
@@ -1164,14 +1190,20 @@ defmodule StarweaveImage.Queue do
   ## Waiters and subscribers
 
   defp await(state, id, from) do
-    update_job(state, id, fn
+    case state.jobs[id] do
       %{status: :finished} = job ->
-        GenServer.reply(from, result(state, job))
-        job
+        case result(state, job) do
+          {:again, unfinished} ->
+            state |> draw_again(job, unfinished) |> await(id, from)
+
+          result ->
+            GenServer.reply(from, result)
+            state
+        end
 
       job ->
-        %{job | waiters: [from | job.waiters]}
-    end)
+        put_job(state, %{job | waiters: [from | job.waiters]})
+    end
   end
 
   # A subscriber is `{:process, pid}` or, for a stream, `{:alias, reference}`. Whoever comes late is told how
@@ -1179,9 +1211,15 @@ defmodule StarweaveImage.Queue do
   defp subscribe(state, id, subscriber) do
     case state.jobs[id] do
       %{status: :finished} = job ->
-        Enum.each(final_events(result(state, job)), &tell_one(subscriber, id, &1))
-        tell_end([subscriber])
-        state
+        case result(state, job) do
+          {:again, unfinished} ->
+            state |> draw_again(job, unfinished) |> subscribe(id, subscriber)
+
+          result ->
+            Enum.each(final_events(result), &tell_one(subscriber, id, &1))
+            tell_end([subscriber])
+            state
+        end
 
       job ->
         news = %{job | subscribers: [subscriber]}
@@ -1316,9 +1354,21 @@ defmodule StarweaveImage.Queue do
         limit: state.config[:max_queue],
         bytes: Schedule.bytes(state.schedule),
         max_bytes: state.config[:max_queue_bytes],
-        estimated_start_ms: Schedule.wait_ms(state.schedule, waiting + 1)
+        estimated_start_ms: Schedule.wait_ms(state.schedule, waiting + 1),
+        next: next(state)
       }
     }
+  end
+
+  # More would be no status any more: who watches a request is told by its events.
+  defp next(state) do
+    for {id, position} <- state.schedule |> Schedule.order(@next) |> Enum.with_index(1) do
+      %{
+        id: id,
+        position: position,
+        estimated_start_ms: Schedule.wait_ms(state.schedule, position)
+      }
+    end
   end
 
   defp taken(state) do

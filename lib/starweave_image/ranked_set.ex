@@ -55,6 +55,19 @@ defmodule StarweaveImage.RankedSet do
       else: size(left) + 1 + rank(right, element)
   end
 
+  @doc "The first `count` elements, in time that grows with `count`."
+  @spec take(t(element), non_neg_integer) :: [element] when element: term
+  def take(tree, count), do: tree |> take(count, []) |> elem(1) |> Enum.reverse()
+
+  defp take(tree, left, taken) when tree == nil or left == 0, do: {left, taken}
+
+  defp take({_, root, before, past}, left, taken) do
+    case take(before, left, taken) do
+      {0, taken} -> {0, taken}
+      {left, taken} -> take(past, left - 1, [root | taken])
+    end
+  end
+
   @spec to_list(t(element)) :: [element] when element: term
   def to_list(tree), do: to_list(tree, [])
 

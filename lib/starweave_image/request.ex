@@ -28,6 +28,12 @@ defmodule StarweaveImage.Request do
     mask:
       {:image, nil,
        "Where `:image` may change (white) and where it stays (black, transparent), as a file's bytes, of the same size in pixels."},
+    variation_strength:
+      {{:number, 0, 1}, nil,
+       "How far image k goes from the picture of `:seed` towards that of `:variation_seed` + k, without `:image`: 0 is the one and 1 the other."},
+    variation_seed:
+      {{:integer, 0, @max_seed}, nil,
+       "With `:variation_strength`; `:seed` unless given, so that image 0 is the picture of `:seed` itself."},
     num_images: {{:integer, 1, 16}, 1, "Images of one request, with consecutive seeds."},
     format: {{:one_of, [:png, :jpeg, :webp]}, :png, "File format of the image."},
     quality: {{:integer, 1, 100}, 90, "For JPEG and WebP."},
@@ -99,6 +105,8 @@ defmodule StarweaveImage.Request do
           steps: 1..200 | nil,
           guidance_scale: float | nil,
           seed: non_neg_integer,
+          variation_strength: float | nil,
+          variation_seed: non_neg_integer | nil,
           num_images: 1..16,
           scheduler: String.t() | nil,
           style: String.t() | nil,
@@ -156,7 +164,8 @@ defmodule StarweaveImage.Request do
   def new(prompt, opts \\ []) do
     with {:ok, prompt} <- prompt(prompt),
          {:ok, values} <- Options.validate(opts, @schema),
-         :ok <- mask_has_image(values) do
+         :ok <- mask_has_image(values),
+         :ok <- variation(values) do
       drawn = %{
         prompt: prompt,
         id: values.id || random_id(),
@@ -239,6 +248,17 @@ defmodule StarweaveImage.Request do
     do: {:error, :mask, "mask needs image"}
 
   defp mask_has_image(_values), do: :ok
+
+  defp variation(%{variation_strength: strength, image: image})
+       when strength != nil and image != nil,
+       do:
+         {:error, :variation_strength,
+          "variation_strength is for pictures from text alone; with image, strength says how far to go"}
+
+  defp variation(%{variation_seed: seed, variation_strength: nil}) when seed != nil,
+    do: {:error, :variation_seed, "variation_seed needs variation_strength"}
+
+  defp variation(_values), do: :ok
 
   # A digest of what decides the picture, all but its seed.
   defp content(request) do

@@ -372,9 +372,15 @@ defmodule StarweaveImage.Schedule do
   @spec bytes(t) :: non_neg_integer
   def bytes(schedule), do: schedule.bytes
 
-  @doc "Waiting requests in the order in which they will go."
-  @spec order(t) :: [id]
-  def order(schedule), do: for({_, _, _, id} <- RankedSet.to_list(schedule.waiting), do: id)
+  @doc "Waiting requests in the order in which they will go, all or the first few."
+  @spec order(t, non_neg_integer | :all) :: [id]
+  def order(schedule, count \\ :all)
+
+  def order(%{waiting: waiting}, :all),
+    do: for({_, _, _, id} <- RankedSet.to_list(waiting), do: id)
+
+  def order(%{waiting: waiting}, count),
+    do: for({_, _, _, id} <- RankedSet.take(waiting, count), do: id)
 
   @doc "The place of a request among those that wait, from 1; of one that is aside, as if it waited."
   @spec position(t, id) :: pos_integer

@@ -66,8 +66,9 @@ defmodule StarweaveImage.Sidecar do
     HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY http_proxy https_proxy no_proxy all_proxy
     TORCH_DTYPE TORCH_HOME CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH
     HSA_OVERRIDE_GFX_VERSION HCC_AMDGPU_TARGET GPU_DEVICE_ORDINAL ZE_AFFINITY_MASK
-    HF_HOME HF_TOKEN HF_ENDPOINT STARWEAVE_IMAGE_CACHE)
-  @allowed_env_prefixes ~w(LC_ HF_HUB_ NVIDIA_ HIP_ ROCR_ PYTORCH_ OMP_ MKL_ KMP_ ONEDNN_ DNNL_)
+    HF_HOME HF_TOKEN HF_TOKEN_PATH HF_ENDPOINT HUGGINGFACE_HUB_CACHE HF_MODULES_CACHE TRANSFORMERS_OFFLINE
+    DO_NOT_TRACK DISABLE_TELEMETRY STARWEAVE_IMAGE_CACHE)
+  @allowed_env_prefixes ~w(LC_ HF_HUB_ HF_XET_ NVIDIA_ HIP_ ROCR_ PYTORCH_ OMP_ MKL_ KMP_ ONEDNN_ DNNL_)
 
   @typedoc "A standby has everything imported and nothing loaded, until its queue makes it active."
   @type role :: :active | :standby
@@ -377,6 +378,8 @@ defmodule StarweaveImage.Sidecar do
         memory_budget: config[:memory_budget],
         ram_budget: config[:ram_budget],
         offload: config[:offload],
+        attention: config[:attention],
+        vae: config[:vae],
         compile: config[:compile],
         offline: config[:offline],
         capacity: config[:capacity],

@@ -132,6 +132,12 @@ defmodule StarweaveImage.Supervisor do
     offload:
       {{:one_of, [:auto, :none, :model, :sequential]}, :auto,
        "Whether a model's weights wait in main memory and visit the device by network or by layer: slower, for models that do not fit. `:auto` looks at what is free."},
+    attention:
+      {{:one_of, [:auto, :none, :sliced]}, :auto,
+       "Whether a UNet computes its attention in slices, to save memory. `:auto` does on small Macs."},
+    vae:
+      {{:one_of, [:auto, :none, :tiled]}, :auto,
+       "Whether large pictures are decoded tile by tile. `:auto` does where the model's largest would not fit on the device."},
     compile:
       {{:one_of, [:none, :blocks]}, :none,
        "`:blocks` compiles the blocks that a denoiser repeats: the first picture takes longer, the others less. Needs a C++ compiler on a CPU."},

@@ -63,11 +63,14 @@ INTEGERS = {
     "height": (64, 4096),
     "steps": (1, 200),
     "seed": (-1, 2**63 - 1),
+    "variation_seed": (0, 2**63 - 1),
     "num_images": (1, 16),
     "quality": (1, 100),
     "timeout_ms": (1, 86_400_000),
 }
-NUMBERS = {"guidance_scale": (0, 50), "strength": (0, 1)}
+NUMBERS = {"guidance_scale": (0, 50), "strength": (0, 1), "variation_strength": (0, 1)}
+# What a field is refused without.
+NEEDS = {"variation_seed": {"variation_strength": 0.5}}
 TEXTS = {"prompt": 8192, "negative_prompt": 8192, "style": 256}
 NAMES = ("model", "scheduler", "format", "id")
 BOOLEANS = ("metadata", "reproducible", "preview")
@@ -175,16 +178,31 @@ for field in (*INTEGERS, *NUMBERS, *NAMES, *BOOLEANS, *IMAGES, "negative_prompt"
 bad("prompt", "null", None, message="prompt is required")
 case("id: null", {"kind": "invalid_request", "field": "id"}, elixir="ok", id=None)
 
+# What goes together.
+
+good("variations", seed=7, variation_strength=0.3, num_images=4)
+good("one of several variations alone", seed=7, variation_strength=0.3, variation_seed=9)
+bad("variation_seed", "without a strength", 9, seed=7, message="variation_seed needs variation_strength")
+for others in ({}, {"mask": data(PNG_1X1)}):
+    bad(
+        "variation_strength",
+        f"with {' and '.join(['image', *others])}",
+        0.3,
+        image=data(PNG_1X1),
+        message="variation_strength is for pictures from text alone; with image, strength says how far to go",
+        **others,
+    )
+
 # Limits: below, at and above each.
 
 for field, (low, high) in INTEGERS.items():
     step = 8 if field in ("width", "height") else 1
-    good(f"{field}: {low}, the least", **{field: low})
-    good(f"{field}: {low + step}, above the least", **{field: low + step})
-    good(f"{field}: {high - step}, below the most", **{field: high - step})
-    good(f"{field}: {high}, the most", **{field: high})
+    good(f"{field}: {low}, the least", **{field: low}, **NEEDS.get(field, {}))
+    good(f"{field}: {low + step}, above the least", **{field: low + step}, **NEEDS.get(field, {}))
+    good(f"{field}: {high - step}, below the most", **{field: high - step}, **NEEDS.get(field, {}))
+    good(f"{field}: {high}, the most", **{field: high}, **NEEDS.get(field, {}))
     for value in sorted({low - step, high + step, -(2**63), 2**64 - 1}):
-        bad(field, str(value), value)
+        bad(field, str(value), value, **NEEDS.get(field, {}))
 
 for field in ("width", "height"):
     for value in (0, 1, 63, 65, 68, 100, 250, 1025, 4095, 2**31, -64):
@@ -577,6 +595,8 @@ to_sidecar(
             "memory_budget": 2**50,
             "ram_budget": 2**33,
             "offload": "model",
+            "attention": "sliced",
+            "vae": "tiled",
             "compile": "blocks",
             "capacity": 4,
             "heartbeat_interval_ms": 250,
@@ -903,6 +923,8 @@ for field, values in {
     "memory_budget": [-1, 2**50 + 1, "1GB", 1.5],
     "ram_budget": [-1, 2**50 + 1, "1GB"],
     "offload": ["layers", "", True],
+    "attention": ["tiled", "", True],
+    "vae": ["sliced", "", True],
     "compile": ["all", "", True],
     "capacity": [0, 65, -1, 8.0, "8", True],
     "heartbeat_interval_ms": [49, 10_001, 1000.0, "1000"],
@@ -926,6 +948,8 @@ for field, values in {
     "memory_budget": [0, 2**50],
     "ram_budget": [0, 2**50],
     "offload": ["auto", "none", "sequential"],
+    "attention": ["auto", "none"],
+    "vae": ["auto", "none"],
     "compile": ["none"],
     "heartbeat_interval_ms": [50, 10_000],
 }.items():

@@ -78,6 +78,18 @@ defmodule StarweaveImage.DurableTest do
       assert [_report] = received(instance)
     end
 
+    test "whose image was damaged on the disk is drawn again", %{journal: journal} do
+      instance = start_ready("honest", journal: journal)
+      {:ok, id} = submit(instance, "a fig")
+      assert {:ok, image} = StarweaveImage.await(id, 20_000, instance)
+      instance = again(instance, journal)
+      [file] = journal |> Path.join("**/#{image.sha256}") |> Path.wildcard()
+      File.write!(file, "another")
+      assert {:ok, drawn} = StarweaveImage.await(id, 20_000, instance)
+      assert {drawn.data, drawn.seed} == {image.data, image.seed}
+      assert id in received(instance)
+    end
+
     test "that was cancelled or failed stays so", %{journal: journal} do
       instance = start_ready("honest", journal: journal)
       running = held(instance)

@@ -778,7 +778,10 @@ defmodule StarweaveImage.JournalTest do
       # By another path too.
       link = Path.join(tmp_dir, "link")
       File.ln_s!(folder, link)
-      assert {:error, "another instance uses its folder"} = Journal.recover(open(link))
+      waiting = open(link)
+      assert {:error, "another instance uses its folder"} = Journal.recover(waiting)
+      # It would take the folder before the third does.
+      GenServer.stop(waiting)
       :ok = TestJournal.kill(first)
       third = TestJournal.start(tmp_dir, :hold, [folder])
       TestJournal.await(third, &(["open"] in &1))

@@ -54,7 +54,9 @@ defmodule StarweaveImage.QueueTest do
                  StarweaveImage.submit("a fig", id: id, priority: priority, instance: instance)
       end
 
-      assert %{queue: %{queued: 6, running: 1}} = StarweaveImage.status(instance)
+      assert %{queue: %{queued: 6, running: 1, next: next}} = StarweaveImage.status(instance)
+      assert for(n <- next, do: {n.id, n.position}) == Enum.with_index(~w(i1 i2 n1 n2 b1 b2), 1)
+      assert next |> Enum.map(& &1.estimated_start_ms) |> then(&(&1 == Enum.sort(&1)))
       :ok = StarweaveImage.subscribe("n2", instance)
       assert_receive {:starweave_image, "n2", {:queued, %{position: 4, attempt: 1}}}
 

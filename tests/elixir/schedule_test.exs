@@ -441,6 +441,7 @@ defmodule StarweaveImage.ScheduleTest do
       assert RankedSet.to_list(set) == list
       assert RankedSet.size(set) == length(list)
       assert RankedSet.first(set) == List.first(list)
+      for n <- [0, 1, 7, 1_000], do: assert(RankedSet.take(set, n) == Enum.take(list, n))
       for n <- 0..201, do: assert(RankedSet.rank(set, n) == Enum.count(list, &(&1 <= n)))
     end
 

@@ -550,6 +550,12 @@ defmodule StarweaveImage.SidecarTest do
       ]
 
       assert Sidecar.allowed_env(names, ["MINE"]) == ["PATH", "HF_TOKEN", "LC_ALL", "MINE"]
+
+      # Where models are, by all names that huggingface_hub reads, and whether it may ask for them.
+      hub =
+        ~w(HF_HOME HF_HUB_CACHE HUGGINGFACE_HUB_CACHE HF_XET_CACHE HF_HUB_OFFLINE TRANSFORMERS_OFFLINE)
+
+      assert Sidecar.allowed_env(hub ++ ["HF_API_KEY"], []) == hub
     end
 
     @config [stall_timeout: 1_000, stall_floor: 100, load_timeout: 9_000]

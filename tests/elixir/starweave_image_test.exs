@@ -9,7 +9,7 @@ defmodule StarweaveImageTest do
   doctest StarweaveImage.Image
 
   @small [width: 64, height: 64, steps: 4]
-  # In company a picture may differ by rounding, unless it was asked not to.
+  # In company a picture is the one drawn alone to rounding only.
   @exact [reproducible: true] ++ @small
 
   setup_all do
@@ -74,6 +74,14 @@ defmodule StarweaveImageTest do
     {:ok, images} = StarweaveImage.variations("a red apple", [seed: 7] ++ @exact)
     assert length(images) == 4
     assert hd(images).data == apple.data
+
+    near = [seed: 7, variation_strength: 0.3] ++ @exact
+    {:ok, [same, varied]} = StarweaveImage.variations("a red apple", [num_images: 2] ++ near)
+    assert {same.seed, varied.seed} == {7, 8}
+    assert varied.parameters["seed"] == 7 and varied.parameters["variation_strength"] == 0.3
+    {:ok, again} = StarweaveImage.generate("a red apple", [variation_seed: varied.seed] ++ near)
+    assert again.data == varied.data
+    assert varied.data not in [same.data | Enum.map(images, & &1.data)]
 
     assert {:ok, [_]} =
              StarweaveImage.variations(apple.data, prompt: "a red apple", num_images: 1, steps: 2)

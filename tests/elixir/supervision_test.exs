@@ -274,6 +274,8 @@ defmodule StarweaveImage.SupervisionTest do
             {[pinned: ["../x"]], ~r/pinned must be a list of model ids/},
             {[memory_budget: -1], ~r/memory_budget must be an integer from 0/},
             {[offload: :layers], ~r/offload must be one of auto, none, model, sequential/},
+            {[attention: :tiled], ~r/attention must be one of auto, none, sliced/},
+            {[vae: true], ~r/vae must be one of auto, none, tiled/},
             {[compile: true], ~r/compile must be one of none, blocks/},
             {[env: [:HOME]], ~r/env must be a list of names/}
           ] do

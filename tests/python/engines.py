@@ -35,7 +35,7 @@ class Bench:
         self.on: dict[str, Callable[[Any], None]] = {}
         self._news = threading.Condition()
         self._count = 0
-        self.engine = Engine(wire.Config(**config), self._emit, lambda: None)
+        self.engine = Engine(wire.Config(**config), self._emit, self._changed)
 
     def start(self) -> Bench:
         self.ready = self.engine.start()
@@ -78,6 +78,10 @@ class Bench:
             assert part.offset == len(files.get(part.index, b""))
             files[part.index] = files.get(part.index, b"") + bytes(part.data)
         return [files[index] for index in sorted(files)]
+
+    def _changed(self) -> None:
+        with self._news:
+            self._news.notify_all()
 
     def _emit(self, message: wire.Outgoing) -> None:
         with self._news:

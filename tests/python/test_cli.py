@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import PACKAGE, Tracked
 from PIL import Image
+from starweave_image import images
 
 
 def run(tracked: Tracked, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -53,8 +54,13 @@ def test_the_preview_is_a_file_until_the_end(tracked: Tracked, tmp_path: Path) -
 
 
 def test_several_images_are_numbered(tracked: Tracked, tmp_path: Path) -> None:
-    result = run(tracked, "generate", "a red apple", "--num-images", "2", "--steps", "1", cwd=tmp_path)
+    arguments = ["--num-images", "2", "--steps", "1", "--seed", "7", "--variation-strength", "0.3"]
+    result = run(tracked, "generate", "a red apple", *arguments, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, "image-1.png\nimage-2.png\n"), result.stderr
+    assert "seed 7\n" in result.stderr and "seed 8\n" in result.stderr
+    record = images.read((tmp_path / "image-2.png").read_bytes())
+    assert record is not None
+    assert (record["seed"], record["variation_seed"], record["variation_strength"]) == (7, 8, 0.3)
 
 
 @pytest.mark.parametrize(

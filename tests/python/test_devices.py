@@ -85,6 +85,24 @@ def test_a_model_that_does_not_fit_is_offloaded(
     assert devices.placement(wanted, weights, largest, free) == how
 
 
+@pytest.mark.parametrize(
+    ("attention", "vae", "kind", "total", "divided"),
+    [
+        ("auto", "auto", "cuda:0", 24, (False, False)),
+        ("auto", "auto", "cuda:0", 8, (False, True)),
+        ("auto", "auto", "mps", 24, (True, False)),
+        ("auto", "auto", "mps", 96, (False, False)),
+        ("none", "none", "mps", 8, (False, False)),
+        ("sliced", "tiled", "cpu", 96, (True, True)),
+    ],
+)
+def test_what_would_not_fit_is_computed_part_by_part(
+    attention: str, vae: str, kind: str, total: int, divided: tuple[bool, bool]
+) -> None:
+    device = devices.Device(kind, "a device", "float32", "", total * 2**30)
+    assert devices.division(attention, vae, device, 4 * 2**30, 6 * 2**30) == divided
+
+
 def test_what_runs_is_measured_in_time_and_memory() -> None:
     import torch
 

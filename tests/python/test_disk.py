@@ -198,8 +198,9 @@ def test_offline_mode_says_what_cannot_be_done(hub: Hub, pulled: Machine) -> Non
 def test_a_cut_download_is_gone_on_with(hub: Hub, machine: Machine, wide: Path) -> None:
     hub.repositories["owner/wide"] = Repository({COMMIT: wide})
     others = sum(path.stat().st_size for path in wide.rglob("*.safetensors")) - (wide / UNET).stat().st_size
-    # Each connection from now on is cut; what the client has not written by then is lost.
+    # The connection is cut and the hub goes down; what the client has not written by then is lost.
     hub.limit = others + CHUNK + 2**20
+    hub.at_limit = lambda: hub.errors.update({UNET: (503, "")})
     said = machine.models("pull", "owner/wide", "--yes", code=1)
     assert "owner/wide could not be downloaded: the hub cannot be reached" in said
     partial = machine.repository("wide") / "blobs" / f"{sha256(wide / UNET)}.incomplete"
@@ -207,6 +208,7 @@ def test_a_cut_download_is_gone_on_with(hub: Hub, machine: Machine, wide: Path) 
     assert machine.listed()["owner/wide"]["state"] == "incomplete"
     assert "10.5 MB of broken downloads" in machine.models("list")
     hub.limit = None
+    hub.errors.clear()
     hub.served.clear()
     machine.models("pull", "owner/wide", "--yes")
     assert hub.served == {UNET: (wide / UNET).stat().st_size - CHUNK}
@@ -251,11 +253,22 @@ def test_what_arrives_damaged_is_thrown_away(hub: Hub, machine: Machine) -> None
 
 def test_what_the_hub_refuses_is_explained(hub: Hub, machine: Machine, small: Path, tmp_path: Path) -> None:
     hub.repositories["owner/pickled"] = Repository({COMMIT: checkpoints.pickled(tmp_path / "pickled")})
+    for name, class_ in (("newer", {"_class_name": "NextPipeline"}), ("odd", {"unet": ["diffusers", "Odd"]})):
+        folder = shutil.copytree(small, tmp_path / name)
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | class_))
+        hub.repositories[f"owner/{name}"] = Repository({COMMIT: folder})
     hub.repositories["owner/gated"] = Repository({COMMIT: small}, token="hf_right")
     for arguments, code, words in [
         (["owner/nobody"], 2, "owner/nobody is not on the hub"),
         (["owner/small", "--revision", "v9"], 2, "owner/small has no such revision on the hub"),
         (["owner/pickled", "--yes"], 1, "has its unet as pickled weights only"),
+        (
+            ["owner/newer", "--yes"],
+            1,
+            "needs the pipeline NextPipeline, which the installed diffusers does not",
+        ),
+        (["owner/odd", "--yes"], 1, "has a unet that is no class of diffusers or transformers"),
         (["owner/gated", "--yes"], 1, "accept its terms on https://huggingface.co/owner/gated"),
     ]:
         assert words in machine.models("pull", *arguments, code=code)
@@ -399,6 +412,18 @@ def test_the_list_has_what_is_in_the_package_and_in_folders(pulled: Machine, sma
     assert [line.split()[0] for line in said[1:-1]] == ["starweave/tiny", "my/own", "owner/small"]
     assert ["embedded", "local", "complete"] == [line.split()[-2] for line in said[1:-1]]
     assert "local must be ID=FOLDER" in pulled.models("list", "--local", "my/own", code=2)
+
+
+def test_what_only_handles_files_starts_without_torch(machine: Machine, tmp_path: Path) -> None:
+    (tmp_path / "trap").mkdir()
+    (tmp_path / "trap/torch.py").write_text("raise RuntimeError('torch is imported')\n")
+    machine.env["PYTHONPATH"] = f"{tmp_path / 'trap'}:{machine.env['PYTHONPATH']}"
+    process = machine.start("generate", "a cat")
+    assert "torch is imported" in process.communicate()[1]
+    machine.models("pull", "owner/small", "--yes")
+    assert machine.listed()["owner/small"]["state"] == "complete"
+    assert "intact" in machine.models("verify")
+    assert "0 B after" in machine.models("prune", "--quota", "0")
 
 
 # leases

@@ -335,6 +335,45 @@ def test_z_image_heeds_a_negative_prompt_at_any_guidance(
     assert done.notices == notices
 
 
+@pytest.mark.parametrize(
+    ("make", "heeded"),
+    [(family.make, True) for family in FAMILIES.values()]
+    + [(checkpoints.flux, False), (functools.partial(checkpoints.flux_2_klein, distilled=True), False)],
+)
+def test_guidance_that_was_asked_for_and_has_no_effect_is_told(
+    company_of: Callable[[Make], Company], make: Make, heeded: bool
+) -> None:
+    bench = company_of(make).bench
+    fields = {"prompt": LONG, "steps": 2, "seed": 1, "width": 64, "height": 64, "reproducible": True}
+    weak, strong = (bench.done(guidance_scale=scale, **fields) for scale in (2.0, 9.0))
+    assert (difference(weak[1], strong[1]) > 0) == heeded
+    notices = [] if heeded else ["guidance_scale has no effect on this model."]
+    assert [notice for notice in strong[0].notices if "guidance" in notice] == notices
+    assert not any("guidance" in notice for notice in bench.done(**fields)[0].notices)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [*((name, None) for name in FAMILIES), ("sd", "euler_ancestral")]
+)
+def test_a_variation_lies_between_the_pictures_of_two_seeds(
+    company_of: Callable[[Make], Company], name: str, scheduler: str | None
+) -> None:
+    bench = company_of(FAMILIES[name].make).bench
+    fields: dict[str, Any] = {"prompt": "a cat", "steps": 2, "guidance_scale": 0.0, "width": 64, "height": 64}
+    fields |= {"scheduler": scheduler, "reproducible": True, "metadata": False}
+
+    def drawn(**seeds: Any) -> list[bytes]:
+        return bench.done(**fields, **seeds)[1]
+
+    plain = drawn(seed=7, num_images=3)
+    assert drawn(seed=7, num_images=3, variation_strength=0.0) == plain[:1] * 3
+    assert drawn(seed=7, num_images=3, variation_strength=1.0) == plain
+    varied = drawn(seed=7, num_images=3, variation_strength=0.4)
+    assert varied[0] == plain[0] and len({*plain, *varied}) == 5
+    # Each alone, by what the first request tells of it.
+    assert drawn(seed=7, variation_seed=9, variation_strength=0.4) == varied[2:]
+
+
 def together(network: Any, run: Callable[..., Any], calls: list[dict[str, Any]]) -> list[torch.Tensor]:
     """What each of the calls gets from one pass of all."""
     stacked = [stacking.read(type(network).__name__, run, (), call) for call in calls]

@@ -31,7 +31,7 @@ for model in known["models"]:
     if isinstance(end, wire.Done):
         answers[model] = [end.parameters["width"], end.parameters["environment"]["revision"]]
     else:
-        answers[model] = [end.kind, end.message]
+        answers[model] = [end.kind, end.message, end.retryable]
 states = {{card.id: card.state for card in bench.engine.models()}}
 print(json.dumps([answers, states]))
 """
@@ -100,6 +100,8 @@ def test_what_the_hub_will_not_give_is_one_clear_sentence(hub: Hub, client: Any)
     hub.errors["owner/gated"] = (403, "GatedRepo")
     hub.errors["owner/moved"] = (404, "RevisionNotFound")
     hub.errors["owner/down"] = (503, "")
+    hub.errors["owner/busy"] = (429, "")
+    hub.errors["owner/barred"] = (451, "")
     wanted = {
         "owner/pickled": ("model_load_failed", "pickled weights only"),
         "owner/coded": ("model_load_failed", "code of its own"),
@@ -108,10 +110,13 @@ def test_what_the_hub_will_not_give_is_one_clear_sentence(hub: Hub, client: Any)
         "owner/gated": ("model_load_failed", "set HF_TOKEN"),
         "owner/moved": ("model_not_found", "no such revision"),
         "owner/down": ("model_load_failed", "the hub cannot be reached"),
+        "owner/busy": ("model_load_failed", "the hub cannot be reached"),
+        "owner/barred": ("model_load_failed", "the hub refuses it (HTTP 451)"),
     }
     answers, states = client(*wanted)
     for model, (kind, words) in wanted.items():
         assert answers[model][0] == kind and words in answers[model][1]
+        assert answers[model][2] == (model in ("owner/down", "owner/busy"))
         assert states[model] == "remote"
     assert hub.weights_asked() == []
 

@@ -72,6 +72,11 @@ def test_the_widely_read_text_is_where_other_tools_look(picture: Image.Image) ->
         assert comment == b"UNICODE\0" + PARAMETERS.encode("utf-16-be")
 
 
+def test_a_variation_is_told_under_the_names_that_other_tools_know() -> None:
+    varied = record(variation_seed=9, variation_strength=0.25)
+    assert ", Variation seed: 9, Variation seed strength: 0.25, " in images.parameters_text(varied)
+
+
 @pytest.mark.skipif(shutil.which("exiftool") is None, reason="exiftool is not installed")
 @pytest.mark.parametrize(
     ("format", "text", "structured"),

@@ -121,6 +121,24 @@ def test_what_is_reproducible_is_the_same_in_company_and_after_a_kill(ready: Sta
     assert drawn(sidecar, "again") == alone
 
 
+def test_a_pause_of_the_process_does_not_count_as_time_without_progress(ready: Start) -> None:
+    sidecar = ready(heartbeat_interval_ms=100, **config())
+    sidecar.send(LONG)
+    sidecar.expect("progress", id="long", phase="denoising", timeout=180)
+    sidecar.signal(signal.SIGSTOP)
+    wait_until(lambda: psutil.Process(sidecar.pid).status() == psutil.STATUS_STOPPED)
+    time.sleep(4)
+    sidecar.signal(signal.SIGCONT)
+    ages = []
+    # What was on its way before the pause comes first, and a second of progress after it is enough.
+    stopped_ms = sidecar.expect("heartbeat")["uptime_ms"]
+    while (beat := sidecar.expect("heartbeat"))["uptime_ms"] < stopped_ms + 5_000:
+        ages += [entry["step_age_ms"] for entry in beat["running"]]
+        ages += [work["age_ms"] for work in [beat["device_work"]] if work]
+    assert ages and max(ages) < 3_000
+    sidecar.send({"t": "cancel", "id": "long"})
+
+
 def test_shutdown_lets_what_runs_end(ready: Start, tracked: Tracked) -> None:
     sidecar = ready(**config())
     sidecar.send({"t": "generate", "id": "short", "prompt": "a red apple", "steps": 2})

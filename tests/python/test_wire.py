@@ -18,7 +18,10 @@ INCOMING: list[dict[str, Any]] = [
         "v": 1,
         "g": 7,
         "config": {
-            "models": [{"id": "local/one", "path": "/models/one"}, {"id": "owner/two", "revision": "main"}],
+            "models": [
+                {"id": "local/one", "path": "/models/one", "fallbacks": ["owner/two"]},
+                {"id": "owner/two", "revision": "main"},
+            ],
             "default_model": "local/one",
             "device": "cuda:1",
             "dtype": "bfloat16",
@@ -29,6 +32,8 @@ INCOMING: list[dict[str, Any]] = [
             "memory_budget": 10**9,
             "ram_budget": 0,
             "offload": "none",
+            "attention": "sliced",
+            "vae": "tiled",
             "compile": "blocks",
             "heartbeat_interval_ms": 50,
         },
@@ -49,6 +54,8 @@ INCOMING: list[dict[str, Any]] = [
         "scheduler": "euler",
         "style": "oil painting",
         "strength": 0.5,
+        "variation_strength": None,
+        "variation_seed": None,
         "image": PNG,
         "mask": PNG,
         "format": "webp",
@@ -150,8 +157,8 @@ def test_every_incoming_message_is_read_from_another_encoder(fields: dict[str, A
     read = plain(message)
     if fields["t"] == "hello":
         assert read["config"].pop("models") == [
-            {"id": "local/one", "path": "/models/one", "revision": None},
-            {"id": "owner/two", "path": None, "revision": "main"},
+            {"id": "local/one", "path": "/models/one", "revision": None, "fallbacks": ["owner/two"]},
+            {"id": "owner/two", "path": None, "revision": "main", "fallbacks": None},
         ]
         fields = {**fields, "config": {k: v for k, v in fields["config"].items() if k != "models"}}
     assert read == fields

@@ -20,6 +20,11 @@ defmodule Mix.Tasks.Image.Gen do
     scheduler: {:string, "NAME", "such as `euler` (default: the model's own)"},
     num_images: {:integer, "N", "1 to 16 images, with consecutive seeds (default: 1)"},
     variations: {:integer, "N", "N variations of `--image`, or else of the prompt"},
+    variation_strength:
+      {:float, "X", "0 to 1, how far variations of the prompt go from the picture of `--seed`"},
+    variation_seed:
+      {:integer, "N",
+       "where the first of them goes to, the others to N + 1 … (default: `--seed`)"},
     format: {:string, "FORMAT", "`png`, `jpeg` or `webp` (default: what `--out` ends in)"},
     quality: {:integer, "N", "1 to 100, for JPEG and WebP (default: 90)"},
     preview:

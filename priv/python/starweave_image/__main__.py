@@ -80,6 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         ("--style", str),
         ("--quality", int),
         ("--strength", float),
+        ("--variation-strength", float),
+        ("--variation-seed", int),
     ):
         generate.add_argument(name, type=kind)
     generate.add_argument("--image", metavar="FILE", help="picture to start from")
@@ -155,7 +157,12 @@ def _add_models_commands(models: argparse.ArgumentParser) -> None:
     for parser in (verify, remove):
         parser.add_argument("--revision", help="a commit, or the beginning of one (default: all)")
 
-    prune = commands.add_parser("prune", help="delete the longest unused models until the rest fits")
+    prune = commands.add_parser(
+        "prune",
+        help="delete the longest unused models until the rest fits",
+        description="Delete the longest unused models of the hub's cache until the rest fits. Those in use stay, and"
+        " embedded ones and those in folders of their own are no part of the cache.",
+    )
     prune.add_argument("--quota", required=True, metavar="SIZE", help="what may stay, such as 40GB")
     prune.add_argument(
         "--keep", metavar="MODEL", action="append", default=[], help="not this one; repeatable"

@@ -63,6 +63,11 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
             return "text_to_image", "image_to_image", "inpaint"
         return ("text_to_image",)
 
+    @property
+    def most_pixels(self) -> int:
+        """The most pixels that the model itself draws at once."""
+        return self.limits.max_pixels if self.native is None else 3 * self.native**2 // 2
+
     def on_wire(self, state: State, error: str | None, **loaded: Any) -> wire.Card:
         """`loaded` are the fields of the wire's card that only a loaded model has."""
         return wire.Card(

@@ -41,6 +41,8 @@ _REQUEST_FIELDS = (
     "style",
     "quality",
     "strength",
+    "variation_strength",
+    "variation_seed",
     "metadata",
     "preview",
 )

@@ -121,6 +121,25 @@ def placement(wanted: str, weights: int, largest: int, free: int) -> str:
     return "none" if weights <= room else "model" if largest <= room else "sequential"
 
 
+# diffusers recommends slices on the GPUs of Macs with less than 64 GB, of which Metal gives out three quarters at most.
+_ROOMY_MAC = 48 * 2**30
+
+
+def division(attention: str, vae: str, device: Device, weights: int, decode: int) -> tuple[bool, bool]:
+    """Whether attention is computed in slices and pictures are decoded in tiles, for a model of `weights` bytes whose
+    largest picture takes `decode` bytes to decode whole. What is not `auto` is as it was wanted.
+
+    All that counts is how large the device is, and not what is free at the moment: a reproducible picture must not
+    change with the next load.
+    """
+    sliced = attention == "sliced"
+    if attention == "auto":
+        # Elsewhere torch's attention never holds all scores at once, and slices would only cost time.
+        sliced = device.kind == "mps" and device.total_bytes < _ROOMY_MAC
+    tiled = vae == "tiled" or (vae == "auto" and decode > 0.8 * device.total_bytes - weights)
+    return sliced, tiled
+
+
 def choose(config: wire.Config) -> Choice:
     """The device and dtype for this process, logged in one line; raises `unavailable`."""
     choice = decide(config.device, config.dtype, present(), os.environ)

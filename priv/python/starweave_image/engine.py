@@ -33,7 +33,7 @@ from .model_cache import Model, ModelCache, release_memory
 from .preview import Previews
 from .request import Lane, Request
 from .tasks import image_to_image, inpaint, text_to_image
-from .weights import Weights, checksum, import_libraries, load_pipeline, quiet_libraries
+from .weights import Weights, checksum, divide, import_libraries, load_pipeline, quiet_libraries
 
 if TYPE_CHECKING:
     from .executor import Executor
@@ -173,9 +173,8 @@ class Engine:
     def snapshot(self) -> wire.Snapshot:
         """What a heartbeat tells; from any thread, never blocks."""
         cache = self._cache
-        now = time.monotonic()
         with self._lock:
-            running = [request.on_wire(now) for request in self._running.values()]
+            running = [request.on_wire() for request in self._running.values()]
             counters = msgspec.structs.replace(self._counters)
             draining, operating = self._draining, bool(self._operations)
         capacity = self._config.capacity
@@ -198,8 +197,8 @@ class Engine:
             running=running,
             resident=cache.resident() if cache else [],
             device_memory=self._choice.memory() if self._choice else None,
-            device_work=self._executor.at_work(now) if self._executor else None,
-            loads=cache.loads(now) if cache else [],
+            device_work=self._executor.at_work() if self._executor else None,
+            loads=cache.loads() if cache else [],
             counters=counters,
         )
 
@@ -213,13 +212,14 @@ class Engine:
             return
         with self._lock:
             left = [*self._running.values(), *self._operations.values()]
+        # Another sidecar can do what this one cannot any more.
+        stopped = ImageError("cancelled", "the image service is shutting down", retryable=True)
         for request in left:
-            request.cancel("the image service is shutting down")
+            request.cancel(stopped.message, stopped.retryable)
         if self._settled(_CANCEL_WAIT_S):
             return
         # A step that does not end in time cannot be broken off; its caller need not wait for it.
         for request in left:
-            stopped = ImageError("cancelled", "the image service is shutting down")
             self._end(request, "cancelled", _error(request.id, stopped))
 
     # One request
@@ -237,7 +237,8 @@ class Engine:
             first = message.seed
             if first is None or first == -1:
                 first = secrets.randbelow(2**63)
-            seeds = [(first + index) % 2**63 for index in range(message.num_images)]
+            own = first if message.variation_seed is None else message.variation_seed
+            seeds = [(own + index) % 2**63 for index in range(message.num_images)]
             request.check()
             with self._lock:
                 self._counters.accepted += 1
@@ -257,7 +258,7 @@ class Engine:
             )
             with self._use(card, request) as model:
                 send = functools.partial(self._send, request)
-                job = Job(message, card, settings, model, self._environment(model), image, mask, send)
+                job = Job(message, card, settings, model, self._environment(model), image, mask, first, send)
                 files = self._pictures(request, job, seeds)
             done = wire.Done(
                 id=request.id,
@@ -314,6 +315,7 @@ class Engine:
         lane.request.check()
         lane.begin()
         picture, scheduler = self._draw(lane, job, seed)
+        job.note(*lane.notices)
         lane.request.check()
         lane.enter("encoding")
         self._send(lane.request, lane.progress())
@@ -328,8 +330,8 @@ class Engine:
             "steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
             "scheduler": scheduler,
-            "seed": seed,
             "environment": job.environment,
+            **job.seeded(seed),
             **job.origin,
         }
         picture = job.finish(picture)
@@ -340,6 +342,8 @@ class Engine:
     def _draw(self, lane: Lane, job: Job, seed: int) -> tuple[Image, str]:
         """One picture at the size at which the model draws, and the class of the scheduler used."""
         import torch
+
+        from .noise import Between
 
         assert self._executor is not None
         with job.model.borrow() as pipeline:
@@ -353,7 +357,12 @@ class Engine:
             exact = job.message.reproducible
             result = None
             noise = torch.Generator("cpu").manual_seed(seed)
+            towards: AbstractContextManager[Any] = nullcontext()
+            if (fraction := job.message.variation_strength) is not None:
+                base = torch.Generator("cpu").manual_seed(job.base_seed)
+                noise, towards = base, Between(base, noise, fraction)
             with (
+                towards,
                 self._executor.drawing(lane, pipeline, job.model.networks, exact),
                 job.previews.watch(pipeline, lane.image) if job.previews else nullcontext(),
                 self._hooked(lane, pipeline, noise),
@@ -368,7 +377,8 @@ class Engine:
                 raise ImageError(
                     "out_of_memory",
                     f"{job.width}x{job.height} pixels with {job.card.id} need more device memory than is free",
-                    retryable=True,
+                    # What has the device for itself will not fit later either.
+                    retryable=self._in_company(lane.request),
                 )
         if any(getattr(result, "nsfw_content_detected", None) or []):
             raise ImageError("unsafe_content", "the model's safety checker withheld the picture")
@@ -427,6 +437,7 @@ class Engine:
             "dtype": self._choice.dtype,
             "revision": model.revision,
             "checksum": model.checksum,
+            **model.divided,
         }
 
     # Models
@@ -473,6 +484,9 @@ class Engine:
         # A hub revision names its files; a folder on this machine may have been changed.
         digest = checksum(source.folder) if source.revision is None else None
         model = Model(card, pipeline, source.folder, source.revision, digest, self._choice)
+        model.divided = divide(
+            pipeline, config.attention, config.vae, self._choice.device, model.bytes, card.most_pixels
+        )
         model.load_s = time.monotonic() - begun
         _logger.info("%s loaded in %.1f s, %d MB", card.id, time.monotonic() - begun, model.bytes // 10**6)
         return model
@@ -518,7 +532,7 @@ class Engine:
                 card = self._card(name, self._preloading)
                 with self._use(card, self._preloading) as model:
                     message = wire.Generate(id=self._preloading.id, prompt="a picture", steps=1)
-                    job = Job(message, card, settle(message, card), model, {}, None, None, self._emit)
+                    job = Job(message, card, settle(message, card), model, {}, None, None, 0, self._emit)
                     lane = self._preloading.first
                     lane.begin()
                     self._draw(lane, job, seed=0)
@@ -549,6 +563,13 @@ class Engine:
                 self._finish(request, wire.Done(id=id))
 
         threading.Thread(target=run, name=f"operation {id}", daemon=True).start()
+
+    def _in_company(self, request: Request) -> bool:
+        """Whether others run that take memory."""
+        assert self._cache is not None
+        with self._lock:
+            others = [other for other in self._running.values() if other is not request]
+        return bool(others) or self._cache.loading()
 
     # The end of a request
 
@@ -637,9 +658,11 @@ class Job:
         environment: dict[str, Any],
         image: Image | None,
         mask: Image | None,
+        base_seed: int,
         send: Callable[[wire.Outgoing], None],
     ) -> None:
         self.message = message
+        self.base_seed = base_seed
         self.card = card
         self.settings = settings
         self.model = model
@@ -675,6 +698,16 @@ class Job:
             digests["mask_sha256"] = hashlib.sha256(self.message.mask).hexdigest()
         return {"task": self.settings.task, "strength": self.message.strength, **digests}
 
+    def seeded(self, seed: int) -> dict[str, Any]:
+        """What the record of a picture says of its noise, given its own seed."""
+        if self.message.variation_strength is None:
+            return {"seed": seed}
+        return {
+            "seed": self.base_seed,
+            "variation_seed": seed,
+            "variation_strength": self.message.variation_strength,
+        }
+
     def prepare(self, pipeline: Any) -> tuple[Any, text_to_image.Call]:
         """The pipeline of this task, over the parts of `pipeline`, and its call."""
         text = text_to_image.Text(
@@ -684,6 +717,7 @@ class Job:
             self.height,
             self.settings.steps,
             self.settings.guidance_scale,
+            self.message.guidance_scale is not None,
         )
         if self._image is None:
             return pipeline, text_to_image.prepare(pipeline, text)
@@ -705,7 +739,7 @@ class Job:
         return picture
 
     def note(self, *sentences: str) -> None:
-        self.notices += [sentence for sentence in sentences if sentence not in self.notices]
+        self.notices += [sentence for sentence in dict.fromkeys(sentences) if sentence not in self.notices]
 
 
 def _parts(id: str, index: int, data: bytes, record: dict[str, Any], format: str) -> Iterator[wire.ImagePart]:
@@ -714,7 +748,7 @@ def _parts(id: str, index: int, data: bytes, record: dict[str, Any], format: str
         yield wire.ImagePart(
             id=id,
             index=index,
-            seed=record["seed"],
+            seed=record.get("variation_seed", record["seed"]),
             format=format,
             width=record["width"],
             height=record["height"],

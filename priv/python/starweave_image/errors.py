@@ -27,7 +27,8 @@ class ImageError(Exception):
     """A request, or the sidecar itself, cannot go on.
 
     `message` is one sentence for a person: no path, no traceback, no secret. `field` names the offending
-    field of the message, where there is one. `retryable` says that the same request may succeed later.
+    field of the message, where there is one. `retryable` says that the same request may succeed later, here or in
+    another sidecar, without anyone changing anything.
     """
 
     def __init__(self, kind: Kind, message: str, field: str | None = None, retryable: bool = False) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from . import devices, stacking, wire
+from . import clock, devices, stacking, wire
 from .batching import Batch, Batcher, Call
 from .durations import Durations, Kind
 from .errors import is_out_of_memory
@@ -31,6 +31,8 @@ from .request import Lane
 _logger = logging.getLogger(__name__)
 
 _REMEMBERED_BYTES = 64 * 1024 * 1024
+_IN_HALVES = "Drawn in smaller passes, because memory was short: it took longer, and may differ by rounding."
+_IN_TILES = "Drawn in tiles, because memory was short: slight differences are possible."
 # As port.INTERNAL: docs/protocol.md, exit codes.
 _BROKEN = 70
 
@@ -172,12 +174,12 @@ class Executor:
         """A context in which nothing computes: neither a pipeline nor a network."""
         return self._gate.alone
 
-    def at_work(self, now: float) -> wire.DeviceWork | None:
+    def at_work(self) -> wire.DeviceWork | None:
         """What the device works on, and for how long; None while it has nothing to do."""
         current = self._durations.current
         if current is None:
             return None
-        age_ms, usual_ms = (max(0, round(s * 1000)) for s in (now - current.begun, current.usual_s))
+        age_ms, usual_ms = (max(0, round(s * 1000)) for s in (clock.now() - current.begun, current.usual_s))
         return wire.DeviceWork(age_ms=age_ms, usual_ms=usual_ms, known=current.known)
 
     @contextmanager
@@ -359,6 +361,7 @@ class Executor:
             _logger.warning("%s works tile by tile, for want of memory", first.network.kind)
             first.run = tiled
             if self._attempt(tickets) is None:
+                first.member.notices.append(_IN_TILES)
                 return
         self._release()
         first.error = error
@@ -375,11 +378,12 @@ class Executor:
                 ticket.error = half.error
                 return
             results.append(half.result)
+        ticket.member.notices.append(_IN_HALVES)
         ticket.result = stacking.unite(results)
 
     def _attempt(self, tickets: Sequence[_Ticket]) -> Exception | None:
         first = tickets[0]
-        self._durations.begin(time.monotonic(), _kind(tickets))
+        self._durations.begin(clock.now(), _kind(tickets))
         try:
             if first.stackable is None:
                 memory, question = first.network.memory, first.question
@@ -388,7 +392,7 @@ class Executor:
                 if first.result is None:
                     first.result = first.run(*first.args, **first.kwargs)
                     self._choice.synchronize()
-                    self._durations.end(time.monotonic())
+                    self._durations.end(clock.now())
                     if memory and question:
                         memory.put(question, first.result)
                 return None
@@ -400,12 +404,12 @@ class Executor:
                 result = first.run(**stacking.stack(calls))
                 # Else the time of a pass would be that of its being asked for.
                 self._choice.synchronize()
-            self._durations.end(time.monotonic())
+            self._durations.end(clock.now())
             self._limits.record(first.label, sum(rows), time.monotonic() - begun, peak())
             results = [result] if len(calls) == 1 else stacking.split(result, rows)
         except Exception as error:
             # What follows is no pass.
-            self._durations.begin(time.monotonic())
+            self._durations.begin(clock.now())
             return error
         for ticket, part in zip(tickets, results, strict=True):
             ticket.result = part

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ImageError
-from .layout import INDEX, check_classes, check_files, read_layout, unfit
+from .layout import INDEX, check_files, check_names, read_layout, unfit
 from .lease import take
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def partial(blob: Path) -> Path:
 def plan(repository: str, revision: str | None = None) -> Plan:
     """Ask the hub what a model consists of, and refuse what may not be loaded; leaves nothing in the cache.
 
-    Raises `model_not_found` or `model_load_failed`. Imports diffusers.
+    Raises `model_not_found` or `model_load_failed`.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -124,7 +124,7 @@ def plan(repository: str, revision: str | None = None) -> Plan:
     except Exception as error:
         raise hub_error(repository, error) from None
     siblings = info.siblings or []
-    check_classes(layout, repository)
+    check_names(layout, repository)
     check_files(layout, [sibling.rfilename for sibling in siblings], repository)
     files = [
         File(
@@ -303,8 +303,14 @@ def hub_error(repository: str, error: Exception) -> ImageError:
         return ImageError("model_not_found", f"{repository} {why}", "model")
     if isinstance(error, errors.RemoteEntryNotFoundError):
         return unfit(repository, f"has no {INDEX}, so it is not a model in diffusers layout")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return unfit(repository, "could not be downloaded: there is no space left on the disk")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return unfit(repository, "could not be downloaded: the cache folder cannot be written")
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    # But for these two, what is refused once is refused again.
+    if 400 <= status < 500 and status not in (408, 429):
+        return unfit(repository, f"could not be downloaded: the hub refuses it (HTTP {status})")
     return ImageError(
         "model_load_failed",
         f"{repository} could not be downloaded: the hub cannot be reached",

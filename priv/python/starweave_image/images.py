@@ -123,6 +123,9 @@ def parameters_text(record: dict[str, Any]) -> str:
         "Size": f"{record['width']}x{record['height']}",
         "Model": record["model"],
     }
+    if "variation_seed" in record:
+        settings["Variation seed"] = record["variation_seed"]
+        settings["Variation seed strength"] = f"{record['variation_strength']:g}"
     if "strength" in record:
         settings["Denoising strength"] = f"{record['strength']:g}"
     if checksum := record["environment"].get("checksum"):

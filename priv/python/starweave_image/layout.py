@@ -6,9 +6,10 @@ code of its own is refused before anything in it is opened.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,19 +82,56 @@ def inspect(folder: Path, id: str) -> None:
 def check_classes(layout: Layout, id: str) -> None:
     """Raise `model_load_failed` for a class that is none of diffusers or transformers, both of which it imports."""
     import diffusers
+
+    pipeline = _class("diffusers", layout.pipeline)
+    _check(
+        layout, id, isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline), _class
+    )
+
+
+def check_names(layout: Layout, id: str) -> None:
+    """Raise what `check_classes` would for a name that the libraries do not know. Imports transformers, but no torch,
+    which takes seconds."""
+    _check(layout, id, _knows("diffusers", layout.pipeline), _knows)
+
+
+def _check(layout: Layout, id: str, pipeline: bool, has: Callable[[str, str], Any]) -> None:
+    if not pipeline:
+        raise unfit(id, f"needs the pipeline {layout.pipeline}, which the installed diffusers does not have")
+    for name, (library, kind) in layout.components.items():
+        if not has(library, kind):
+            raise unfit(id, f"has a {name} that is no class of diffusers or transformers, and is never run")
+
+
+def _class(library: str, kind: str) -> type | None:
+    import diffusers
     import diffusers.pipelines
     import transformers
 
-    pipeline = getattr(diffusers, layout.pipeline, None)
-    if not (isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline)):
-        raise unfit(id, f"needs the pipeline {layout.pipeline}, which the installed diffusers does not have")
-    for name, (library, kind) in layout.components.items():
-        # Parts that belong to one pipeline family, such as its safety checker, name that family's module.
-        home = {"diffusers": diffusers, "transformers": transformers}.get(library) or getattr(
-            diffusers.pipelines, library, None
-        )
-        if not isinstance(getattr(home, kind, None), type):
-            raise unfit(id, f"has a {name} that is no class of diffusers or transformers, and is never run")
+    # Parts that belong to one pipeline family, such as its safety checker, name that family's module.
+    home = {"diffusers": diffusers, "transformers": transformers}.get(library) or getattr(
+        diffusers.pipelines, library, None
+    )
+    found = getattr(home, kind, None)
+    return found if isinstance(found, type) else None
+
+
+def _knows(library: str, kind: str) -> bool:
+    if library == "transformers":
+        import transformers
+
+        # To ask for what is listed would import it, and torch with it; what is not may be another name of a tokenizer.
+        return kind in dir(transformers) or hasattr(transformers, kind)
+    # diffusers imports torch with itself, but its sources name what it has.
+    spec = importlib.util.find_spec("diffusers")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(name="diffusers")
+    root = Path(spec.origin).parent
+    sources = (
+        [root / "__init__.py"] if library == "diffusers" else (root / "pipelines" / library).glob("*.py")
+    )
+    word = re.compile(rf"\b{kind}\b")
+    return any(word.search(source.read_text(encoding="utf-8")) for source in sources)
 
 
 def check_files(layout: Layout, files: Collection[str], id: str) -> None:

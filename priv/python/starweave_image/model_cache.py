@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import wire
+from . import clock, wire
 from .catalog import ModelCard
 from .devices import Choice
 from .errors import ImageError, is_out_of_memory
@@ -45,6 +45,8 @@ class Model:
         self.checksum = checksum
         self.bytes = _weight_bytes(pipeline)
         self.load_s = 0.0
+        # Which networks work part by part, for want of memory.
+        self.divided: dict[str, str] = {}
         self._home = choice.device.id
         self._offloaded = any(hasattr(part, "_hf_hook") for part in pipeline.components.values())
         # A tokenizer keeps the padding and truncation of its last call, and a large one takes a second to
@@ -114,7 +116,7 @@ class _Entry:
         self.used = time.monotonic()
         self.parked = False
         # Since when it is loaded; None while it waits for its turn.
-        self.begun: float | None = time.monotonic()
+        self.begun: float | None = clock.now()
         # Held by whoever moves it between the tiers.
         self.moving = threading.Lock()
 
@@ -175,7 +177,7 @@ class ModelCache:
                 try:
                     model.unpark()
                 except Exception as error:
-                    raise _unexpected(entry.card.id, error) from None
+                    raise self._unexpected(entry.card.id, error) from None
                 with self._lock:
                     entry.parked = False
             _logger.info("%s back on the device in %.2f s", entry.card.id, time.monotonic() - begun)
@@ -187,7 +189,8 @@ class ModelCache:
             if entry is None:
                 return
             if entry.users or not entry.model.done():
-                raise ImageError("invalid_request", f"{id} is in use and cannot be unloaded now", "model")
+                why = f"{id} is in use and cannot be unloaded now"
+                raise ImageError("invalid_request", why, "model", retryable=True)
             del self._entries[id]
         # The last reference goes before the device is asked to give its memory back.
         del entry
@@ -202,9 +205,10 @@ class ModelCache:
         with self._lock:
             return any(not entry.model.done() for entry in self._entries.values())
 
-    def loads(self, now: float) -> list[wire.Load]:
+    def loads(self) -> list[wire.Load]:
         """What is being loaded, without what waits for its turn."""
         with self._lock:
+            now = clock.now()
             begun = [(id, e.begun) for id, e in self._entries.items() if e.begun and not e.model.done()]
         return [wire.Load(model=id, age_ms=max(0, round((now - since) * 1000))) for id, since in begun]
 
@@ -247,14 +251,14 @@ class ModelCache:
         def room(wanted: int) -> Iterator[None]:
             entry.begun = None
             with self._loading:
-                entry.begun = time.monotonic()
+                entry.begun = clock.now()
                 self.make_room(wanted)
                 yield
 
         try:
             model = self._load(entry.card, room)
         except Exception as error:
-            known = error if isinstance(error, ImageError) else _unexpected(id, error)
+            known = error if isinstance(error, ImageError) else self._unexpected(id, error)
             with self._lock:
                 del self._entries[id]
                 self._errors[id] = known.message
@@ -264,6 +268,16 @@ class ModelCache:
                 self._errors.pop(id, None)
             entry.model.set_result(model)
         self._changed()
+
+    def _unexpected(self, id: str, error: Exception) -> ImageError:
+        if is_out_of_memory(error):
+            # What is in use now may be gone later; what has the device for itself does not fit.
+            with self._lock:
+                crowded = any(entry.users for other, entry in self._entries.items() if other != id)
+            words = f"there is not enough device memory to load {id}"
+            return ImageError("out_of_memory", words, retryable=crowded)
+        _logger.error("loading %s failed", id, exc_info=error)
+        return ImageError("model_load_failed", f"{id} could not be loaded; see the log")
 
     @contextmanager
     def _room(self, wanted: int) -> Iterator[None]:
@@ -326,13 +340,6 @@ class Report:
     parked: bool
     idle_s: float
     load_s: float
-
-
-def _unexpected(id: str, error: Exception) -> ImageError:
-    if is_out_of_memory(error):
-        return ImageError("out_of_memory", f"there is not enough device memory to load {id}", retryable=True)
-    _logger.error("loading %s failed", id, exc_info=error)
-    return ImageError("model_load_failed", f"{id} could not be loaded; see the log")
 
 
 def release_memory() -> None:

@@ -21,7 +21,7 @@ from .cli import FAILED, INTERRUPTED, exit_code, print_over
 from .disk import Snapshot
 from .errors import ImageError
 from .hub import File, Plan, shown_bytes
-from .weights import cached, embedded_folder, quiet_libraries
+from .weights import cached, embedded_folder
 
 CONSENT = 3
 
@@ -137,7 +137,7 @@ def _pull(args: argparse.Namespace) -> int:
     revision = args.revision or (card.revision if card else None)
     if is_offline_mode():
         return _pull_offline(repository, revision)
-    plan = _planned(repository, revision)
+    plan = hub.plan(repository, revision)
     if not args.shown:
         _show(plan, card)
     if args.dry_run:
@@ -149,11 +149,6 @@ def _pull(args: argparse.Namespace) -> int:
     print_over("")
     print(f"{plan.repository} is here, revision {folder.name}")
     return 0
-
-
-def _planned(repository: str, revision: str | None) -> Plan:
-    quiet_libraries()
-    return hub.plan(repository, revision)
 
 
 def _pull_offline(repository: str, revision: str | None) -> int:
@@ -232,7 +227,7 @@ def _verify(args: argparse.Namespace) -> int:
             print(f"{name}: {damage.name} is {damage.state}")
         bad = {damage.name for damage in damages if damage.state != "unchecked"}
         if args.repair and (bad or not snapshot.complete):
-            plan = _planned(snapshot.repository, snapshot.revision)
+            plan = hub.plan(snapshot.repository, snapshot.revision)
             hub.fetch(plan, again=bad, report=_Progress(plan).report)
             print_over("")
             # What other tools fetched and this library does not use.

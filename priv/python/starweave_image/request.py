@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from . import wire
+from . import clock, wire
 from .errors import ImageError
 
 Phase = Literal["loading", "denoising", "decoding", "encoding"]
@@ -24,7 +24,7 @@ class Request:
         self.ended = False
         self.begun = time.monotonic()
         self._deadline = None if timeout_ms is None else self.begun + timeout_ms / 1000
-        self._cancelled: str | None = None
+        self._cancelled: ImageError | None = None
         self._lanes = [Lane(self, 0)]
         self.first.at_work = True
 
@@ -37,8 +37,8 @@ class Request:
         self._lanes += [Lane(self, index) for index in range(1, count)]
         return list(self._lanes)
 
-    def cancel(self, why: str = "the request was cancelled") -> None:
-        self._cancelled = why
+    def cancel(self, why: str = "the request was cancelled", retryable: bool = False) -> None:
+        self._cancelled = ImageError("cancelled", why, retryable=retryable)
         self.wake()
 
     def abandon(self) -> None:
@@ -52,8 +52,9 @@ class Request:
 
     def check(self) -> None:
         """Raise `cancelled` or `timeout` if the request must not go on."""
-        if self._cancelled is not None:
-            raise ImageError("cancelled", self._cancelled)
+        if (known := self._cancelled) is not None:
+            # A fresh one for each thread that comes here.
+            raise ImageError(known.kind, known.message, retryable=known.retryable)
         if self._deadline is not None and time.monotonic() >= self._deadline:
             raise ImageError("timeout", "the request did not end within its timeout", retryable=True)
 
@@ -61,11 +62,11 @@ class Request:
         """Seconds until the deadline, where there is one."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
-    def on_wire(self, now: float) -> wire.Running:
+    def on_wire(self) -> wire.Running:
         """Where the picture stands that is least far of those in work; between two of them, the latest."""
         latest = max(self._lanes, key=lambda lane: lane.advanced)
         at_work = [lane for lane in self._lanes if lane.at_work] or [latest]
-        return min(at_work, key=lambda lane: (_ORDER[lane.phase], lane.step)).on_wire(now)
+        return min(at_work, key=lambda lane: (_ORDER[lane.phase], lane.step)).on_wire()
 
     def timings(self) -> dict[str, int]:
         """Milliseconds by phase, those of all pictures added up; `total` is by the clock."""
@@ -101,7 +102,10 @@ class Lane:
         self.steps = 0
         self.queued_s = 0.0
         self.spent: dict[Phase, float] = {}
-        self.advanced = self._step_begun = self._entered = time.monotonic()
+        # Sentences for the caller about how the picture was drawn.
+        self.notices: list[str] = []
+        self.advanced = clock.now()
+        self._step_begun = self._entered = time.monotonic()
         self._longest_s = 0.0
         self._waits = False
 
@@ -118,34 +122,34 @@ class Lane:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """What is done inside is to wait for the device or for a model, which others work on."""
-        self.advanced, self._waits = time.monotonic(), True
+        self.advanced, self._waits = clock.now(), True
         try:
             yield
         finally:
-            self.advanced, self._waits = time.monotonic(), False
+            self.advanced, self._waits = clock.now(), False
 
     def enter(self, phase: Phase) -> None:
         self.account()
         self.phase = phase
-        self.advanced = time.monotonic()
+        self.advanced = clock.now()
 
     def begin(self) -> None:
         """The lane's own thread starts to draw."""
         self.account()
         self.at_work = True
         self.phase, self.step, self.steps = "denoising", 0, 0
-        self.advanced = self._step_begun = time.monotonic()
+        self.advanced, self._step_begun = clock.now(), time.monotonic()
 
     def finish(self) -> None:
         """The picture is done: what follows is no time of its own."""
         self.account()
         self.at_work = False
-        self.advanced = time.monotonic()
+        self.advanced = clock.now()
 
     def stepped(self, steps: int) -> None:
         now = time.monotonic()
         self._longest_s = max(self._longest_s, now - self._step_begun)
-        self.advanced = self._step_begun = now
+        self.advanced, self._step_begun = clock.now(), now
         self.step, self.steps = self.step + 1, steps
 
     def queued(self, seconds: float) -> None:
@@ -164,13 +168,13 @@ class Lane:
             elapsed_ms=round((time.monotonic() - self.request.begun) * 1000),
         )
 
-    def on_wire(self, now: float) -> wire.Running:
+    def on_wire(self) -> wire.Running:
         return wire.Running(
             id=self.request.id,
             phase=self.phase,
             step=self.step,
             steps=self.steps,
-            step_age_ms=max(0, round((now - self.advanced) * 1000)),
+            step_age_ms=max(0, round((clock.now() - self.advanced) * 1000)),
             step_ms=round(self._longest_s * 1000),
             waits=self._waits,
         )

@@ -158,6 +158,10 @@ class Config(Struct, kw_only=True):
         Literal["auto", "none", "model", "sequential"],
         Meta(description="one of auto, none, model, sequential"),
     ] = "auto"
+    attention: Annotated[Literal["auto", "none", "sliced"], Meta(description="one of auto, none, sliced")] = (
+        "auto"
+    )
+    vae: Annotated[Literal["auto", "none", "tiled"], Meta(description="one of auto, none, tiled")] = "auto"
     compile: Annotated[Literal["none", "blocks"], Meta(description="one of none, blocks")] = "none"
     heartbeat_interval_ms: Annotated[
         int, Meta(ge=50, le=10_000, description="an integer from 50 to 10000")
@@ -188,6 +192,10 @@ class Generate(Incoming, tag="generate", kw_only=True):
     steps: Annotated[int, Meta(ge=1, le=200, description="an integer from 1 to 200")] | None = None
     guidance_scale: Annotated[float, Meta(ge=0, le=50, description="a number from 0 to 50")] | None = None
     seed: Annotated[int, Meta(ge=-1, le=MAX_INT, description="an integer from -1 to 2^63 - 1")] | None = None
+    variation_strength: Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")] | None = None
+    variation_seed: (
+        Annotated[int, Meta(ge=0, le=MAX_INT, description="an integer from 0 to 2^63 - 1")] | None
+    ) = None
     num_images: Annotated[int, Meta(ge=1, le=16, description="an integer from 1 to 16")] = 1
     scheduler: (
         Annotated[
@@ -223,6 +231,13 @@ class Generate(Incoming, tag="generate", kw_only=True):
                 raise _Refused(field)
         if self.mask is not None and self.image is None:
             raise _Refused("mask", "mask needs image")
+        if self.variation_strength is not None and self.image is not None:
+            raise _Refused(
+                "variation_strength",
+                "variation_strength is for pictures from text alone; with image, strength says how far to go",
+            )
+        if self.variation_seed is not None and self.variation_strength is None:
+            raise _Refused("variation_seed", "variation_seed needs variation_strength")
 
 
 class Cancel(Incoming, tag="cancel", kw_only=True):

@@ -59,7 +59,8 @@ class Hub:
         self.url, self.storage = (f"http://{host}:{server.server_port}" for host, server in hosts)
         for server in self._servers:
             server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            # The interval is how long `stop` waits.
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
         for server in self._servers:

@@ -33,6 +33,7 @@ class Text:
     height: int
     steps: int
     guidance_scale: float
+    guidance_asked: bool
 
 
 def prepare(pipeline: Any, text: Text) -> Call:
@@ -54,11 +55,12 @@ def prepare(pipeline: Any, text: Text) -> Call:
     guided_by = "true_cfg_scale" if true_guidance and (true_guidance.default or 0) > 1 else "guidance_scale"
     if guided_by in takes:
         arguments[guided_by] = guidance_scale
-    else:
+    contrasted = guided_by in takes and (guided_by == "true_cfg_scale" or not true_guidance)
+    contrasted = contrasted and _contrasts(pipeline, math.inf)
+    if text.guidance_asked and not contrasted and not (guided_by in takes and _is_told(pipeline)):
         notices.append("guidance_scale has no effect on this model.")
 
-    contrasted = "negative_prompt" in takes and (guided_by == "true_cfg_scale" or not true_guidance)
-    contrasted = contrasted and _contrasts(pipeline, math.inf)
+    contrasted = contrasted and "negative_prompt" in takes
     if contrasted and _contrasts(pipeline, guidance_scale):
         # Such a pipeline turns guidance off without a negative prompt, even an empty one must be said.
         if negative_prompt or guided_by == "true_cfg_scale":
@@ -81,6 +83,13 @@ def _contrasts(pipeline: Any, guidance_scale: float) -> bool:
     # The call itself sets it so, and what it then finds depends on the networks too.
     pipeline._guidance_scale = guidance_scale
     return bool(getattr(pipeline, "do_classifier_free_guidance", guidance_scale > 1))
+
+
+def _is_told(pipeline: Any) -> bool:
+    """Whether the denoiser itself takes the guidance as an input, as some that were distilled do."""
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    told = ("guidance_embeds", "time_cond_proj_dim")
+    return any(getattr(denoiser, "config", {}).get(name) for name in told)
 
 
 def _words_cut(pipeline: Any, text: str, takes: Any) -> int:
