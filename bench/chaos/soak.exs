@@ -190,9 +190,10 @@ defmodule Chaos.Soak do
 
   defp opts(instance, more \\ []), do: [instance: instance] ++ more ++ @small
 
-  defp prompt,
-    do:
-      "a #{Enum.random(~w(red green blue))} #{Enum.random(~w(apple boat house))} #{:rand.uniform(1_000_000)}"
+  # Not so many that what text encoders remember of them would grow for an hour.
+  defp prompt do
+    "a #{Enum.random(~w(red green blue))} #{Enum.random(~w(apple boat house))} #{:rand.uniform(50)}"
+  end
 
   # Always the second of the two: the memory of the first one is watched from its start to its end.
   defp kill_now_and_then(instance, ends, minutes) do
