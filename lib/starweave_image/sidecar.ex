@@ -323,6 +323,7 @@ defmodule StarweaveImage.Sidecar do
         ram_budget: config[:ram_budget],
         offload: config[:offload],
         compile: config[:compile],
+        backend: config[:backend],
         offline: config[:offline],
         capacity: config[:capacity],
         heartbeat_interval_ms: config[:heartbeat_interval]

@@ -559,6 +559,7 @@ to_sidecar(
             "ram_budget": 2**33,
             "offload": "model",
             "compile": "blocks",
+            "backend": "openvino",
             "capacity": 4,
             "heartbeat_interval_ms": 250,
         },
@@ -883,6 +884,7 @@ for field, values in {
     "ram_budget": [-1, 2**50 + 1, "1GB"],
     "offload": ["layers", "", True],
     "compile": ["all", "", True],
+    "backend": ["onnx", "", True],
     "capacity": [0, 65, -1, 8.0, "8", True],
     "heartbeat_interval_ms": [49, 10_001, 1000.0, "1000"],
 }.items():
@@ -906,6 +908,7 @@ for field, values in {
     "ram_budget": [0, 2**50],
     "offload": ["auto", "none", "sequential"],
     "compile": ["none"],
+    "backend": ["torch"],
     "heartbeat_interval_ms": [50, 10_000],
 }.items():
     for value in values:

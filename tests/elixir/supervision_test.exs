@@ -274,6 +274,7 @@ defmodule StarweaveImage.SupervisionTest do
             {[memory_budget: -1], ~r/memory_budget must be an integer from 0/},
             {[offload: :layers], ~r/offload must be one of auto, none, model, sequential/},
             {[compile: true], ~r/compile must be one of none, blocks/},
+            {[backend: :onnx], ~r/backend must be one of torch, openvino/},
             {[env: [:HOME]], ~r/env must be a list of names/}
           ] do
         assert_raise ArgumentError, message, fn -> StarweaveImage.start_link(opts) end

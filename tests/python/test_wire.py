@@ -30,6 +30,7 @@ INCOMING: list[dict[str, Any]] = [
             "ram_budget": 0,
             "offload": "none",
             "compile": "blocks",
+            "backend": "openvino",
             "heartbeat_interval_ms": 50,
         },
     },

@@ -155,6 +155,7 @@ class Config(Struct, kw_only=True):
         Meta(description="one of auto, none, model, sequential"),
     ] = "auto"
     compile: Annotated[Literal["none", "blocks"], Meta(description="one of none, blocks")] = "none"
+    backend: Annotated[Literal["torch", "openvino"], Meta(description="one of torch, openvino")] = "torch"
     heartbeat_interval_ms: Annotated[
         int, Meta(ge=50, le=10_000, description="an integer from 50 to 10000")
     ] = 1000
