@@ -12,6 +12,7 @@ defmodule StarweaveImage.Environment do
       {{:text, 1, 4096}, nil,
        "The Python to make the environment with. Left out, `python3`, or else the newest of " <>
          "`python3.14` to `python3.10`."},
+    openvino: {:boolean, false, "Also install what `backend: :openvino` needs: 60 MB."},
     dev: {:boolean, false, "Also install what the tests of this library need."},
     check: {:boolean, true, "Run `doctor/1` on it at the end."}
   ]

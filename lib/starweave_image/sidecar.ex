@@ -381,6 +381,7 @@ defmodule StarweaveImage.Sidecar do
         attention: config[:attention],
         vae: config[:vae],
         compile: config[:compile],
+        backend: config[:backend],
         offline: config[:offline],
         capacity: config[:capacity],
         heartbeat_interval_ms: config[:heartbeat_interval]

@@ -141,6 +141,9 @@ defmodule StarweaveImage.Supervisor do
     compile:
       {{:one_of, [:none, :blocks]}, :none,
        "`:blocks` compiles the blocks that a denoiser repeats: the first picture takes longer, the others less. Needs a C++ compiler on a CPU."},
+    backend:
+      {{:one_of, [:torch, :openvino]}, :torch,
+       "`:openvino` computes the UNet of a model through OpenVINO, on a CPU; `mix image.setup --openvino` installs it."},
     offline: {:boolean, false, "true never asks the hub."},
     env:
       {{:custom, "a list of names", &__MODULE__.names/1}, [],

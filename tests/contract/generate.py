@@ -598,6 +598,7 @@ to_sidecar(
             "attention": "sliced",
             "vae": "tiled",
             "compile": "blocks",
+            "backend": "openvino",
             "capacity": 4,
             "heartbeat_interval_ms": 250,
         },
@@ -926,6 +927,7 @@ for field, values in {
     "attention": ["tiled", "", True],
     "vae": ["sliced", "", True],
     "compile": ["all", "", True],
+    "backend": ["onnx", "", True],
     "capacity": [0, 65, -1, 8.0, "8", True],
     "heartbeat_interval_ms": [49, 10_001, 1000.0, "1000"],
 }.items():
@@ -951,6 +953,7 @@ for field, values in {
     "attention": ["auto", "none"],
     "vae": ["auto", "none"],
     "compile": ["none"],
+    "backend": ["torch"],
     "heartbeat_interval_ms": [50, 10_000],
 }.items():
     for value in values:

@@ -67,7 +67,7 @@ defmodule StarweaveImage.SetupTest do
     assert {:ok, report} = make(torch: :cpu, wheels: wheels)
     assert %{torch: :cpu, python: python, doctor: nil} = report
     assert %{"torch" => "2.13.0+cpu"} = installed = installed(python)
-    refute installed["pytest"]
+    refute installed["pytest"] || installed["openvino"]
     assert Environment.python() == {:ok, python}
     assert "Installing PyTorch 2.13.0+cpu from a folder of wheels" in lines()
 
@@ -78,10 +78,13 @@ defmodule StarweaveImage.SetupTest do
     assert lines() == []
     System.put_env("PATH", path)
 
+    assert {:ok, ^report} = make(wheels: wheels, openvino: true)
+    assert installed(python)["openvino"]
+    assert lines() == ["Installing OpenVINO"]
     assert {:ok, ^report} = make(wheels: wheels, dev: true)
     assert installed(python)["pytest"]
     assert lines() == ["Installing the tools of the tests"]
-    assert {:ok, ^report} = make([])
+    assert {:ok, ^report} = make(openvino: true, dev: true)
     assert lines() == []
 
     # A virtual environment whose Python was removed from the machine is none.

@@ -277,5 +277,23 @@ defmodule StarweaveImageTest do
     assert [%{resident: ["starweave/tiny"]}] = StarweaveImage.status(Preloaded).sidecars
   end
 
+  @tag timeout: 300_000
+  test "OpenVINO draws where its package is, and elsewhere the reason is told" do
+    start_supervised!({StarweaveImage, name: Converted, backend: :openvino, device: "cpu"})
+
+    # Other machines have no wheel of it, and so no test of what it draws.
+    if :os.type() == {:unix, :darwin} or
+         List.starts_with?(:erlang.system_info(:system_architecture), ~c"x86_64") do
+      assert :ok = StarweaveImage.await_ready(120_000, Converted)
+      options = [seed: 7, instance: Converted] ++ @small
+      assert {:ok, %Image{} = image} = StarweaveImage.generate("a red apple", options)
+      assert %{"openvino" => _} = image.parameters["environment"]
+      assert image.notices == []
+    else
+      assert {:error, error} = StarweaveImage.await_ready(120_000, Converted)
+      assert error.message =~ "mix image.setup --openvino"
+    end
+  end
+
   defp tiny, do: Enum.find(StarweaveImage.models(), &(&1.id == "starweave/tiny"))
 end

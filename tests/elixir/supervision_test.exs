@@ -277,6 +277,7 @@ defmodule StarweaveImage.SupervisionTest do
             {[attention: :tiled], ~r/attention must be one of auto, none, sliced/},
             {[vae: true], ~r/vae must be one of auto, none, tiled/},
             {[compile: true], ~r/compile must be one of none, blocks/},
+            {[backend: :onnx], ~r/backend must be one of torch, openvino/},
             {[env: [:HOME]], ~r/env must be a list of names/}
           ] do
         assert_raise ArgumentError, message, fn -> StarweaveImage.start_link(opts) end

@@ -60,6 +60,7 @@ def test_it_requires_what_the_sources_name(site: Path) -> None:
     for requirement in required:
         assert f"Requires-Dist: {requirement}\n" in metadata
     assert "Requires-Python: >=3.10\n" in metadata
+    assert 'Requires-Dist: openvino>=2026.0; extra == "openvino"\n' in metadata
 
 
 def test_it_generates_without_elixir(site: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ INCOMING: list[dict[str, Any]] = [
             "attention": "sliced",
             "vae": "tiled",
             "compile": "blocks",
+            "backend": "openvino",
             "heartbeat_interval_ms": 50,
         },
     },

@@ -17,6 +17,7 @@ defmodule Mix.Tasks.Image.Setup do
       environment that is there stays as it is)
     * `--wheels DIR` - a folder of wheels to install from
     * `--python PATH` - the Python to make the environment with
+    * `--openvino` - also install what the option `backend: :openvino` of an instance needs
     * `--dev` - also install what the tests of this library need
     * `--check` - only check, install nothing
     * `--if-missing` - say and do nothing where an environment is there
@@ -35,6 +36,7 @@ defmodule Mix.Tasks.Image.Setup do
     torch: :string,
     wheels: :string,
     python: :string,
+    openvino: :boolean,
     dev: :boolean,
     check: :boolean,
     if_missing: :boolean

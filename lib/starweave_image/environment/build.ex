@@ -14,7 +14,7 @@ defmodule StarweaveImage.Environment.Build do
 
   @source Path.expand("../../../priv/python", __DIR__)
   @files Enum.map(
-           ~w(constraints.txt requirements.txt requirements-dev.txt),
+           ~w(constraints.txt requirements.txt requirements-openvino.txt requirements-dev.txt),
            &Path.join(@source, &1)
          )
   for file <- @files, do: @external_resource(file)
@@ -28,7 +28,8 @@ defmodule StarweaveImage.Environment.Build do
   @names %{cpu: "the CPU", cuda: "CUDA", rocm: "ROCm"}
   @minors 10..14
   @pythons ["python3" | for(minor <- Enum.reverse(@minors), do: "python3.#{minor}")]
-  @any %{dev: false, base_python: nil}
+  @extras [dev: "the tools of the tests", openvino: "OpenVINO"]
+  @any %{dev: false, openvino: false, base_python: nil}
   @torch_index "https://download.pytorch.org/whl"
 
   # CUDA 13 needs NVIDIA's driver 580; every CUDA 12 runs from driver 525 on.
@@ -149,12 +150,15 @@ defmodule StarweaveImage.Environment.Build do
   defp log, do: Path.join(root(), "setup.log")
 
   # An environment does not outlive the Python that it was made with.
-  defp complete?(kind, %{dev: dev?, base_python: chosen}) do
+  defp complete?(kind, %{base_python: chosen} = opts) do
     marks = marks(kind)
 
     marks != [] and File.exists?(marks[:base]) and File.exists?(interpreter(kind)) and
-      (marks[:dev] or not dev?) and (chosen == nil or chosen.path == marks[:base])
+      missing(opts, marks) == [] and (chosen == nil or chosen.path == marks[:base])
   end
+
+  defp missing(opts, marks),
+    do: for({extra, _} <- @extras, opts[extra] && !marks[extra], do: extra)
 
   defp marks(kind) do
     case :file.consult(Path.join(folder(kind), "complete")) do
@@ -235,11 +239,13 @@ defmodule StarweaveImage.Environment.Build do
       complete?(kind, opts) ->
         :ok
 
-      complete?(kind, %{opts | dev: false}) ->
-        progress.("Installing the tools of the tests")
+      complete?(kind, %{@any | base_python: opts.base_python}) ->
+        marks = marks(kind)
+        missing = missing(opts, marks)
+        for extra <- missing, do: progress.("Installing #{@extras[extra]}")
 
-        with :ok <- packages(kind, [], opts, progress),
-             do: mark(kind, base: marks(kind)[:base], dev: true)
+        with :ok <- packages(kind, [], missing, opts, progress),
+             do: mark(kind, Keyword.merge(marks, for(extra <- missing, do: {extra, true})))
 
       true ->
         progress.(
@@ -252,8 +258,8 @@ defmodule StarweaveImage.Environment.Build do
              :ok <- virtual_environment(kind, base, progress),
              :ok <- install(kind, ["--no-deps" | torch], progress),
              _ = progress.("Installing the other packages"),
-             :ok <- packages(kind, source, opts, progress) do
-          mark(kind, base: base.path, dev: opts.dev)
+             :ok <- packages(kind, source, missing(opts, []), opts, progress) do
+          mark(kind, [base: base.path] ++ for({extra, _} <- @extras, do: {extra, opts[extra]}))
         else
           error ->
             remove(kind)
@@ -329,10 +335,8 @@ defmodule StarweaveImage.Environment.Build do
   defp generation(kind), do: kind
 
   # A folder that has everything is used alone: the same result with and without a network.
-  defp packages(kind, source, opts, progress) do
-    names =
-      if opts.dev, do: ["requirements.txt", "requirements-dev.txt"], else: ["requirements.txt"]
-
+  defp packages(kind, source, extras, opts, progress) do
+    names = ["requirements.txt" | Enum.map(extras, &"requirements-#{&1}.txt")]
     wanted = Enum.flat_map(names, &["-r", in_priv(&1)]) ++ ["-c", in_priv("constraints.txt")]
 
     case wheels(opts) do

@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Choice:
     device: Device
     dtype: str
     reason: str
+    backend: str = "torch"
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was asked for."""
@@ -143,6 +144,8 @@ def division(attention: str, vae: str, device: Device, weights: int, decode: int
 def choose(config: wire.Config) -> Choice:
     """The device and dtype for this process, logged in one line; raises `unavailable`."""
     choice = decide(config.device, config.dtype, present(), os.environ)
+    if config.backend == "openvino":
+        choice = _with_openvino(choice, config.compile)
     if choice.device.kind == "cpu":
         # The profiler wants to be used first in the thread that has imported torch, and complains in the log if it is not.
         with choice.measured():
@@ -151,6 +154,18 @@ def choose(config: wire.Config) -> Choice:
         "device %s (%s), dtype %s: %s", choice.device.id, choice.device.name, choice.dtype, choice.reason
     )
     return choice
+
+
+def _with_openvino(choice: Choice, compile: str) -> Choice:
+    if choice.device.kind != "cpu":
+        why = f"the backend openvino computes on a CPU only, and the device is {choice.device.id}"
+        raise ImageError("unavailable", f"{why}: configure the device cpu, or the backend torch")
+    if compile != "none":
+        raise ImageError("unavailable", f"the backend openvino cannot be combined with compile {compile}")
+    from . import openvino
+
+    openvino.require()
+    return replace(choice, backend="openvino")
 
 
 def decide(device: str, dtype: str, found: Sequence[Device], environment: Mapping[str, str]) -> Choice:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import logging
 import os
@@ -98,6 +99,8 @@ class Engine:
         from .executor import Executor
 
         choice = self._choice = devices.choose(self._config)
+        if choice.backend == "openvino":
+            self._versions["openvino"] = importlib.metadata.version("openvino")
         budget = self._config.memory_budget
         cache = ModelCache(
             self._load,
@@ -372,6 +375,7 @@ class Engine:
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
+                job.note(*job.model.notices)
             # Outside of `except`: an error that remembered the other one would keep all its tensors.
             if result is None:
                 raise ImageError(

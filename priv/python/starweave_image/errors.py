@@ -43,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of whatever device: most allocators of torch say so in words only."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
-        and any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+        and any(words in str(error) for words in ("out of memory", "can't allocate memory", "bad_alloc"))
     )
 
 

@@ -27,7 +27,8 @@ _logger = logging.getLogger(__name__)
 
 
 class Model:
-    """A loaded pipeline. `borrow` gives a copy of it for one request; all copies share the weights."""
+    """A loaded pipeline. `borrow` gives a copy of it for one request; all copies share the weights. `notices` are what
+    whoever has it draw should know."""
 
     def __init__(
         self,
@@ -58,6 +59,12 @@ class Model:
         from .executor import networks_of
 
         where = f"{card.id} {revision or checksum} {choice.device.name} {choice.dtype}"
+        self.notices: list[str] = []
+        if choice.backend == "openvino":
+            from . import openvino
+
+            where += " openvino"
+            self.bytes += openvino.attach(pipeline, folder, where, self.notices.append)
         self.networks = networks_of(pipeline, where)
 
     def park(self) -> None:

@@ -163,6 +163,7 @@ class Config(Struct, kw_only=True):
     )
     vae: Annotated[Literal["auto", "none", "tiled"], Meta(description="one of auto, none, tiled")] = "auto"
     compile: Annotated[Literal["none", "blocks"], Meta(description="one of none, blocks")] = "none"
+    backend: Annotated[Literal["torch", "openvino"], Meta(description="one of torch, openvino")] = "torch"
     heartbeat_interval_ms: Annotated[
         int, Meta(ge=50, le=10_000, description="an integer from 50 to 10000")
     ] = 1000
