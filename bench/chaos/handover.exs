@@ -30,7 +30,7 @@ defmodule Chaos.Handover do
       {"#{name}: detect, restart, load, run (undisturbed: #{run})",
        Enum.map_join([:detect, :restart, :load, :run], ", ", &"#{median.(&1)}"), nil},
       {"#{name}: more than restart + load + one run, at most #{slack} ms", Chaos.median(over),
-       Chaos.median(over) <= slack}
+       {:goal, Chaos.median(over) <= slack}}
     ]
   end
 

@@ -39,7 +39,7 @@ defmodule Chaos.Pair do
       {"a second, undisturbed", Float.round(mean.(:calm), 2), nil},
       {"a second, one of them killed each #{div(@kill_ms, 1000)} s",
        Float.round(mean.(:disturbed), 2), nil},
-      {"throughput of the undisturbed, above 0.8", ratio, ratio > 0.8},
+      {"throughput of the undisturbed, above 0.8", ratio, {:goal, ratio > 0.8}},
       {"processes left behind", length(orphans), orphans == []}
     ]
   end
