@@ -12,7 +12,7 @@ defmodule StarweaveImage.Queue do
   alias StarweaveImage.{
     Error,
     Fleet,
-    Image,
+    Job,
     Journal,
     RateLimit,
     Request,
@@ -20,40 +20,6 @@ defmodule StarweaveImage.Queue do
     Sidecar,
     Telemetry
   }
-
-  defmodule Job do
-    @moduledoc false
-    # `serial` tells it from an earlier one of the same id, and is a new one when it has ended. `owners` are the processes that wait for it; when
-    # all are gone it is cancelled, unless it was also submitted. `status`: `:journaling` until it is on disk,
-    # `:open`, `:ending` until its end is on disk, `:finished`. Where an open one is, `Schedule` knows.
-    defstruct [
-      :request,
-      :serial,
-      :deadline,
-      :submitted_at,
-      :dispatched_at,
-      :model,
-      :accepted,
-      :first_step,
-      :result,
-      :told,
-      status: :open,
-      submitted?: false,
-      timers: %{},
-      owners: [],
-      waiters: [],
-      subscribers: [],
-      submitters: [],
-      cancellers: [],
-      images: [],
-      progress: %{},
-      previews: %{},
-      notices: [],
-      retries: 0,
-      dispatches: 0,
-      fallbacks: nil
-    ]
-  end
 
   defstruct [
     :config,
@@ -73,7 +39,6 @@ defmodule StarweaveImage.Queue do
     telling_positions?: false
   ]
 
-  @timings ~w(queue load denoise decode encode total)a
   @retryable ~w(model_load_failed out_of_memory unavailable overloaded)a
   @replaceable ~w(model_load_failed model_not_found out_of_memory)a
   # Between two tries of a request that failed in a way that may pass, in ms.
@@ -117,10 +82,10 @@ defmodule StarweaveImage.Queue do
 
     for {id, %{status: :open} = job} <- state.jobs do
       if is_integer(Schedule.place(state.schedule, id)), do: not_its_fault(state, job)
-      deliver(job, {:error, error})
+      Job.deliver(job, {:error, error})
     end
 
-    for {_, %{status: :ending} = job} <- state.jobs, do: deliver(job, job.result)
+    for {_, %{status: :ending} = job} <- state.jobs, do: Job.deliver(job, job.result)
     for {_, job} <- state.jobs, from <- job.submitters, do: GenServer.reply(from, {:error, error})
   end
 
@@ -313,21 +278,6 @@ defmodule StarweaveImage.Queue do
 
   defp timer(state, _kind, _job), do: state
 
-  defp start_timer(job, _kind, nil), do: job
-
-  defp start_timer(job, kind, ms) do
-    message = {:timer, kind, job.request.id, job.serial}
-    put_in(job.timers[kind], Process.send_after(self(), message, ms))
-  end
-
-  defp stop_timer(job, kind) do
-    {timer, timers} = Map.pop(job.timers, kind)
-    if timer, do: Process.cancel_timer(timer)
-    %{job | timers: timers}
-  end
-
-  defp stop_timers(job), do: Enum.reduce(Map.keys(job.timers), job, &stop_timer(&2, &1))
-
   ## Admission
 
   # A known id is the same request asked for again, not a second one; but what failed may be tried again.
@@ -403,8 +353,8 @@ defmodule StarweaveImage.Queue do
 
     job =
       %{job | serial: serial, submitted_at: now, deadline: now + left}
-      |> start_timer(:deadline, left)
-      |> start_timer(:queue, request.queue_timeout)
+      |> Job.start_timer(:deadline, left)
+      |> Job.start_timer(:queue, request.queue_timeout)
 
     Telemetry.execute([:request, :start], %{system_time: System.system_time()}, %{
       instance: state.config[:name],
@@ -563,7 +513,12 @@ defmodule StarweaveImage.Queue do
 
           error == :ok ->
             left = max(job.deadline - now(), 0)
-            job = %{job | status: :open} |> stop_timer(:deadline) |> start_timer(:deadline, left)
+
+            job =
+              %{job | status: :open}
+              |> Job.stop_timer(:deadline)
+              |> Job.start_timer(:deadline, left)
+
             put_job(%{state | schedule: Schedule.resume(state.schedule, id)}, job)
 
           true ->
@@ -620,10 +575,10 @@ defmodule StarweaveImage.Queue do
     send_to(Fleet.get(state.fleet, index), message)
 
     job =
-      %{job | dispatched_at: now, dispatches: job.dispatches + 1, accepted: nil, first_step: nil}
-      |> Map.merge(%{told: nil, images: [], progress: %{}, previews: %{}})
-      |> stop_timer(:queue)
-      |> start_timer(:run, request.run_timeout)
+      job
+      |> Job.begin(now)
+      |> Job.stop_timer(:queue)
+      |> Job.start_timer(:run, request.run_timeout)
 
     put_job(state, job)
   end
@@ -722,7 +677,8 @@ defmodule StarweaveImage.Queue do
   defp sidecar_event(state, index, {:message, %{t: :progress, id: id} = progress}) do
     case running(state, index, id) do
       %Job{} = job ->
-        {job, event} = progressed(state, job, progress)
+        attempt = Schedule.attempts(state.schedule, id)
+        {job, event} = Job.progress(job, progress, attempt, now())
 
         Telemetry.execute([:request, :progress], Map.take(event, [:step, :steps]), %{
           instance: state.config[:name],
@@ -731,8 +687,8 @@ defmodule StarweaveImage.Queue do
           image: event.image
         })
 
-        tell(job, {:progress, event})
-        put_job(state, %{job | progress: Map.put(job.progress, event.image, event)})
+        Job.tell(job, {:progress, event})
+        put_job(state, job)
 
       nil ->
         state
@@ -741,10 +697,9 @@ defmodule StarweaveImage.Queue do
 
   defp sidecar_event(state, index, {:message, %{t: :preview, id: id} = preview}) do
     if job = running(state, index, id) do
-      # A copy, or whoever keeps it would keep all that was read from the port with it.
-      event = %{Map.drop(preview, [:t, :g]) | data: :binary.copy(preview.data)}
-      tell(job, {:preview, event})
-      put_job(state, %{job | previews: Map.put(job.previews, event.image, event)})
+      {job, event} = Job.preview(job, preview)
+      Job.tell(job, {:preview, event})
+      put_job(state, job)
     else
       state
     end
@@ -851,37 +806,11 @@ defmodule StarweaveImage.Queue do
 
   defp model_id(model), do: String.replace(model, "/", ":")
 
-  defp progressed(state, job, progress) do
-    num_images = job.request.num_images
-    done = progress.image * progress.steps + progress.step
-    now = now()
-
-    job =
-      if job.first_step == nil and progress.phase == :denoising and progress.step > 0,
-        do: %{job | first_step: {done, now}},
-        else: job
-
-    eta =
-      with {first, at} when done > first <- job.first_step,
-           left = num_images * progress.steps - done,
-           do: div((now - at) * left, done - first),
-           else: (_ -> nil)
-
-    attempt = Schedule.attempts(state.schedule, job.request.id)
-
-    event =
-      progress
-      |> Map.take([:phase, :image, :step, :steps, :elapsed_ms])
-      |> Map.merge(%{num_images: num_images, eta_ms: eta, attempt: attempt})
-
-    {job, event}
-  end
-
   ## What did not work
 
   # The sidecar is gone under it. The same seed goes out again: it was drawn before the first attempt.
   defp replay(state, id, reason) do
-    job = stop_timer(state.jobs[id], :run)
+    job = Job.stop_timer(state.jobs[id], :run)
     attempts = Schedule.attempts(state.schedule, id)
 
     if attempts < state.config[:max_attempts] do
@@ -897,14 +826,14 @@ defmodule StarweaveImage.Queue do
   end
 
   # It made room for an interactive one.
-  defp yielded(state, job), do: again(state, stop_timer(job, :run), :waiting, :yielded)
+  defp yielded(state, job), do: again(state, Job.stop_timer(job, :run), :waiting, :yielded)
 
   defp failed(state, job, error) do
-    job = stop_timer(job, :run)
+    job = Job.stop_timer(job, :run)
 
     cond do
       pause = retry_pause(state, job, error) ->
-        job = start_timer(%{job | retries: job.retries + 1}, :retry, pause)
+        job = Job.start_timer(%{job | retries: job.retries + 1}, :retry, pause)
         again(state, job, :aside, :failed)
 
       next = fallback(state, job, error) ->
@@ -923,7 +852,7 @@ defmodule StarweaveImage.Queue do
   defp again(state, job, place, reason) do
     id = job.request.id
     job = if reason == :died, do: job, else: not_its_fault(state, job)
-    state = put_job(state, %{job | images: [], progress: %{}, previews: %{}})
+    state = put_job(state, Job.reset(job))
     state = %{state | schedule: Schedule.return(state.schedule, id, place, reason)}
 
     Telemetry.execute([:request, :again], %{attempts: Schedule.attempts(state.schedule, id)}, %{
@@ -996,51 +925,12 @@ defmodule StarweaveImage.Queue do
       nil ->
         state
 
-      %{accepted: nil} ->
-        finish(state, id, {:error, Error.new(:internal, "the answer was not complete")})
-
       job ->
-        attempts = Schedule.attempts(state.schedule, id)
-
-        images =
-          job.images |> Enum.sort_by(& &1.index) |> Enum.map(&image(&1, job, done, attempts))
-
         load_ms = Map.get(done.timings || %{}, "load", 0)
         run_ms = now() - job.dispatched_at
         state = %{state | schedule: Schedule.measure(state.schedule, index, run_ms, load_ms)}
-
-        if length(images) == job.request.num_images,
-          do: finish(state, id, {:ok, images}),
-          else: finish(state, id, {:error, Error.new(:internal, "an image is missing")})
+        finish(state, id, Job.result(job, done, Schedule.attempts(state.schedule, id)))
     end
-  end
-
-  defp image(part, job, done, attempts) do
-    timings =
-      for name <- @timings, value = (done.timings || %{})[Atom.to_string(name)], into: %{} do
-        {name, value}
-      end
-
-    %Image{
-      id: job.request.id,
-      index: part.index,
-      data: part.data,
-      format: part.format,
-      width: part.width,
-      height: part.height,
-      sha256: part.sha256,
-      model: done.model || job.accepted.model,
-      prompt: job.request.prompt,
-      negative_prompt: job.request.negative_prompt,
-      seed: part.seed,
-      steps: job.accepted.steps,
-      guidance_scale: job.accepted.guidance_scale,
-      scheduler: job.accepted.scheduler,
-      parameters: done.parameters || %{},
-      timings: Map.put(timings, :queue, job.dispatched_at - job.submitted_at),
-      notices: job.notices ++ (done.notices || []),
-      attempts: attempts
-    }
   end
 
   # Ends a request on our side at once. If it runs, its slot stays taken until the sidecar confirms.
@@ -1055,7 +945,7 @@ defmodule StarweaveImage.Queue do
   defp finish(state, id, result) do
     case state.jobs do
       %{^id => %{status: status} = job} when status in [:open, :journaling] ->
-        job = stop_timers(job)
+        job = Job.stop_timers(job)
         state = disown(state, job.owners)
         # First, so that whoever has the answer finds the event already emitted.
         measure(state, job, result)
@@ -1077,7 +967,7 @@ defmodule StarweaveImage.Queue do
   # An owned request was answered to its owner. A submitted one is kept for whoever comes to ask:
   # for a while, and never more than so many.
   defp end_of(state, job) do
-    deliver(job, job.result)
+    Job.deliver(job, job.result)
 
     if job.submitted? do
       job = %{job | status: :finished, waiters: [], subscribers: [], cancellers: []}
@@ -1087,29 +977,19 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  defp deliver(job, result) do
-    Enum.each(job.waiters, &GenServer.reply(&1, result))
-    Enum.each(job.cancellers, &GenServer.reply(&1, :ok))
-    Enum.each(final_events(result), &tell(job, &1))
-    tell_end(job.subscribers)
-  end
-
-  defp final_events({:ok, images}), do: Enum.map(images, &{:image, &1})
-  defp final_events({:error, error}), do: [{:error, error}]
-
   defp remember(state, job, ttl) do
     serial = state.serial + 1
     # Who asks for the same again is known by the digest of it.
     request = %{job.request | image: nil, mask: nil}
     job = %{job | serial: serial, request: request, progress: %{}, previews: %{}}
-    job = start_timer(job, :forget, ttl)
+    job = Job.start_timer(job, :forget, ttl)
 
     drop_oldest(%{
       state
       | serial: serial,
         jobs: Map.put(state.jobs, job.request.id, job),
         finished: :gb_sets.add({serial, job.request.id}, state.finished),
-        result_bytes: state.result_bytes + result_bytes(job)
+        result_bytes: state.result_bytes + Job.bytes(job)
     })
   end
 
@@ -1134,20 +1014,15 @@ defmodule StarweaveImage.Queue do
     do: state |> drop(job) |> recover_unfinished(unfinished)
 
   defp drop(state, %{request: %{id: id}} = job) do
-    stop_timers(job)
+    Job.stop_timers(job)
 
     %{
       state
       | jobs: Map.delete(state.jobs, id),
         finished: :gb_sets.del_element({job.serial, id}, state.finished),
-        result_bytes: state.result_bytes - result_bytes(job)
+        result_bytes: state.result_bytes - Job.bytes(job)
     }
   end
-
-  defp result_bytes(%{result: {:ok, images}}),
-    do: Enum.sum(Enum.map(images, &byte_size(&1.data)))
-
-  defp result_bytes(_job), do: 0
 
   # Of a request that was finished before this start, it is still on disk only.
   defp result(state, %{result: :stored, request: %{id: id}}) do
@@ -1216,21 +1091,19 @@ defmodule StarweaveImage.Queue do
             state |> draw_again(job, unfinished) |> subscribe(id, subscriber)
 
           result ->
-            Enum.each(final_events(result), &tell_one(subscriber, id, &1))
-            tell_end([subscriber])
+            Job.deliver(%{job | subscribers: [subscriber]}, result)
             state
         end
 
       job ->
-        news = %{job | subscribers: [subscriber]}
         state = put_job(state, %{job | subscribers: Enum.uniq([subscriber | job.subscribers])})
 
         if is_integer(Schedule.place(state.schedule, id)) do
-          for {_, event} <- Enum.sort(job.previews), do: tell(news, {:preview, event})
-          for {_, event} <- Enum.sort(job.progress), do: tell(news, {:progress, event})
+          Job.catch_up(job, subscriber)
           state
         else
-          if job.status != :ending, do: tell(news, queued(state, id))
+          late = %{job | subscribers: [subscriber]}
+          if job.status != :ending, do: Job.tell(late, queued(state, id))
           tell_positions_soon(state)
         end
     end
@@ -1254,7 +1127,7 @@ defmodule StarweaveImage.Queue do
 
       job ->
         {:queued, %{position: position}} = event = queued(state, id)
-        tell(job, event)
+        Job.tell(job, event)
         state |> put_job(%{job | told: position}) |> tell_positions_soon()
     end
   end
@@ -1280,14 +1153,6 @@ defmodule StarweaveImage.Queue do
 
     if watched == [], do: state, else: tell_positions_soon(state)
   end
-
-  defp tell(job, event), do: Enum.each(job.subscribers, &tell_one(&1, job.request.id, event))
-
-  defp tell_one({:process, pid}, id, event), do: send(pid, {:starweave_image, id, event})
-  defp tell_one({:alias, reference}, _id, event), do: send(reference, {reference, event})
-
-  defp tell_end(subscribers),
-    do: for({:alias, reference} <- subscribers, do: send(reference, {reference, :end}))
 
   defp put_job(state, job), do: %{state | jobs: Map.put(state.jobs, job.request.id, job)}
 

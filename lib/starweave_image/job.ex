@@ -1,0 +1,190 @@
+defmodule StarweaveImage.Job do
+  @moduledoc false
+  # What the queue knows of one accepted request: who waits for it, how far it has come, and what its sidecar has
+  # sent of it. Where it waits or runs, `Schedule` knows.
+
+  alias StarweaveImage.{Error, Image}
+
+  # `serial` tells it from an earlier one of the same id, and is a new one when it has ended. `owners` are the processes that wait for it; when
+  # all are gone it is cancelled, unless it was also submitted. `status`: `:journaling` until it is on disk,
+  # `:open`, `:ending` until its end is on disk, `:finished`.
+  defstruct [
+    :request,
+    :serial,
+    :deadline,
+    :submitted_at,
+    :dispatched_at,
+    :model,
+    :accepted,
+    :first_step,
+    :result,
+    :told,
+    status: :open,
+    submitted?: false,
+    timers: %{},
+    owners: [],
+    waiters: [],
+    subscribers: [],
+    submitters: [],
+    cancellers: [],
+    images: [],
+    progress: %{},
+    previews: %{},
+    notices: [],
+    retries: 0,
+    dispatches: 0,
+    fallbacks: nil
+  ]
+
+  @type t :: %__MODULE__{}
+  @type result :: {:ok, [Image.t()]} | {:error, Error.t()}
+  # A process, or a stream by its alias, which is also told when no more comes.
+  @type subscriber :: {:process, pid} | {:alias, reference}
+
+  @timings ~w(queue load denoise decode encode total)a
+
+  ## Clocks
+
+  @doc "Has `{:timer, kind, id, serial}` sent to the calling process in `ms`; none where that is nil."
+  @spec start_timer(t, atom, non_neg_integer | nil) :: t
+  def start_timer(job, _kind, nil), do: job
+
+  def start_timer(job, kind, ms) do
+    message = {:timer, kind, job.request.id, job.serial}
+    put_in(job.timers[kind], Process.send_after(self(), message, ms))
+  end
+
+  @spec stop_timer(t, atom) :: t
+  def stop_timer(job, kind) do
+    {timer, timers} = Map.pop(job.timers, kind)
+    if timer, do: Process.cancel_timer(timer)
+    %{job | timers: timers}
+  end
+
+  @spec stop_timers(t) :: t
+  def stop_timers(job), do: Enum.reduce(Map.keys(job.timers), job, &stop_timer(&2, &1))
+
+  ## What its sidecar sends
+
+  @doc "An attempt begins at `now`, or is over: of an earlier one nothing counts."
+  @spec begin(t, integer) :: t
+  def begin(job, now) do
+    dispatches = job.dispatches + 1
+    job = %{job | dispatched_at: now, dispatches: dispatches, accepted: nil, first_step: nil}
+    reset(%{job | told: nil})
+  end
+
+  @spec reset(t) :: t
+  def reset(job), do: %{job | images: [], progress: %{}, previews: %{}}
+
+  @doc "A `progress` message of the wire, and the event that tells of it, with the ms that are left by what went before."
+  @spec progress(t, map, pos_integer, integer) :: {t, map}
+  def progress(job, progress, attempt, now) do
+    num_images = job.request.num_images
+    done = progress.image * progress.steps + progress.step
+
+    job =
+      if job.first_step == nil and progress.phase == :denoising and progress.step > 0,
+        do: %{job | first_step: {done, now}},
+        else: job
+
+    eta =
+      with {first, at} when done > first <- job.first_step,
+           left = num_images * progress.steps - done,
+           do: div((now - at) * left, done - first),
+           else: (_ -> nil)
+
+    event =
+      progress
+      |> Map.take([:phase, :image, :step, :steps, :elapsed_ms])
+      |> Map.merge(%{num_images: num_images, eta_ms: eta, attempt: attempt})
+
+    {%{job | progress: Map.put(job.progress, event.image, event)}, event}
+  end
+
+  @doc "A `preview` message of the wire, and its event."
+  @spec preview(t, map) :: {t, map}
+  def preview(job, preview) do
+    # A copy, or whoever keeps it would keep all that was read from the port with it.
+    event = %{Map.drop(preview, [:t, :g]) | data: :binary.copy(preview.data)}
+    {%{job | previews: Map.put(job.previews, event.image, event)}, event}
+  end
+
+  @doc "Its images, with the `done` message of the wire."
+  @spec result(t, map, pos_integer) :: result
+  def result(%{accepted: nil}, _done, _attempts), do: incomplete("the answer was not complete")
+
+  def result(job, done, attempts) do
+    if length(job.images) == job.request.num_images do
+      parts = Enum.sort_by(job.images, & &1.index)
+      {:ok, Enum.map(parts, &image(&1, job, done, attempts))}
+    else
+      incomplete("an image is missing")
+    end
+  end
+
+  defp incomplete(message), do: {:error, Error.new(:internal, message)}
+
+  defp image(part, job, done, attempts) do
+    timings =
+      for name <- @timings, value = (done.timings || %{})[Atom.to_string(name)], into: %{} do
+        {name, value}
+      end
+
+    %Image{
+      id: job.request.id,
+      index: part.index,
+      data: part.data,
+      format: part.format,
+      width: part.width,
+      height: part.height,
+      sha256: part.sha256,
+      model: done.model || job.accepted.model,
+      prompt: job.request.prompt,
+      negative_prompt: job.request.negative_prompt,
+      seed: part.seed,
+      steps: job.accepted.steps,
+      guidance_scale: job.accepted.guidance_scale,
+      scheduler: job.accepted.scheduler,
+      parameters: done.parameters || %{},
+      timings: Map.put(timings, :queue, job.dispatched_at - job.submitted_at),
+      notices: job.notices ++ (done.notices || []),
+      attempts: attempts
+    }
+  end
+
+  @doc "Bytes of its images."
+  @spec bytes(t) :: non_neg_integer
+  def bytes(%{result: {:ok, images}}), do: Enum.sum(Enum.map(images, &byte_size(&1.data)))
+  def bytes(_job), do: 0
+
+  ## Who waits for it
+
+  @spec tell(t, {atom, term}) :: :ok
+  def tell(job, event), do: Enum.each(job.subscribers, &send_event(&1, job.request.id, event))
+
+  @doc "How a request that runs stands, for a subscriber who comes late."
+  @spec catch_up(t, subscriber) :: :ok
+  def catch_up(job, subscriber) do
+    late = %{job | subscribers: [subscriber]}
+    for {_, event} <- Enum.sort(job.previews), do: tell(late, {:preview, event})
+    for {_, event} <- Enum.sort(job.progress), do: tell(late, {:progress, event})
+    :ok
+  end
+
+  @doc "Gives everybody who waits the result. Whoever cancelled it is answered too."
+  @spec deliver(t, result) :: :ok
+  def deliver(job, result) do
+    Enum.each(job.waiters, &GenServer.reply(&1, result))
+    Enum.each(job.cancellers, &GenServer.reply(&1, :ok))
+    Enum.each(final_events(result), &tell(job, &1))
+    for {:alias, reference} <- job.subscribers, do: send(reference, {reference, :end})
+    :ok
+  end
+
+  defp final_events({:ok, images}), do: Enum.map(images, &{:image, &1})
+  defp final_events({:error, error}), do: [{:error, error}]
+
+  defp send_event({:process, pid}, id, event), do: send(pid, {:starweave_image, id, event})
+  defp send_event({:alias, reference}, _id, event), do: send(reference, {reference, event})
+end
