@@ -13,6 +13,7 @@ import pytest
 import torch
 from engines import PATIENCE_S, Bench, difference
 from starweave_image import weights, wire
+from starweave_image.executor import Memory
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 4}
 
@@ -363,3 +364,27 @@ def test_one_that_works_outside_of_the_device_does_not_wait(folder: Path) -> Non
     moments = [(entry.phase, entry.waits) for entry in seen]
     assert {("denoising", False), ("decoding", False), ("encoding", False)} <= set(moments)
     assert all(entry.step_ms > 0 for entry in seen if entry.phase == "decoding")
+
+
+def test_a_network_remembers_its_latest_answers() -> None:
+    memory = Memory(budget=4096, most=3)
+    whole = torch.zeros(4, 256)
+
+    def kept() -> str:
+        return "".join(question for question in "abcde" if memory.get(question) is not None)
+
+    memory.put("a", {"first": whole[:1], "second": whole[1:]})
+    assert kept() == "a"
+    # Of four rows one is asked for, and all stay in memory.
+    memory.put("b", (torch.zeros(4, 256)[0],))
+    assert kept() == "b"
+    memory.put("c", torch.zeros(1025))
+    assert kept() == "b"
+    small = {question: torch.zeros(1) for question in "acde"}
+    memory.put("a", small["a"])
+    assert kept() == "a"
+    memory.put("c", small["c"])
+    memory.put("d", small["d"])
+    assert memory.get("a") is small["a"]
+    memory.put("e", small["e"])
+    assert kept() == "ade"

@@ -31,6 +31,8 @@ from .request import Lane
 _logger = logging.getLogger(__name__)
 
 _REMEMBERED_BYTES = 64 * 1024 * 1024
+# Of a small encoder so many answers are few bytes: more of them would not be asked for again.
+_REMEMBERED_ANSWERS = 256
 _IN_HALVES = "Drawn in smaller passes, because memory was short: it took longer, and may differ by rounding."
 _IN_TILES = "Drawn in tiles, because memory was short: slight differences are possible."
 # As port.INTERNAL: docs/protocol.md, exit codes.
@@ -46,7 +48,7 @@ class Network:
         self.module = module
         self.kind = type(module).__name__
         self.is_autoencoder = hasattr(module, "encode") and hasattr(module, "decode")
-        self.memory = Memory(_REMEMBERED_BYTES) if remembers else None
+        self.memory = Memory(_REMEMBERED_BYTES, _REMEMBERED_ANSWERS) if remembers else None
 
     def tiled(self) -> Callable[..., Any] | None:
         """Its decoder, working tile by tile: less memory, and seams that hardly show. None for what has no such way."""
@@ -71,11 +73,12 @@ def networks_of(pipeline: Any, where: str) -> dict[str, Network]:
 
 
 class Memory:
-    """What a network answered before, the latest of it, up to so many bytes: for text encoders, which are asked the same
-    by each picture of a request, and again for each empty negative prompt."""
+    """What a network answered before, the latest of it, up to so many bytes and so many answers: for text encoders, which
+    are asked the same by each picture of a request, and again for each empty negative prompt."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, most: int) -> None:
         self._budget = budget
+        self._most = most
         self._held = 0
         self._lock = threading.Lock()
         self._answers: OrderedDict[str, tuple[int, Any]] = OrderedDict()
@@ -88,13 +91,15 @@ class Memory:
             return self._answers[question][1]
 
     def put(self, question: str, answer: Any) -> None:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(answer))
+        # Of a tensor that is a part of another one, all of it stays in memory.
+        storages = [tensor.untyped_storage() for tensor in _tensors(answer)]
+        size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         with self._lock:
             if question in self._answers or size > self._budget:
                 return
             self._answers[question] = (size, answer)
             self._held += size
-            while self._held > self._budget:
+            while self._held > self._budget or len(self._answers) > self._most:
                 _, (freed, _) = self._answers.popitem(last=False)
                 self._held -= freed
 
