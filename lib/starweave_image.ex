@@ -251,7 +251,8 @@ defmodule StarweaveImage do
   @spec submit(String.t(), keyword | map) :: {:ok, id} | {:error, Error.t()}
   def submit(prompt, opts \\ []) do
     with {:ok, request} <- Request.new(prompt, opts),
-         {:ok, answer} <- call(request.instance, {:submit, request, nil, nil}),
+         # However long it takes: it is accepted then, and who did not hear of it would ask for it twice.
+         {:ok, answer} <- call(request.instance, {:submit, request, nil, nil}, :infinity),
          do: answer
   end
 
@@ -301,7 +302,7 @@ defmodule StarweaveImage do
       reference = :erlang.alias()
       monitor = Process.monitor(request.instance)
 
-      case call(request.instance, {:submit, request, self(), {:alias, reference}}) do
+      case call(request.instance, {:submit, request, self(), {:alias, reference}}, :infinity) do
         {:ok, {:ok, id}} -> {:open, request.instance, id, reference, monitor}
         {:ok, {:error, error}} -> {:refused, error, reference, monitor}
         {:error, error} -> {:refused, error, reference, monitor}
@@ -392,7 +393,7 @@ defmodule StarweaveImage do
   """
   @spec cancel(id, instance :: atom) :: :ok | {:error, :not_found | :finished}
   def cancel(id, instance \\ __MODULE__) do
-    case call(instance, {:cancel, id}) do
+    case call(instance, {:cancel, id}, :infinity) do
       {:ok, answer} -> answer
       {:error, _not_running} -> {:error, :not_found}
     end
@@ -526,6 +527,7 @@ defmodule StarweaveImage do
       {:ok, index}
     else
       {:error, field, message} -> {:error, Error.new(:invalid_request, message, %{field: field})}
+      {:ok, {:error, error}} -> {:error, error}
       {:error, %Error{} = error} -> {:error, error}
       {:error, _reason} -> {:error, Error.new(:internal, "the sidecar could not be started")}
     end

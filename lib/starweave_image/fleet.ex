@@ -21,6 +21,7 @@ defmodule StarweaveImage.Fleet do
       :error,
       role: :active,
       draining?: false,
+      stopping?: false,
       generation: 0,
       state: :starting,
       uptime_ms: 0,
@@ -28,7 +29,8 @@ defmodule StarweaveImage.Fleet do
     ]
   end
 
-  defstruct [:enabled?, seats: %{}]
+  # `last`: the highest index that ever was, for none is given twice.
+  defstruct [:enabled?, :last, seats: %{}]
 
   @type index :: pos_integer
   @type t :: %__MODULE__{}
@@ -37,13 +39,13 @@ defmodule StarweaveImage.Fleet do
   @spec new(boolean, [%{index: index, kind: term, role: :active | :standby}]) :: t
   def new(enabled?, layout) do
     seats = if enabled?, do: Map.new(layout, &{&1.index, struct!(Seat, &1)}), else: %{}
-    %__MODULE__{enabled?: enabled?, seats: seats}
+    %__MODULE__{enabled?: enabled?, seats: seats, last: Enum.max([0 | Map.keys(seats)])}
   end
 
   @spec add(t, term) :: {index, t}
   def add(fleet, kind) do
-    index = Enum.max([0 | Map.keys(fleet.seats)]) + 1
-    {index, put(fleet, %Seat{index: index, kind: kind})}
+    index = fleet.last + 1
+    {index, put(%{fleet | last: index}, %Seat{index: index, kind: kind})}
   end
 
   @spec remove(t, index) :: t
@@ -71,13 +73,15 @@ defmodule StarweaveImage.Fleet do
       heartbeat: nil,
       os_pid: nil,
       capacity: 0,
+      stopping?: false,
       error: why
     )
   end
 
   @doc "Whether the sidecar takes requests."
   @spec open?(Seat.t()) :: boolean
-  def open?(seat), do: seat.ready != nil and seat.role == :active and not seat.draining?
+  def open?(seat),
+    do: seat.ready != nil and seat.role == :active and not seat.draining? and not seat.stopping?
 
   @doc "Who is ready to work: the active ones, in order."
   @spec at_work(t) :: [Seat.t()]
@@ -91,7 +95,8 @@ defmodule StarweaveImage.Fleet do
          spare when spare != nil <-
            Enum.find(
              sorted(fleet),
-             &(&1.role == :standby and &1.kind == gone.kind and &1.ready != nil)
+             &(&1.role == :standby and &1.kind == gone.kind and &1.ready != nil and
+                 not &1.draining? and not &1.stopping?)
            ) do
       fleet = fleet |> update(gone.index, role: :standby) |> update(spare.index, role: :active)
 

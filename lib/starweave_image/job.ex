@@ -57,8 +57,17 @@ defmodule StarweaveImage.Job do
   @spec stop_timer(t, atom) :: t
   def stop_timer(job, kind) do
     {timer, timers} = Map.pop(job.timers, kind)
-    if timer, do: Process.cancel_timer(timer)
+    if timer && Process.cancel_timer(timer) == false, do: forget_timer(kind, job)
     %{job | timers: timers}
+  end
+
+  # It has gone off, and its message would be taken for that of a later one.
+  defp forget_timer(kind, %{serial: serial, request: %{id: id}}) do
+    receive do
+      {:timer, ^kind, ^id, ^serial} -> :ok
+    after
+      0 -> :ok
+    end
   end
 
   @spec stop_timers(t) :: t

@@ -41,7 +41,7 @@ defmodule StarweaveImage.Journal do
   @type operation :: :accept | :attempt | :finish | :forget
   @type result :: {:ok, [Image.t()]} | {:error, Error.t()}
   @type unfinished :: %{id: String.t(), job: map, attempts: non_neg_integer}
-  @type finished :: %{id: String.t(), finished_at: integer}
+  @type finished :: %{id: String.t(), finished_at: integer, outcome: :ok | :error}
 
   @doc """
   Starts the journal of a `:folder`, registered as `:name`.
@@ -189,7 +189,10 @@ defmodule StarweaveImage.Journal do
     {finished, unfinished} =
       Enum.split_with(in_order(state.index), fn {_, entry} -> entry.finish end)
 
-    finished = for {id, %{finish: %{at: at}}} <- finished, do: %{id: id, finished_at: at}
+    finished =
+      for {id, %{finish: %{at: at, outcome: outcome}}} <- finished,
+          do: %{id: id, finished_at: at, outcome: outcome}
+
     jobs = for {id, entry} <- unfinished, do: job(state, id, entry)
     lost = Enum.count(jobs, &(&1 == {:error, :damaged}))
     if lost > 0, do: report(state, lost, 0)
@@ -284,7 +287,8 @@ defmodule StarweaveImage.Journal do
            else: (_ -> [])
 
     entry = Map.get(index, id, %{accept: nil, attempts: 0, finish: nil})
-    Map.put(index, :binary.copy(id), %{entry | finish: %{place: place, at: at, blobs: blobs}})
+    finish = %{place: place, at: at, blobs: blobs, outcome: elem(outcome, 0)}
+    Map.put(index, :binary.copy(id), %{entry | finish: finish})
   end
 
   defp note(index, {:forget, id}, _place), do: Map.delete(index, id)

@@ -140,7 +140,7 @@ defmodule StarweaveImage.Queue do
   end
 
   def handle_call({:leave, id, owner}, _from, state),
-    do: {:reply, :ok, state |> leave(id, owner) |> dispatch()}
+    do: {:reply, :ok, state |> leave(id, {owner, :any}) |> dispatch()}
 
   def handle_call({:cancel, id}, from, state) do
     case state.jobs do
@@ -177,6 +177,9 @@ defmodule StarweaveImage.Queue do
     end
   end
 
+  def handle_call({:add_sidecar, _options}, _from, %{fleet: %{enabled?: false}} = state),
+    do: {:reply, {:error, closed(state)}, state}
+
   def handle_call({:add_sidecar, options}, _from, state) do
     {index, fleet} = Fleet.add(state.fleet, options)
     {:reply, {:ok, index, Keyword.merge(state.config, options)}, %{state | fleet: fleet}}
@@ -196,7 +199,7 @@ defmodule StarweaveImage.Queue do
   def handle_call({:resume, index}, _from, state) do
     case Fleet.get(state.fleet, index) do
       nil -> {:reply, {:error, :not_found}, state}
-      _seat -> {:reply, :ok, state |> seat(index, draining?: false) |> dispatch()}
+      _seat -> {:reply, :ok, state |> seat(index, draining?: false) |> relieve() |> dispatch()}
     end
   end
 
@@ -227,7 +230,7 @@ defmodule StarweaveImage.Queue do
     case Fleet.find(state.fleet, monitor) do
       nil ->
         case state.monitors do
-          %{^monitor => id} -> {:noreply, state |> leave(id, pid) |> dispatch()}
+          %{^monitor => id} -> {:noreply, state |> leave(id, {pid, monitor}) |> dispatch()}
           _ -> {:noreply, state}
         end
 
@@ -273,8 +276,7 @@ defmodule StarweaveImage.Queue do
     abandon(state, request.id, Error.new(:timeout, message))
   end
 
-  defp timer(state, :retry, %{request: request}),
-    do: %{state | schedule: Schedule.resume(state.schedule, request.id)}
+  defp timer(state, :retry, job), do: resume(state, job)
 
   defp timer(state, _kind, _job), do: state
 
@@ -282,18 +284,23 @@ defmodule StarweaveImage.Queue do
 
   # A known id is the same request asked for again, not a second one; but what failed may be tried again.
   defp admit(%{jobs: jobs} = state, %{id: id} = request, owner) when is_map_key(jobs, id) do
-    case jobs[id] do
-      %{status: :finished, result: {:error, _}} = job ->
-        state |> forget(job) |> admit(request, owner)
+    job = jobs[id]
 
-      job ->
-        if Request.same?(job.request, request),
-          do: {:ok, join(state, job, owner)},
-          else: {:error, conflict()}
+    cond do
+      failed?(job) -> take_in(state, request, owner)
+      Request.same?(job.request, request) -> {:ok, join(state, job, owner)}
+      true -> {:error, conflict()}
     end
   end
 
-  defp admit(state, request, owner) do
+  defp admit(state, request, owner), do: take_in(state, request, owner)
+
+  defp failed?(%{status: :finished, result: {kind, outcome}}),
+    do: kind == :error or {kind, outcome} == {:stored, :error}
+
+  defp failed?(_job), do: false
+
+  defp take_in(state, request, owner) do
     bytes = Request.bytes(request)
 
     with :ok <- durable(state, request, owner),
@@ -301,7 +308,11 @@ defmodule StarweaveImage.Queue do
          :ok <- quarantined(state, request),
          :ok <- room(state, bytes),
          {:ok, rates} <- RateLimit.take(state.rates, request.user_id, now()) do
-      {:ok, enqueue(%{state | rates: rates}, request, owner, bytes)}
+      state = %{state | rates: rates}
+      # Not before: one that is refused leaves the end of the earlier one as it is.
+      earlier = state.jobs[request.id]
+      state = if earlier, do: forget(state, earlier), else: state
+      {:ok, enqueue(state, request, owner, bytes)}
     else
       {:error, error} -> {:error, error}
       %Error{} = error -> {:error, error}
@@ -415,13 +426,16 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  defp leave(state, id, owner) do
+  # Who owns it twice leaves it twice.
+  defp leave(state, id, {owner, monitor}) do
     with %{^id => %{owners: owners} = job} <- state.jobs,
-         {left, owners} when left != nil <- List.keytake(owners, owner, 0) do
+         left when left != nil <-
+           Enum.find(owners, &(elem(&1, 0) == owner and monitor in [:any, elem(&1, 1)])) do
+      owners = List.delete(owners, left)
       state = state |> disown([left]) |> put_job(%{job | owners: owners})
       if owners == [] and not job.submitted?, do: abandon(state, id, cancelled()), else: state
     else
-      _not_its_owner -> state
+      _not_an_owner -> state
     end
   end
 
@@ -485,17 +499,19 @@ defmodule StarweaveImage.Queue do
 
   defp recover_finished(state, %{id: id}) when is_map_key(state.jobs, id), do: state
 
-  defp recover_finished(state, %{id: id, finished_at: finished_at}) do
-    with {:ok, %{job: record}} <- Journal.job(state.journal, id),
-         {:ok, request} <- Request.restore(record["request"], state.config[:name]) do
-      age = max(System.system_time(:millisecond) - finished_at, 0)
-      job = %Job{request: request, status: :finished, submitted?: true, result: :stored}
-      remember(state, job, max(state.config[:result_ttl] - age, 0))
-    else
-      {:error, _} ->
-        Journal.forget(state.journal, id)
-        state
-    end
+  defp recover_finished(state, %{id: id, finished_at: finished_at, outcome: outcome}) do
+    request =
+      with {:ok, %{job: record}} <- Journal.job(state.journal, id),
+           {:ok, request} <- Request.restore(record["request"], state.config[:name]) do
+        request
+      else
+        # The result is there all the same. What was asked for is not known, so nothing is the same as it.
+        {:error, _} -> %Request{id: id, durable: true, prompt: "", seed: 0}
+      end
+
+    age = max(System.system_time(:millisecond) - finished_at, 0)
+    job = %Job{request: request, status: :finished, submitted?: true, result: {:stored, outcome}}
+    remember(state, job, max(state.config[:result_ttl] - age, 0))
   end
 
   defp journaled(state, :accept, id, answer) do
@@ -512,14 +528,13 @@ defmodule StarweaveImage.Queue do
             put_job(state, job)
 
           error == :ok ->
-            left = max(job.deadline - now(), 0)
-
-            job =
-              %{job | status: :open}
-              |> Job.stop_timer(:deadline)
-              |> Job.start_timer(:deadline, left)
-
-            put_job(%{state | schedule: Schedule.resume(state.schedule, id)}, job)
+            # One that went off meanwhile was not heard.
+            passed = now() - job.submitted_at
+            job = %{job | status: :open}
+            job = renew_timer(job, :deadline, job.request.timeout - passed)
+            wait = job.request.queue_timeout
+            job = renew_timer(job, :queue, wait && wait - passed)
+            state |> put_job(job) |> resume(job)
 
           true ->
             # Not accepted, so there is no end of it to write either.
@@ -548,7 +563,16 @@ defmodule StarweaveImage.Queue do
 
   defp journaled(state, _operation, _id, _answer), do: state
 
+  defp renew_timer(job, kind, ms),
+    do: job |> Job.stop_timer(kind) |> Job.start_timer(kind, ms && max(ms, 0))
+
   ## Dispatch
+
+  # It waits for its turn again, after it stood aside.
+  defp resume(state, job) do
+    state = %{state | schedule: Schedule.resume(state.schedule, job.request.id)}
+    if job.subscribers == [], do: state, else: tell_positions_soon(state)
+  end
 
   defp dispatch(state) do
     case Schedule.next(state.schedule) do
@@ -658,11 +682,16 @@ defmodule StarweaveImage.Queue do
     |> start_operations()
   end
 
+  # In order: what it does not finish has cost no life.
+  defp sidecar_event(state, index, :stopping), do: seat(state, index, stopping?: true)
+
   defp sidecar_event(state, index, {:ended, phase, sentence}) do
+    stopped? = Fleet.get(state.fleet, index).stopping?
     {running, schedule} = Schedule.lost(state.schedule, index)
     state = %{state | schedule: schedule, fleet: Fleet.ended(state.fleet, index, phase, sentence)}
     state = state |> reseat(index) |> relieve()
-    state = Enum.reduce(running, state, &replay(&2, &1, sentence))
+    lost = if stopped?, do: &stopped(&2, &1), else: &replay(&2, &1, sentence)
+    state = Enum.reduce(running, state, lost)
     state = Enum.reduce(state.operations, state, &operation_lost(&2, &1, index, sentence))
     state = drained(state, index)
     if Fleet.down?(state.fleet), do: fail_all(state), else: state
@@ -824,6 +853,9 @@ defmodule StarweaveImage.Queue do
       |> finish(id, {:error, Error.new(:sidecar_crashed, message)})
     end
   end
+
+  defp stopped(state, id),
+    do: again(state, Job.stop_timer(state.jobs[id], :run), :waiting, :stopped)
 
   # It made room for an interactive one.
   defp yielded(state, job), do: again(state, Job.stop_timer(job, :run), :waiting, :yielded)
@@ -1025,7 +1057,7 @@ defmodule StarweaveImage.Queue do
   end
 
   # Of a request that was finished before this start, it is still on disk only.
-  defp result(state, %{result: :stored, request: %{id: id}}) do
+  defp result(state, %{result: {:stored, _outcome}, request: %{id: id}}) do
     case Journal.result(state.journal, id) do
       {:ok, result} -> result
       {:unfinished, unfinished} -> {:again, unfinished}

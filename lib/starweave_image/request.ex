@@ -212,7 +212,9 @@ defmodule StarweaveImage.Request do
   @spec restore(%{String.t() => term}, instance :: atom) :: {:ok, t} | {:error, Error.t()}
   def restore(%{"prompt" => prompt} = record, instance) do
     opts =
-      for name <- Keyword.keys(@schema), value = record[Atom.to_string(name)], do: {name, value}
+      for name <- Keyword.keys(@schema),
+          {:ok, value} <- [Map.fetch(record, Atom.to_string(name))],
+          do: {name, value}
 
     with {:ok, request} <- new(prompt, [instance: instance] ++ opts),
          do: {:ok, %{request | fresh_seed?: record["fresh_seed"] == true}}

@@ -118,17 +118,17 @@ defmodule StarweaveImage.Schedule do
   def resume(schedule, id), do: move(schedule, id, :waiting)
 
   @doc """
-  Back to its place in the order, or aside, with a reason: the sidecar `:died`, it `:yielded`, or the attempt `:failed`
+  Back to its place in the order, or aside, with a reason: the sidecar `:died`, it `:yielded`, the attempt `:failed`, or the sidecar was `:stopped`
   otherwise. Only a death counts as an attempt. The slot is another matter: `free/3`.
   """
-  @spec return(t, id, :waiting | :aside, :died | :yielded | :failed) :: t
+  @spec return(t, id, :waiting | :aside, :died | :yielded | :failed | :stopped) :: t
   def return(schedule, id, place, reason) do
     entry = schedule.entries[id]
 
     entry =
       case reason do
         :died -> entry
-        :failed -> %{entry | attempts: entry.attempts - 1}
+        ended when ended in [:failed, :stopped] -> %{entry | attempts: entry.attempts - 1}
         :yielded -> %{entry | attempts: entry.attempts - 1, yields: entry.yields + 1}
       end
 

@@ -225,6 +225,9 @@ defmodule StarweaveImage.Sidecar do
 
   def terminate(_reason, state) do
     grace = state.config[:shutdown_grace]
+
+    # So that it is sent nothing more, and that what it does not finish is no attempt that cost a life.
+    tell(state, :stopping)
     # One that is down has none.
     reader = if state.log, do: Process.monitor(state.log)
 

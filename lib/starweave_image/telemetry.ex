@@ -9,7 +9,7 @@ defmodule StarweaveImage.Telemetry do
   |---|---|---|
   | `[:starweave, :image, :request, :start]` | `system_time` | `id`, `model`, `user_id`, `priority` |
   | `[:starweave, :image, :request, :stop]` | `duration`, `queue_duration`, `bytes`, `images` | `id`, `model`, `result` (`:ok` or the error's kind), `attempts` |
-  | `[:starweave, :image, :request, :again]` | `attempts` | `id`, `reason`: its sidecar `:died`, it `:yielded` to an interactive request, or it `:failed` in a way that may pass |
+  | `[:starweave, :image, :request, :again]` | `attempts` | `id`, `reason`: its sidecar `:died`, it `:yielded` to an interactive request, it `:failed` in a way that may pass, or its sidecar was `:stopped` in order |
   | `[:starweave, :image, :request, :progress]` | `step`, `steps` | `id`, `phase`, `image` |
   | `[:starweave, :image, :queue, :rejected]` | `queued`, `bytes` | `id`, `kind` |
   | `[:starweave, :image, :journal, :damaged]` | `records`, `images`: how many are damaged or gone | |

@@ -90,6 +90,46 @@ defmodule StarweaveImage.DurableTest do
       assert id in received(instance)
     end
 
+    test "is the same also in what it does not want", %{journal: journal} do
+      instance = start_ready("honest", journal: journal)
+      id = held(instance, seed: 7, metadata: false, reproducible: true)
+      instance = again(instance, journal)
+      await_running(instance, id)
+      opts = [id: id, seed: 7, metadata: false, reproducible: true]
+      assert {:ok, ^id} = submit(instance, "hold", opts)
+    end
+
+    test "whose record was lost still has its result", %{journal: journal} do
+      instance = start_ready("honest", journal: journal)
+      {:ok, id} = submit(instance, "a fig")
+      {:ok, _} = submit(instance, "a plum")
+      assert {:ok, image} = StarweaveImage.await(id, 20_000, instance)
+      :ok = stop_supervised(instance)
+      log = Path.join(journal, "journal")
+      File.write!(log, String.replace(File.read!(log), "a fig", "a pig", global: false))
+      instance = start_ready("honest", journal: journal)
+
+      for _ <- 1..2 do
+        assert {:ok, kept} = StarweaveImage.await(id, 20_000, instance)
+        assert {kept.data, kept.prompt} == {image.data, "a fig"}
+      end
+
+      assert {:error, %Error{details: %{conflict: true}}} = submit(instance, "a fig", id: id)
+    end
+
+    test "that was refused another try is as it was", %{journal: journal} do
+      instance = start_ready("honest", journal: journal, capacity: 1, max_queue: 1)
+      late = held(instance, timeout: 200)
+      assert {:error, error} = StarweaveImage.await(late, 20_000, instance)
+      # One runs and one waits, so that there is no room.
+      held(instance)
+      {:ok, _} = submit(instance, "hold")
+      assert {:error, %Error{kind: :overloaded}} = submit(instance, "hold", id: late)
+
+      instance = again(instance, journal)
+      assert {:error, ^error} = StarweaveImage.await(late, 20_000, instance)
+    end
+
     test "that was cancelled or failed stays so", %{journal: journal} do
       instance = start_ready("honest", journal: journal)
       running = held(instance)
@@ -103,6 +143,10 @@ defmodule StarweaveImage.DurableTest do
       assert {:error, %Error{kind: :cancelled}} = StarweaveImage.await(running, 20_000, instance)
       assert {:error, ^error} = StarweaveImage.await(late, 20_000, instance)
       assert [_report] = received(instance)
+
+      # Until it is asked for again.
+      assert {:ok, ^late} = submit(instance, "a fig", id: late)
+      assert {:ok, %Image{}} = StarweaveImage.await(late, 20_000, instance)
     end
 
     test "has its timeout also while nothing runs", %{journal: journal} do

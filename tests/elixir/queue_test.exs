@@ -255,6 +255,22 @@ defmodule StarweaveImage.QueueTest do
       assert "watched" in received(instance, "cancel")
     end
 
+    test "takes with it what it waits for twice" do
+      instance = start_ready("honest")
+
+      consumer =
+        call(fn ->
+          [stream(instance, "hold", id: "twice"), stream(instance, "hold", id: "twice")]
+          |> Stream.zip()
+          |> Enum.to_list()
+        end)
+
+      await_status(instance, fn _ -> length(owners(instance, "twice")) == 2 end)
+      await_running(instance, "twice")
+      Process.exit(consumer, :kill)
+      await_status(instance, &(&1.queue.running == 0))
+    end
+
     test "leaves what it submitted" do
       instance = start_ready("honest")
       test = self()
@@ -281,7 +297,8 @@ defmodule StarweaveImage.QueueTest do
     end
   end
 
-  defp owners(instance, id), do: :sys.get_state(instance).jobs[id].owners
+  defp owners(instance, id),
+    do: get_in(:sys.get_state(instance).jobs, [id, Access.key(:owners, [])]) || []
 
   describe "an id" do
     test "that is known is the same request" do

@@ -179,6 +179,32 @@ defmodule StarweaveImage.ResilienceTest do
       assert ["load_model", "preload-starweave:tiny"] in report(instance)["received"]
     end
 
+    test "that is drained does not take over until it may work again" do
+      instance =
+        "honest"
+        |> start(standby: 1, backoff_min: 30_000, backoff_max: 60_000)
+        |> await_sidecars(active: :ready, standby: :ready)
+
+      first = sidecar(instance, 1).os_pid
+      assert :ok = StarweaveImage.drain_sidecar(2, instance: instance)
+      signal(first, "KILL")
+
+      assert await(fn ->
+               match?(%{state: :ready, os_pid: pid} when pid != first, sidecar(instance, 1))
+             end)
+
+      assert %{role: :active} = sidecar(instance, 1)
+      assert {:ok, _} = generate(instance, "a fig")
+
+      # Its next start is far off.
+      signal(sidecar(instance, 1).os_pid, "KILL")
+      assert await(fn -> sidecar(instance, 1).os_pid == nil end)
+      assert %{role: :standby} = sidecar(instance, 2)
+      assert :ok = StarweaveImage.resume_sidecar(2, instance: instance)
+      assert %{role: :active} = sidecar(instance, 2)
+      assert {:ok, _} = generate(instance, "a fig")
+    end
+
     test "is there for each kind of sidecar, and takes no work of its own" do
       instance =
         "honest"
@@ -208,6 +234,17 @@ defmodule StarweaveImage.ResilienceTest do
       assert {:ok, 2} = StarweaveImage.add_sidecar(instance: instance, capacity: 2)
       assert {:ok, _} = generate(instance, "a fig")
       assert %{capacity: 2, role: :active} = sidecar(instance, 2)
+
+      # Whoever removes it twice must not meet another one by its number.
+      assert :ok = StarweaveImage.remove_sidecar(2, instance: instance)
+      assert {:ok, 3} = StarweaveImage.add_sidecar(instance: instance)
+      assert {:error, :not_found} = StarweaveImage.remove_sidecar(2, instance: instance)
+    end
+
+    test "are not added where image generation is disabled" do
+      instance = start(nil, enabled: false)
+
+      assert {:error, %Error{kind: :disabled}} = StarweaveImage.add_sidecar(instance: instance)
     end
 
     test "are drained: no more work for them, and those they have come to their end" do
@@ -245,6 +282,19 @@ defmodule StarweaveImage.ResilienceTest do
       assert {:error, :not_found} = StarweaveImage.remove_sidecar(index, instance: instance)
       assert {:error, :not_found} = StarweaveImage.drain_sidecar(index, instance: instance)
       assert {:error, :not_found} = StarweaveImage.resume_sidecar(index, instance: instance)
+    end
+
+    test "that are ended in the middle of their work have cost no attempt" do
+      instance =
+        start_ready("works_past_shutdown", sidecars: 2, max_attempts: 1, shutdown_grace: 100)
+
+      await_sidecars(instance, active: :ready, active: :ready)
+      id = hold(instance)
+      index = running_at(instance, id)
+      assert :ok = StarweaveImage.remove_sidecar(index, instance: instance, timeout: 50)
+      assert await(fn -> running_at(instance, id) end)
+      assert {:ok, _} = generate(instance, "release")
+      assert {:ok, %Image{attempts: 1}} = StarweaveImage.await(id, 20_000, instance)
     end
   end
 end
