@@ -13,6 +13,7 @@ import pytest
 import torch
 from engines import PATIENCE_S, Bench, difference
 from starweave_image import weights, wire
+from starweave_image.errors import is_device_lost, is_out_of_memory
 from starweave_image.executor import Memory
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 4}
@@ -388,3 +389,20 @@ def test_a_network_remembers_its_latest_answers() -> None:
     assert memory.get("a") is small["a"]
     memory.put("e", small["e"])
     assert kept() == "ade"
+
+
+@pytest.mark.parametrize(
+    ("words", "memory", "lost"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True, False),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True, False),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", True, False),
+        ("CUDA error: device-side assert triggered", False, True),
+        ("CUDA error: an illegal memory access was encountered", False, True),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False, False),
+    ],
+)
+def test_what_an_error_of_the_device_means(words: str, memory: bool, lost: bool) -> None:
+    error = RuntimeError(words)
+    assert (is_out_of_memory(error), is_device_lost(error)) == (memory, lost)
+    assert not is_device_lost(ValueError(words))

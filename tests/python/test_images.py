@@ -140,3 +140,16 @@ def test_enlarging_cuts_what_does_not_fit_and_bends_nothing() -> None:
     # The square's sides are scaled alike: 32 pixels by 10, across the middle, and cut above and below.
     row = wide.convert("L").crop((0, 160, 960, 161)).tobytes()
     assert sum(grey < 128 for grey in row) == 320
+
+
+def test_gray_of_sixteen_bits_is_scaled_and_not_cut_off() -> None:
+    values = [0, 0x0140, 0x8000, 0xFFFF]
+    gray = Image.new("I;16", (len(values), 1))
+    for x, value in enumerate(values):
+        gray.putpixel((x, 0), value)
+    out = io.BytesIO()
+    gray.save(out, "PNG")
+    read = images.decode(out.getvalue(), "image")
+    assert [read.getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in (0, 1, 128, 255)]
+    mask = images.decode_mask(out.getvalue(), (4, 1))
+    assert [mask.getpixel((x, 0)) for x in range(4)] == [0, 1, 128, 255]

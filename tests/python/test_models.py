@@ -7,10 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from threading import Event
+from threading import Event, Thread
 from typing import Any
 
 import checkpoints
+import msgspec
 import pytest
 from engines import PATIENCE_S, Bench, difference
 from starweave_image import weights, wire
@@ -435,6 +436,77 @@ def test_what_leaves_the_device_is_parked_while_main_memory_has_room_and_comes_b
     assert isinstance(turbo, Weighty) and turbo.moves == ["park"]
     assert loads.names == [SDXL.id, TINY.id, TURBO.id]
     assert cache.report("nobody") is None
+
+
+class Slow(Weighty):
+    """One that is told when it may be parked."""
+
+    def __init__(self, card: ModelCard) -> None:
+        super().__init__(card)
+        self.parking, self.may_park = Event(), Event()
+
+    def park(self) -> None:
+        super().park()
+        self.parking.set()
+        assert self.may_park.wait(PATIENCE_S)
+
+
+def test_a_model_that_is_wanted_again_while_others_are_parked_for_a_load_does_not_stop_them() -> None:
+    slow = Slow(TURBO)
+
+    def load(card: ModelCard, room: Callable[[int], AbstractContextManager[None]]) -> Model:
+        with room(card.memory_bytes):
+            return slow if card is TURBO else Weighty(card)
+
+    cache = ModelCache(load, SDXL.memory_bytes + TINY.memory_bytes, lambda: None, 10**12)
+    for card in (TURBO, TINY):
+        with cache.use(card, patiently):
+            pass
+    used: list[str] = []
+
+    def use(card: ModelCard) -> None:
+        with cache.use(card, patiently) as model:
+            used.append(model.card.id)
+
+    big = msgspec.structs.replace(SDXL, memory_bytes=SDXL.memory_bytes + TINY.memory_bytes)
+    users = [Thread(target=use, args=(card,)) for card in (big, TINY)]
+    users[0].start()
+    assert slow.parking.wait(PATIENCE_S)
+    # Marked as parked, though it is still there; and its turn comes after the load.
+    users[1].start()
+    with pytest.raises(ImageError, match="gone"), cache.use(TINY, leave_when_parked):
+        pass
+    slow.may_park.set()
+    for user in users:
+        user.join(PATIENCE_S)
+        assert not user.is_alive()
+    assert sorted(used) == sorted([SDXL.id, TINY.id])
+    report = cache.report(TINY.id)
+    assert report is not None and not report.parked
+
+
+def leave_when_parked(model: Future[Model]) -> None:
+    if not model.done():
+        raise ImageError("cancelled", "gone")
+
+
+def test_a_model_that_cannot_be_parked_is_loaded_again() -> None:
+    class Stuck(Weighty):
+        def park(self) -> None:
+            raise MemoryError
+
+    loads: list[str] = []
+
+    def load(card: ModelCard, room: Callable[[int], AbstractContextManager[None]]) -> Model:
+        with room(card.memory_bytes):
+            loads.append(card.id)
+            return Stuck(card) if card is TURBO else Weighty(card)
+
+    cache = ModelCache(load, SDXL.memory_bytes, lambda: None, 10**12)
+    for card in (TURBO, SDXL, TURBO):
+        with cache.use(card, patiently):
+            pass
+    assert loads == [TURBO.id, SDXL.id, TURBO.id]
 
 
 def test_main_memory_too_has_a_budget() -> None:

@@ -122,6 +122,10 @@ class Batcher(Generic[Member]):
         queue.patience_until = None
         self._drop_empty(batch.key)
 
+    def forget(self, key: Hashable) -> None:
+        """No call of this key comes any more, and nobody can be asked for what it owes."""
+        self._debts.pop(key, None)
+
     def active(self) -> dict[Hashable, int]:
         """The keys with members, and the rows of the latest call of each."""
         return {key: queue.rows for key, queue in self._queues.items()}

@@ -57,8 +57,11 @@ class Choice:
         """Wait until the device has done all that it was asked for."""
         import torch
 
-        if self.device.kind in ("cuda", "xpu", "mps"):
-            getattr(torch, self.device.kind).synchronize()
+        # Without a number it would be the first one of several.
+        if self.device.kind in ("cuda", "xpu"):
+            getattr(torch, self.device.kind).synchronize(self.device.id)
+        elif self.device.kind == "mps":
+            torch.mps.synchronize()
 
     def free_bytes(self) -> int:
         """Memory that this process can still get on the device, in bytes."""

@@ -474,6 +474,8 @@ class Engine:
         load = functools.partial(
             load_pipeline, source, card.id, self._choice, executor.alone, config.offload, compiled
         )
+        # A hub revision names its files; a folder on this machine may have been changed.
+        digest = checksum(source.folder) if source.revision is None else None
         with room(card.memory_bytes or source.bytes):
             begun = time.monotonic()
             pipeline = None
@@ -485,12 +487,10 @@ class Engine:
             if pipeline is None:
                 self._cache.make_room()
                 pipeline = load()
-        # A hub revision names its files; a folder on this machine may have been changed.
-        digest = checksum(source.folder) if source.revision is None else None
-        model = Model(card, pipeline, source.folder, source.revision, digest, self._choice)
-        model.divided = divide(
-            pipeline, config.attention, config.vae, self._choice.device, model.bytes, card.most_pixels
-        )
+            model = Model(card, pipeline, source.folder, source.revision, digest, self._choice)
+            model.divided = divide(
+                pipeline, config.attention, config.vae, self._choice.device, model.bytes, card.most_pixels
+            )
         model.load_s = time.monotonic() - begun
         _logger.info("%s loaded in %.1f s, %d MB", card.id, time.monotonic() - begun, model.bytes // 10**6)
         return model
@@ -680,9 +680,11 @@ class Job:
                 f"Rendered at {self.width}x{self.height} and enlarged: {card.name} draws at that scale only."
             )
         rendered, size = (self.width, self.height), (settings.width, settings.height)
-        self.previews = (
-            Previews(message.id, model.pipeline, rendered, size, send) if message.preview else None
-        )
+        self.previews = None
+        if message.preview and model.offloaded:
+            self.note("No previews: the model does not fit on its device as a whole.")
+        elif message.preview:
+            self.previews = Previews(message.id, model.pipeline, rendered, size, send)
         if unknown := text_to_image.unknown_words(model.folder, message.prompt):
             words = ", ".join(f'"{word[:40]}"' for word in unknown[:5]) + (" …" if len(unknown) > 5 else "")
             self.note(

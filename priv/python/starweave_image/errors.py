@@ -39,12 +39,29 @@ class ImageError(Exception):
         self.retryable = retryable
 
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "STATUS_ALLOC_FAILED")
+# The cudaError_t of the CUDA runtime API after which its reference wants a new process, in the words of cudaGetErrorString.
+_DEVICE_LOST = (
+    "device-side assert triggered",
+    "an illegal memory access was encountered",
+    "an illegal instruction was encountered",
+    "misaligned address",
+    "unspecified launch failure",
+    "uncorrectable ECC error encountered",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of whatever device: most allocators of torch say so in words only."""
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(words in str(error) for words in ("out of memory", "can't allocate memory", "bad_alloc"))
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether nothing that this process asks of its device is done any more: CUDA and HIP say so to each call after the one
+    that did it."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _DEVICE_LOST)
 
 
 def missing_package(error: ImportError) -> str:

@@ -24,7 +24,7 @@ import torch
 from . import clock, devices, stacking, wire
 from .batching import Batch, Batcher, Call
 from .durations import Durations, Kind
-from .errors import is_out_of_memory
+from .errors import is_device_lost, is_out_of_memory
 from .limits import Limits
 from .request import Lane
 
@@ -201,6 +201,7 @@ class Executor:
             self._gate.leave()
             with self._news:
                 self._batcher.leave(lane)
+                self._batcher.forget(("alone", lane))
                 self._news.notify_all()
 
     def room(self) -> int | None:
@@ -338,6 +339,9 @@ class Executor:
         error = self._attempt(tickets)
         if error is None:
             return
+        if is_device_lost(error):
+            # Each next call would fail as this one did, where a new process can do them all.
+            raise error
         if not is_out_of_memory(error):
             if len(tickets) == 1:
                 tickets[0].error = error

@@ -96,7 +96,9 @@ def _open(data: bytes, field: str) -> Image.Image:
         if getattr(image, "n_frames", 1) > 1:
             raise ImageError("invalid_request", f"{field} must be a still picture", field)
         image.load()
-        return ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
+        # Gray of 16 bits, which Pillow would cut off at 255 and not scale.
+        return upright.point(lambda value: value / 256, "L") if upright.mode.startswith("I") else upright
     except ImageError:
         raise
     # What Pillow raises for a damaged file is anything from SyntaxError to struct.error.

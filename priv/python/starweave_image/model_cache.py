@@ -49,7 +49,8 @@ class Model:
         # Which networks work part by part, for want of memory.
         self.divided: dict[str, str] = {}
         self._home = choice.device.id
-        self._offloaded = any(hasattr(part, "_hf_hook") for part in pipeline.components.values())
+        # Its networks go to the device one after another, when they are called.
+        self.offloaded = any(hasattr(part, "_hf_hook") for part in pipeline.components.values())
         # A tokenizer keeps the padding and truncation of its last call, and a large one takes a second to
         # copy: sets of them are lent, and made from the spare one, which nobody uses, when all are out.
         own = {name: part for name, part in pipeline.components.items() if _is_tokenizer(part)}
@@ -70,12 +71,12 @@ class Model:
     def park(self) -> None:
         """Take it from the device to main memory."""
         # One that is offloaded is there already, but for the network that works.
-        if not self._offloaded:
+        if not self.offloaded:
             self.pipeline.to("cpu")
             release_memory()
 
     def unpark(self) -> None:
-        if not self._offloaded:
+        if not self.offloaded:
             self.pipeline.to(self._home)
 
     @contextmanager
@@ -122,7 +123,9 @@ class _Entry:
         self.turn = 0
         self.used = time.monotonic()
         self.parked = False
-        # Since when it is loaded; None while it waits for its turn.
+        # Done when it is back on the device; None while it is not on its way there.
+        self.coming: Future[Model] | None = None
+        # Since when it is loaded, or comes back; None while it waits for its turn.
         self.begun: float | None = clock.now()
         # Held by whoever moves it between the tiers.
         self.moving = threading.Lock()
@@ -161,33 +164,46 @@ class ModelCache:
         """The model, loaded if need be; `wait` blocks until the future is done, or raises to give up."""
         entry = self._enter(card)
         try:
-            wait(entry.model)
-            error = entry.model.exception()
-            if isinstance(error, ImageError):
-                # A fresh one for each who waited: an exception keeps the traceback of whoever raised it.
-                raise ImageError(error.kind, error.message, error.field, error.retryable)
-            self._fetch(entry)
+            _await(entry.model, wait)
+            _await(self._fetch(entry), wait)
             yield entry.model.result()
         finally:
             with self._lock:
                 entry.users -= 1
                 entry.used = time.monotonic()
 
-    def _fetch(self, entry: _Entry) -> None:
-        """Have the entry's model on the device."""
-        model = entry.model.result()
-        with entry.moving:
+    def _fetch(self, entry: _Entry) -> Future[Model]:
+        """The entry's model, done when it is on the device."""
+        with self._lock:
+            # Nobody parks what is in use.
             if not entry.parked:
-                return
-            begun = time.monotonic()
-            with self._room(model.bytes):
-                try:
-                    model.unpark()
-                except Exception as error:
-                    raise self._unexpected(entry.card.id, error) from None
-                with self._lock:
-                    entry.parked = False
-            _logger.info("%s back on the device in %.2f s", entry.card.id, time.monotonic() - begun)
+                return entry.model
+            if entry.coming is None:
+                entry.coming, entry.begun = Future(), None
+                # Until it is back, whoever gives up meanwhile.
+                entry.users += 1
+                threading.Thread(target=self._bring_back, args=(entry,), daemon=True).start()
+            return entry.coming
+
+    def _bring_back(self, entry: _Entry) -> None:
+        model, coming, failure = entry.model.result(), entry.coming, None
+        assert coming is not None
+        # In the order of those who park others while they load.
+        with self._loading, entry.moving:
+            entry.begun = clock.now()
+            try:
+                self.make_room(model.bytes)
+                model.unpark()
+            except Exception as error:
+                failure = self._unexpected(entry.card.id, error)
+            _logger.info("%s back on the device in %.2f s", entry.card.id, clock.now() - entry.begun)
+            with self._lock:
+                entry.parked, entry.coming = failure is not None, None
+                entry.users -= 1
+        if failure is None:
+            coming.set_result(model)
+        else:
+            coming.set_exception(failure)
 
     def unload(self, id: str) -> None:
         """Forget an idle model, loaded or not; raises `invalid_request` for one in use."""
@@ -210,13 +226,14 @@ class ModelCache:
 
     def loading(self) -> bool:
         with self._lock:
-            return any(not entry.model.done() for entry in self._entries.values())
+            return any(not entry.model.done() or entry.coming for entry in self._entries.values())
 
     def loads(self) -> list[wire.Load]:
         """What is being loaded, without what waits for its turn."""
         with self._lock:
             now = clock.now()
-            begun = [(id, e.begun) for id, e in self._entries.items() if e.begun and not e.model.done()]
+            at_work = [(id, e) for id, e in self._entries.items() if e.coming or not e.model.done()]
+            begun = [(id, entry.begun) for id, entry in at_work if entry.begun]
         return [wire.Load(model=id, age_ms=max(0, round((now - since) * 1000))) for id, since in begun]
 
     def report(self, id: str) -> Report | None:
@@ -257,6 +274,7 @@ class ModelCache:
         @contextmanager
         def room(wanted: int) -> Iterator[None]:
             entry.begun = None
+            # One at a time: two together would each find room for themselves.
             with self._loading:
                 entry.begun = clock.now()
                 self.make_room(wanted)
@@ -285,13 +303,6 @@ class ModelCache:
             return ImageError("out_of_memory", words, retryable=crowded)
         _logger.error("loading %s failed", id, exc_info=error)
         return ImageError("model_load_failed", f"{id} could not be loaded; see the log")
-
-    @contextmanager
-    def _room(self, wanted: int) -> Iterator[None]:
-        # One at a time: two together would each find room for themselves.
-        with self._loading:
-            self.make_room(wanted)
-            yield
 
     def make_room(self, wanted: int | None = None) -> bool:
         """Let idle models go until `wanted` bytes more fit into the budget; without a number, all of them. Whether any
@@ -325,10 +336,11 @@ class ModelCache:
             return False
         for entry in parking:
             with entry.moving:
-                if entry.parked:
-                    entry.model.result().park()
-        if parking:
-            _logger.info("%s parked in main memory", ", ".join(entry.card.id for entry in parking))
+                if entry.parked and not self._park(entry):
+                    leaving.append(entry.card.id)
+        parked = [entry.card.id for entry in parking if entry.card.id not in leaving]
+        if parked:
+            _logger.info("%s parked in main memory", ", ".join(parked))
         # Before the device is asked to give the memory back, the last reference must be gone.
         del loaded, parking, aside
         entry = None  # type: ignore[assignment]
@@ -337,6 +349,26 @@ class ModelCache:
             _logger.info("%s left memory to make room", ", ".join(leaving))
         self._changed()
         return True
+
+    def _park(self, entry: _Entry) -> bool:
+        try:
+            entry.model.result().park()
+        except Exception:
+            # Main memory is short too: it is loaded again when it is asked for.
+            _logger.warning("%s could not be parked", entry.card.id, exc_info=True)
+            with self._lock:
+                if self._entries.get(entry.card.id) is entry:
+                    del self._entries[entry.card.id]
+            return False
+        return True
+
+
+def _await(model: Future[Model], wait: Callable[[Future[Model]], None]) -> None:
+    wait(model)
+    error = model.exception()
+    if isinstance(error, ImageError):
+        # A fresh one for each who waited: an exception keeps the traceback of whoever raised it.
+        raise ImageError(error.kind, error.message, error.field, error.retryable)
 
 
 @dataclass(frozen=True)
@@ -356,5 +388,6 @@ def release_memory() -> None:
     import torch
 
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    for device in (torch.cuda, torch.xpu, torch.mps):
+        if device.is_available():
+            device.empty_cache()
