@@ -21,6 +21,7 @@ defmodule StarweaveImage.Job do
     :told,
     status: :open,
     submitted?: false,
+    reading?: false,
     timers: %{},
     owners: [],
     waiters: [],

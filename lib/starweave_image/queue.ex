@@ -86,6 +86,7 @@ defmodule StarweaveImage.Queue do
     end
 
     for {_, %{status: :ending} = job} <- state.jobs, do: Job.deliver(job, job.result)
+    for {_, %{reading?: true} = job} <- state.jobs, do: Job.deliver(job, {:error, error})
     for {_, job} <- state.jobs, from <- job.submitters, do: GenServer.reply(from, {:error, error})
   end
 
@@ -250,6 +251,13 @@ defmodule StarweaveImage.Queue do
 
   def handle_info({:journal, {operation, id}, answer}, state),
     do: {:noreply, state |> journaled(operation, id, answer) |> dispatch()}
+
+  def handle_info({:stored, id, serial, answer}, state) do
+    case state.jobs do
+      %{^id => %{serial: ^serial} = job} -> {:noreply, state |> stored(job, answer) |> dispatch()}
+      _ -> {:noreply, state}
+    end
+  end
 
   def handle_info(:tell_positions, state),
     do: {:noreply, tell_positions(%{state | telling_positions?: false})}
@@ -1041,12 +1049,10 @@ defmodule StarweaveImage.Queue do
     drop(state, job)
   end
 
-  # Its files were damaged on the disk since the start.
-  defp draw_again(state, job, unfinished),
-    do: state |> drop(job) |> recover_unfinished(unfinished)
-
   defp drop(state, %{request: %{id: id}} = job) do
     Job.stop_timers(job)
+    # Those for whom it was just read.
+    Job.deliver(job, {:error, unknown_id()})
 
     %{
       state
@@ -1056,16 +1062,33 @@ defmodule StarweaveImage.Queue do
     }
   end
 
-  # Of a request that was finished before this start, it is still on disk only.
-  defp result(state, %{result: {:stored, _outcome}, request: %{id: id}}) do
-    case Journal.result(state.journal, id) do
-      {:ok, result} -> result
-      {:unfinished, unfinished} -> {:again, unfinished}
-      {:error, why} -> {:error, unavailable(why)}
+  # The result of a request that was finished before this start is on disk only. Others do not wait for its reading.
+  defp read(state, %{reading?: true} = job), do: put_job(state, job)
+
+  defp read(state, %{serial: serial, request: %{id: id}} = job) do
+    {queue, journal} = {self(), state.journal}
+    spawn_link(fn -> send(queue, {:stored, id, serial, Journal.result(journal, id)}) end)
+    put_job(state, %{job | reading?: true})
+  end
+
+  defp stored(state, job, {:ok, result}), do: told(state, job, result)
+  defp stored(state, job, {:error, why}), do: told(state, job, {:error, unavailable(why)})
+
+  # Its files were damaged on the disk since the start: it is drawn again.
+  defp stored(state, job, {:unfinished, unfinished}) do
+    waiting = Map.take(job, [:waiters, :subscribers])
+    state = state |> drop(%{job | waiters: [], subscribers: []}) |> recover_unfinished(unfinished)
+
+    case state.jobs[job.request.id] do
+      nil -> tap(state, fn _ -> Job.deliver(job, {:error, unknown_id()}) end)
+      again -> state |> put_job(Map.merge(again, waiting)) |> tell_queued(job.request.id)
     end
   end
 
-  defp result(_state, job), do: job.result
+  defp told(state, job, result) do
+    Job.deliver(job, result)
+    put_job(state, %{job | reading?: false, waiters: [], subscribers: []})
+  end
 
   defp measure(state, job, result) do
     {images, outcome} =
@@ -1098,15 +1121,12 @@ defmodule StarweaveImage.Queue do
 
   defp await(state, id, from) do
     case state.jobs[id] do
-      %{status: :finished} = job ->
-        case result(state, job) do
-          {:again, unfinished} ->
-            state |> draw_again(job, unfinished) |> await(id, from)
+      %{status: :finished, result: {:stored, _}} = job ->
+        read(state, %{job | waiters: [from | job.waiters]})
 
-          result ->
-            GenServer.reply(from, result)
-            state
-        end
+      %{status: :finished} = job ->
+        GenServer.reply(from, job.result)
+        state
 
       job ->
         put_job(state, %{job | waiters: [from | job.waiters]})
@@ -1117,15 +1137,12 @@ defmodule StarweaveImage.Queue do
   # things stand, so that a page that was loaded again goes on where it was.
   defp subscribe(state, id, subscriber) do
     case state.jobs[id] do
-      %{status: :finished} = job ->
-        case result(state, job) do
-          {:again, unfinished} ->
-            state |> draw_again(job, unfinished) |> subscribe(id, subscriber)
+      %{status: :finished, result: {:stored, _}} = job ->
+        read(state, %{job | subscribers: Enum.uniq([subscriber | job.subscribers])})
 
-          result ->
-            Job.deliver(%{job | subscribers: [subscriber]}, result)
-            state
-        end
+      %{status: :finished} = job ->
+        Job.deliver(%{job | subscribers: [subscriber]}, job.result)
+        state
 
       job ->
         state = put_job(state, %{job | subscribers: Enum.uniq([subscriber | job.subscribers])})

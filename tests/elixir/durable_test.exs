@@ -69,12 +69,14 @@ defmodule StarweaveImage.DurableTest do
       assert {:ok, [image | _] = images} = StarweaveImage.await_many(id, 20_000, instance)
 
       instance = again(instance, journal)
-      assert {:ok, ^images} = StarweaveImage.await_many(id, 20_000, instance)
+      await = fn -> StarweaveImage.await_many(id, 20_000, instance) end
+      answers = for _ <- 1..3, do: Task.async(await)
+      assert Task.await_many(answers, 30_000) == List.duplicate({:ok, images}, 3)
       assert {:ok, ^id} = submit(instance, "a fig", id: id, num_images: 3)
       assert {:error, %Error{details: %{conflict: true}}} = submit(instance, "a pear", id: id)
       assert {:error, :finished} = StarweaveImage.cancel(id, instance)
       :ok = StarweaveImage.subscribe(id, instance)
-      assert_received {:starweave_image, ^id, {:image, ^image}}
+      assert_receive {:starweave_image, ^id, {:image, ^image}}, 10_000
       assert [_report] = received(instance)
     end
 
