@@ -1080,8 +1080,13 @@ defmodule StarweaveImage.Queue do
     state = state |> drop(%{job | waiters: [], subscribers: []}) |> recover_unfinished(unfinished)
 
     case state.jobs[job.request.id] do
-      nil -> tap(state, fn _ -> Job.deliver(job, {:error, unknown_id()}) end)
-      again -> state |> put_job(Map.merge(again, waiting)) |> tell_queued(job.request.id)
+      nil ->
+        Job.deliver(job, {:error, unknown_id()})
+        state
+
+      again ->
+        state = put_job(state, Map.merge(again, waiting))
+        if again.status == :open, do: tell_queued(state, job.request.id), else: state
     end
   end
 
