@@ -9,15 +9,16 @@ defmodule Chaos.Poison do
     instance = Chaos.start([])
 
     ask = fn prompt, opts ->
-      StarweaveImage.generate(prompt, [instance: instance] ++ opts ++ @opts)
+      StarweaveImage.generate(prompt, [instance: instance] ++ Keyword.merge(@opts, opts))
     end
 
     good = for n <- 1..25, do: Task.async(fn -> ask.("a fig number #{n}", seed: n) end)
-    poison = Task.async(fn -> ask.(@poison, []) end)
+    # It ends its process within 0.2 s, and must not be done before.
+    poison = Task.async(fn -> ask.(@poison, steps: 100) end)
     more = for n <- 26..50, do: Task.async(fn -> ask.("a fig number #{n}", seed: n) end)
 
     {:error, error} = Task.await(poison, :infinity)
-    {microseconds, {:error, again}} = :timer.tc(fn -> ask.(@poison, seed: 5) end)
+    {microseconds, {:error, again}} = :timer.tc(fn -> ask.(@poison, seed: 5, steps: 100) end)
     images = for {:ok, image} <- Task.await_many(good ++ more, :infinity), do: image
     deaths = Enum.count(Chaos.Watch.sidecars(instance), & &1.ended)
     Chaos.stop(instance)
