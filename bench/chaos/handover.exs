@@ -42,7 +42,7 @@ defmodule Chaos.Handover do
 
     {:ok, _} = draw(instance, seed)
     active = Enum.find(StarweaveImage.status(instance).sidecars, &(&1.role == :active)).os_pid
-    flush()
+    Watch.flush()
     task = Task.async(fn -> draw(instance, 100 + seed) end)
 
     receive do
@@ -65,14 +65,6 @@ defmodule Chaos.Handover do
       load: image.timings.load,
       run: done - ended - restart - image.timings.load
     }
-  end
-
-  defp flush do
-    receive do
-      {:telemetry, _, _, _} -> flush()
-    after
-      0 -> :ok
-    end
   end
 
   defp draw(instance, seed),

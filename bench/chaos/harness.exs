@@ -198,6 +198,15 @@ defmodule Chaos.Watch do
   @doc "Sends all telemetry to the calling process from now on."
   def listen, do: GenServer.call(__MODULE__, :listen)
 
+  @doc "Drops what a listener has not read."
+  def flush do
+    receive do
+      {:telemetry, _, _, _} -> flush()
+    after
+      0 -> :ok
+    end
+  end
+
   def claimed?(os_pid), do: :ets.member(Chaos.Claims, os_pid)
 
   @doc "Whether the caller is the first to strike this process."
@@ -288,7 +297,7 @@ defmodule Chaos.Strikes do
   end
 
   defp strike(instance, fault, moment, limit) do
-    flush()
+    Watch.flush()
     os_pid = target(instance, moment)
     Process.sleep(:rand.uniform(@spread[moment]) - 1)
     %{ready: ready, ended: ended} = Watch.sidecar(os_pid)
@@ -353,13 +362,5 @@ defmodule Chaos.Strikes do
 
   defp ready(instance) do
     for s <- Watch.alive(instance), s.ready != nil, not Watch.claimed?(s.os_pid), do: s
-  end
-
-  defp flush do
-    receive do
-      {:telemetry, _, _, _} -> flush()
-    after
-      0 -> :ok
-    end
   end
 end

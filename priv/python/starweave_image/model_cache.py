@@ -194,9 +194,9 @@ class ModelCache:
             try:
                 self.make_room(model.bytes)
                 model.unpark()
+                _logger.info("%s back on the device in %.2f s", entry.card.id, clock.now() - entry.begun)
             except Exception as error:
                 failure = self._unexpected(entry.card.id, error)
-            _logger.info("%s back on the device in %.2f s", entry.card.id, clock.now() - entry.begun)
             with self._lock:
                 entry.parked, entry.coming = failure is not None, None
                 entry.users -= 1
