@@ -119,7 +119,7 @@ defmodule StarweaveImage.Options do
     do: accept(value, value =~ ~r/\A(?!\.)[A-Za-z0-9._-]+(\/(?!\.)[A-Za-z0-9._-]+)?\z/)
 
   defp cast(:scheduler, value) when is_binary(value),
-    do: accept(value, value =~ ~r/\A[A-Za-z0-9_]{1,64}\z/)
+    do: accept(value, value =~ ~r/\A[A-Za-z0-9_+.() -]{1,64}\z/)
 
   defp cast(:image, value)
        when is_binary(value) and byte_size(value) >= 12 and byte_size(value) <= @max_image,
@@ -153,7 +153,7 @@ defmodule StarweaveImage.Options do
   defp describe(:boolean), do: "true or false"
   defp describe(:atom), do: "an atom"
   defp describe(:id), do: "1 to 128 of A-Z a-z 0-9 . _ : -"
-  defp describe(:scheduler), do: "1 to 64 of A-Z a-z 0-9 _"
+  defp describe(:scheduler), do: "1 to 64 of A-Z a-z 0-9 _ + . ( ) - and space"
   defp describe(:image), do: "a PNG, JPEG or WebP file of at most 12 MiB"
 
   defp describe(:prompt),

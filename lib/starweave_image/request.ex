@@ -17,7 +17,7 @@ defmodule StarweaveImage.Request do
        "-1 or nil draws a fresh one; the image reports it. Image k of a request uses seed + k."},
     scheduler:
       {:scheduler, nil,
-       "A diffusers class (`EulerDiscreteScheduler`) or short name (`euler`); the model's own unless given."},
+       "A sampler as other tools spell it (`DPM++ 2M Karras`, `euler_a`, `UniPC`) or a diffusers class (`EulerDiscreteScheduler`); the model's own unless given."},
     style: {{:text, 0, 256}, nil, "Added to the prompt after a comma."},
     image:
       {:image, nil,

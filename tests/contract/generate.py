@@ -373,18 +373,28 @@ for name in (
 ):
     bad("model", json.dumps(name, ensure_ascii=False), name)
 
-for name in ("euler", "EulerDiscreteScheduler", "dpmpp_2m", "x", "_", "9"):
+for name in (
+    "euler",
+    "EulerDiscreteScheduler",
+    "dpmpp_2m",
+    "DPM++ 2M SDE Karras",
+    "Euler a",
+    "SA-Solver",
+    "DPM-Solver++(2M)",
+    "os.system",
+    "x",
+    "_",
+    "9",
+):
     good(f"scheduler: {name}", scheduler=name)
 good("scheduler: 64 bytes", scheduler=repeat("x", 64))
 bad("scheduler", "65 bytes", repeat("x", 65))
 for name in (
     "",
-    "a-b",
-    "a.b",
-    "os.system",
     "a/b",
-    "..",
-    "a b",
+    "a\tb",
+    "a\u00a0b",
+    "a,b",
     "euler\n",
     "éuler",
     "a\0",

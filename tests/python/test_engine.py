@@ -453,7 +453,7 @@ def test_notices_say_what_of_the_request_was_not_used(shared: Bench) -> None:
     [
         ({"width": 136}, "width", "width must be a multiple of 8 from 64 to 128 for local/sd, got 136"),
         ({"image": b"\x89PNG\r\n\x1a\n...."}, "image", "image must be a whole PNG, JPEG or WebP file"),
-        ({"scheduler": "sharp"}, "scheduler", "scheduler must be one of DDIMScheduler, "),
+        ({"scheduler": "sharp"}, "scheduler", "scheduler must be one of DDIM, "),
         ({"model": "local/sdd"}, "model", "model local/sdd is not known; did you mean local/sd?"),
         ({"model": "stabilityai/sdxl-turbo"}, "model", "stabilityai/sdxl-turbo is not on this machine"),
     ],

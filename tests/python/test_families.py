@@ -270,7 +270,9 @@ def test_every_scheduler_draws_in_company_what_it_draws_alone(
         (
             "sana",
             {"scheduler": name},
-            f"scheduler must be one of {', '.join(FLOWS)} for local/model, got {name}",
+            "scheduler must be one of DEIS, DPM++ 2M, DPM++ 2M SDE, DPM++ 2M SDE Heun, DPM++ 2S a, DPM++ 3M, DPM++ 3M SDE, "
+            "DPM++ SDE, UniPC, or its diffusers class, for local/model; most may be followed by Karras, Exponential, Beta, "
+            f"SGM Uniform or Normal; got {name}",
         )
         for name in listed(diffusers.DDIMScheduler)
         if name not in FLOWS
@@ -278,8 +280,9 @@ def test_every_scheduler_draws_in_company_what_it_draws_alone(
     + [
         (
             "sd3",
-            {"scheduler": "euler"},
-            "scheduler must be one of FlowMatchEulerDiscreteScheduler for local/model, got euler",
+            {"scheduler": "ddim"},
+            "scheduler must be one of Euler, or its diffusers class, for local/model; most may be followed by Karras, "
+            "Exponential, Beta, SGM Uniform or Normal; got ddim",
         ),
         ("sd", {"scheduler": "pndm", "steps": 3}, "steps must be at least 4 with PNDMScheduler, got 3"),
     ],

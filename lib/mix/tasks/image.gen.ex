@@ -17,7 +17,8 @@ defmodule Mix.Tasks.Image.Gen do
     mask: {:string, "FILE", "where the picture may change: white in it, and of the same size"},
     strength:
       {:float, "X", "0 to 1, how far the picture may be left (default: 0.8; variations: 0.6)"},
-    scheduler: {:string, "NAME", "such as `euler` (default: the model's own)"},
+    scheduler:
+      {:string, "NAME", "such as `DPM++ 2M Karras` or `euler_a` (default: the model's own)"},
     num_images: {:integer, "N", "1 to 16 images, with consecutive seeds (default: 1)"},
     variations: {:integer, "N", "N variations of `--image`, or else of the prompt"},
     variation_strength:

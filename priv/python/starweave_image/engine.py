@@ -343,7 +343,7 @@ class Engine:
         return data, record
 
     def _draw(self, lane: Lane, job: Job, seed: int) -> tuple[Image, str]:
-        """One picture at the size at which the model draws, and the class of the scheduler used."""
+        """One picture at the size at which the model draws, and the name of the scheduler used."""
         import torch
 
         from .noise import Between
@@ -355,6 +355,7 @@ class Engine:
             scheduler = schedulers.resolve(wanted, own, config, job.settings.steps, job.card.id)
             if scheduler != own:
                 pipeline.scheduler = schedulers.make(scheduler, config)
+            scheduler = schedulers.name_of(scheduler, pipeline.scheduler)
             pipeline, call = job.prepare(pipeline)
             job.note(*call.notices)
             exact = job.message.reproducible

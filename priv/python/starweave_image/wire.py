@@ -201,7 +201,11 @@ class Generate(Incoming, tag="generate", kw_only=True):
     scheduler: (
         Annotated[
             str,
-            Meta(max_length=64, pattern=r"\A[A-Za-z0-9_]+\Z", description="1 to 64 of A-Z a-z 0-9 _"),
+            Meta(
+                max_length=64,
+                pattern=r"\A[A-Za-z0-9_+.() -]+\Z",
+                description="1 to 64 of A-Z a-z 0-9 _ + . ( ) - and space",
+            ),
         ]
         | None
     ) = None
