@@ -317,11 +317,11 @@ defmodule StarweaveImage do
 
   defp next_event({:ended, _reference, _monitor} = ended), do: {:halt, ended}
 
-  defp next_event({:open, _instance, _id, reference, monitor} = open) do
+  defp next_event({:open, instance, _id, reference, monitor} = open) do
     receive do
       {^reference, :end} -> {:halt, {:ended, reference, monitor}}
       {^reference, event} -> {[event], open}
-      {:DOWN, ^monitor, _, _, _} -> {[{:error, gone()}], {:ended, reference, monitor}}
+      {:DOWN, ^monitor, _, _, _} -> {[{:error, ended(instance)}], {:ended, reference, monitor}}
     end
   end
 
@@ -357,12 +357,9 @@ defmodule StarweaveImage do
       iex> StarweaveImage.subscribe("no-such-request")
       {:error, :not_found}
   """
-  @spec subscribe(id, instance :: atom) :: :ok | {:error, :not_found}
+  @spec subscribe(id, instance :: atom) :: :ok | {:error, :not_found | Error.t()}
   def subscribe(id, instance \\ __MODULE__) do
-    case call(instance, {:subscribe, id, {:process, self()}}) do
-      {:ok, answer} -> answer
-      {:error, _not_running} -> {:error, :not_found}
-    end
+    with {:ok, answer} <- call(instance, {:subscribe, id, {:process, self()}}), do: answer
   end
 
   @doc """
@@ -371,10 +368,11 @@ defmodule StarweaveImage do
       iex> StarweaveImage.unsubscribe("no-such-request")
       :ok
   """
-  @spec unsubscribe(id, instance :: atom) :: :ok
+  @spec unsubscribe(id, instance :: atom) :: :ok | {:error, Error.t()}
   def unsubscribe(id, instance \\ __MODULE__) do
-    _ = call(instance, {:unsubscribe, id, {:process, self()}})
+    answer = call(instance, {:unsubscribe, id, {:process, self()}})
     drop_subscribed(id)
+    with {:ok, answer} <- answer, do: answer
   end
 
   defp drop_subscribed(id) do
@@ -391,28 +389,22 @@ defmodule StarweaveImage do
       iex> StarweaveImage.cancel("no-such-request")
       {:error, :not_found}
   """
-  @spec cancel(id, instance :: atom) :: :ok | {:error, :not_found | :finished}
+  @spec cancel(id, instance :: atom) :: :ok | {:error, :not_found | :finished | Error.t()}
   def cancel(id, instance \\ __MODULE__) do
-    case call(instance, {:cancel, id}, :infinity) do
-      {:ok, answer} -> answer
-      {:error, _not_running} -> {:error, :not_found}
-    end
+    with {:ok, answer} <- call(instance, {:cancel, id}, :infinity), do: answer
   end
 
   @doc """
   The models that the sidecar knows: id, name, description, aliases, tasks, defaults, limits,
   licence, memory estimate, `state` and the `error` of the last load; of a loaded one also the `bytes` of its
   weights, whether it is `parked` in main memory, `idle_ms` since its last use and `load_ms`, the time of its load.
-  Empty until a sidecar was ready.
+  Empty until a sidecar was ready; `:unavailable` where no such instance runs.
 
       [%{id: "starweave/tiny", state: :loaded} | _] = StarweaveImage.models()
   """
-  @spec models(instance :: atom) :: [map]
+  @spec models(instance :: atom) :: [map] | {:error, Error.t()}
   def models(instance \\ __MODULE__) do
-    case call(instance, :models) do
-      {:ok, models} -> models
-      {:error, _not_running} -> []
-    end
+    with {:ok, models} <- call(instance, :models), do: models
   end
 
   @doc """
@@ -529,6 +521,7 @@ defmodule StarweaveImage do
       {:error, field, message} -> {:error, Error.new(:invalid_request, message, %{field: field})}
       {:ok, {:error, error}} -> {:error, error}
       {:error, %Error{} = error} -> {:error, error}
+      {:error, :not_running} -> {:error, gone(instance)}
       {:error, _reason} -> {:error, Error.new(:internal, "the sidecar could not be started")}
     end
   end
@@ -541,17 +534,18 @@ defmodule StarweaveImage do
 
       :ok = StarweaveImage.drain_sidecar(2)
 
-      iex> StarweaveImage.drain_sidecar(2, instance: :no_such_instance)
-      {:error, :not_found}
+      iex> {:error, error} = StarweaveImage.drain_sidecar(2, instance: :no_such_instance)
+      iex> error.kind
+      :unavailable
   """
-  @spec drain_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | :timeout}
+  @spec drain_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | :timeout | Error.t()}
   def drain_sidecar(index, opts \\ []) do
     instance = Keyword.get(opts, :instance, __MODULE__)
 
     case call(instance, {:drain, index}, Keyword.get(opts, :timeout, 3_600_000)) do
       {:ok, answer} -> answer
       {:error, %{kind: :timeout}} -> {:error, :timeout}
-      {:error, _not_running} -> {:error, :not_found}
+      {:error, error} -> {:error, error}
     end
   end
 
@@ -560,15 +554,14 @@ defmodule StarweaveImage do
 
       :ok = StarweaveImage.resume_sidecar(2)
 
-      iex> StarweaveImage.resume_sidecar(2, instance: :no_such_instance)
-      {:error, :not_found}
+      iex> {:error, error} = StarweaveImage.resume_sidecar(2, instance: :no_such_instance)
+      iex> error.kind
+      :unavailable
   """
-  @spec resume_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found}
+  @spec resume_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | Error.t()}
   def resume_sidecar(index, opts \\ []) do
-    case call(Keyword.get(opts, :instance, __MODULE__), {:resume, index}) do
-      {:ok, answer} -> answer
-      {:error, _not_running} -> {:error, :not_found}
-    end
+    with {:ok, answer} <- call(Keyword.get(opts, :instance, __MODULE__), {:resume, index}),
+         do: answer
   end
 
   @doc """
@@ -577,21 +570,21 @@ defmodule StarweaveImage do
 
       :ok = StarweaveImage.remove_sidecar(2, timeout: 60_000)
 
-      iex> StarweaveImage.remove_sidecar(2, instance: :no_such_instance)
-      {:error, :not_found}
+      iex> {:error, error} = StarweaveImage.remove_sidecar(2, instance: :no_such_instance)
+      iex> error.kind
+      :unavailable
   """
-  @spec remove_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found}
+  @spec remove_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | Error.t()}
   def remove_sidecar(index, opts \\ []) do
     instance = Keyword.get(opts, :instance, __MODULE__)
 
-    case drain_sidecar(index, opts) do
-      {:error, :not_found} ->
-        {:error, :not_found}
-
-      _drained_or_late ->
-        :ok = StarweaveImage.Supervisor.remove_sidecar(instance, index)
-        _ = call(instance, {:removed, index})
-        :ok
+    with drained when drained in [:ok, {:error, :timeout}] <- drain_sidecar(index, opts),
+         :ok <- StarweaveImage.Supervisor.remove_sidecar(instance, index),
+         {:ok, answer} <- call(instance, {:removed, index}) do
+      answer
+    else
+      {:error, :not_running} -> {:error, gone(instance)}
+      {:error, reason} -> {:error, reason}
     end
   end
 
@@ -612,13 +605,19 @@ defmodule StarweaveImage do
     :exit, {:timeout, _} ->
       {:error, Error.new(:timeout, "no answer within #{timeout} ms")}
 
+    :exit, {:noproc, _} ->
+      {:error, gone(instance)}
+
+    # It answered nothing and has ended, by a fault of its own or with its supervisor.
     :exit, _reason ->
-      {:error, gone()}
+      {:error, ended(instance)}
   end
 
-  defp gone,
-    do:
-      Error.new(:unavailable, "image generation is not available: no instance runs by that name")
+  defp gone(instance), do: unavailable("no instance named #{inspect(instance)} runs")
+  defp ended(instance), do: unavailable("the instance named #{inspect(instance)} ended meanwhile")
+
+  defp unavailable(why),
+    do: Error.new(:unavailable, "image generation is not available: #{why}")
 
   defp put(opts, key, value) when is_map(opts), do: Map.put(opts, key, value)
   defp put(opts, key, value) when is_list(opts), do: Keyword.put(opts, key, value)

@@ -117,8 +117,9 @@ defmodule StarweaveImage.Client do
   @spec list_models() :: {:ok, [model]} | {:error, String.t()}
   def list_models do
     with {:ok, instance} <- instance(),
-         :ok <- StarweaveImage.await_ready(@start_wait_ms, instance) do
-      {:ok, instance |> StarweaveImage.models() |> Enum.map(&model/1)}
+         :ok <- StarweaveImage.await_ready(@start_wait_ms, instance),
+         models when is_list(models) <- StarweaveImage.models(instance) do
+      {:ok, Enum.map(models, &model/1)}
     else
       {:error, %Error{kind: :disabled}} -> {:ok, []}
       {:error, _not_up} -> {:error, @unavailable}

@@ -272,14 +272,23 @@ defmodule StarweaveImage.Supervisor do
   @spec add_sidecar(atom, pos_integer, keyword) :: :ok | {:error, term}
   def add_sidecar(name, index, config) do
     child = Supervisor.child_spec({Sidecar, {index, config, :active}}, [])
-    with {:ok, _pid} <- Supervisor.start_child(sidecars_name(name), child), do: :ok
+
+    with {:ok, _pid} <- with_sidecars(name, &Supervisor.start_child(&1, child)), do: :ok
   end
 
   @doc false
-  @spec remove_sidecar(atom, pos_integer) :: :ok
+  @spec remove_sidecar(atom, pos_integer) :: :ok | {:error, :not_running}
   def remove_sidecar(name, index) do
-    _ = Supervisor.terminate_child(sidecars_name(name), {Sidecar, index})
-    _ = Supervisor.delete_child(sidecars_name(name), {Sidecar, index})
-    :ok
+    with_sidecars(name, fn sidecars ->
+      _ = Supervisor.terminate_child(sidecars, {Sidecar, index})
+      _ = Supervisor.delete_child(sidecars, {Sidecar, index})
+      :ok
+    end)
+  end
+
+  defp with_sidecars(name, fun) do
+    fun.(sidecars_name(name))
+  catch
+    :exit, _reason -> {:error, :not_running}
   end
 end

@@ -403,10 +403,9 @@ defmodule Mix.Tasks.Image.Gen do
     result = await_start(instance, now() + @start_timeout_ms, bar)
     clear(bar)
 
-    case result do
-      :ok -> instance |> StarweaveImage.models() |> table() |> Enum.each(&IO.puts/1)
-      error_or_signal -> error_or_signal
-    end
+    with :ok <- result,
+         models when is_list(models) <- StarweaveImage.models(instance),
+         do: models |> table() |> Enum.each(&IO.puts/1)
   end
 
   defp perform(job, instance, opts) do
