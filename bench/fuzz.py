@@ -75,7 +75,9 @@ class Frames:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         golden = load("frames.jsonl")
-        self._golden = [body for case in golden if (body := bytes.fromhex(case["hex"])[4:])]
+        # Those that are long by many equal values would make a run one of minutes a frame.
+        short = (case["hex"] for case in golden if isinstance(case["hex"], str))
+        self._golden = [body for hex in short if (body := bytes.fromhex(hex)[4:])]
         self._values = [value for case in golden if (value := expand(case.get("value")))]
 
     def body(self) -> bytes:

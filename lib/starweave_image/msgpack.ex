@@ -18,15 +18,18 @@ defmodule StarweaveImage.Msgpack do
   #
   # Encoding gives iodata that refers to large binaries instead of copying them; decoded binaries
   # are parts of the input and keep it alive. Both directions take containers at most 32 deep, and
-  # a length is compared with the bytes that are left before anything is allocated for it.
+  # a length is compared with the bytes that are left before anything is allocated for it. A
+  # container whose values, with all those before it, are too many is refused at its header.
 
   @max_depth 32
+  @max_values 131_072
 
   @type reason ::
           :truncated
           | :reserved_byte
           | :invalid_utf8
           | :too_deep
+          | :too_many
           | :invalid_timestamp
           | {:unsupported_extension, integer}
           | {:unencodable, term}
@@ -47,7 +50,8 @@ defmodule StarweaveImage.Msgpack do
   end
 
   @spec decode(binary) :: {:ok, term, rest :: binary} | {:error, reason}
-  def decode(bytes) when is_binary(bytes), do: value(bytes, :one, 1, [], [], 0)
+  def decode(bytes) when is_binary(bytes),
+    do: value(bytes, :one, 1, [], [], {0, @max_values - 1})
 
   ## Encoding
 
@@ -159,7 +163,7 @@ defmodule StarweaveImage.Msgpack do
   # One pass of tail calls, so that a failure needs no unwinding and the match context is reused from
   # value to value (which is why even `next` and `str` match on `<<rest::binary>>`). The open container is in the arguments: its kind (:list, :map, or :one for
   # the value asked for), how many values it still lacks (keys count), and those read, last first;
-  # `stack` holds the containers around it and `depth` their number.
+  # `stack` holds the containers around it; `depth` is their number and how many values may still come.
 
   defguardp is_enough(bytes, count) when byte_size(bytes) >= count
 
@@ -280,21 +284,35 @@ defmodule StarweaveImage.Msgpack do
 
   defp value(_bytes, _kind, _left, _acc, _stack, _depth), do: {:error, :truncated}
 
-  defp open(_rest, _new, _count, _kind, _left, _acc, _stack, @max_depth), do: {:error, :too_deep}
+  defp open(_rest, _new, _count, _kind, _left, _acc, _stack, {@max_depth, _room}),
+    do: {:error, :too_deep}
 
   defp open(rest, new, 0, kind, left, acc, stack, depth),
     do: next(rest, close(new, []), kind, left, acc, stack, depth)
 
   # Every value takes a byte at least, so that a container cannot promise more than the input has.
-  defp open(rest, new, count, kind, left, acc, stack, depth) when is_enough(rest, count),
-    do: value(rest, new, count, [], [{kind, left, acc} | stack], depth + 1)
+  defp open(rest, _new, count, _kind, _left, _acc, _stack, _depth)
+       when not is_enough(rest, count),
+       do: {:error, :truncated}
 
-  defp open(_rest, _new, _count, _kind, _left, _acc, _stack, _depth), do: {:error, :truncated}
+  defp open(_rest, _new, count, _kind, _left, _acc, _stack, {_depth, room}) when count > room,
+    do: {:error, :too_many}
 
-  defp next(<<rest::binary>>, term, :one, 1, [], [], 0), do: {:ok, term, rest}
+  defp open(rest, new, count, kind, left, acc, stack, {depth, room}),
+    do: value(rest, new, count, [], [{kind, left, acc} | stack], {depth + 1, room - count})
 
-  defp next(<<rest::binary>>, term, kind, 1, acc, [{outer, left, outer_acc} | stack], depth),
-    do: next(rest, close(kind, [term | acc]), outer, left, outer_acc, stack, depth - 1)
+  defp next(<<rest::binary>>, term, :one, 1, [], [], _depth), do: {:ok, term, rest}
+
+  defp next(
+         <<rest::binary>>,
+         term,
+         kind,
+         1,
+         acc,
+         [{outer, left, outer_acc} | stack],
+         {depth, room}
+       ),
+       do: next(rest, close(kind, [term | acc]), outer, left, outer_acc, stack, {depth - 1, room})
 
   defp next(<<rest::binary>>, term, kind, left, acc, stack, depth),
     do: value(rest, kind, left - 1, [term | acc], stack, depth)

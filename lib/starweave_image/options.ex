@@ -100,8 +100,9 @@ defmodule StarweaveImage.Options do
        when is_integer(value) and value >= min and value <= max and rem(value, n) == 0,
        do: {:ok, value}
 
+  # Minus zero becomes zero, for whoever reads it later.
   defp cast({:number, min, max}, value) when is_number(value) and value >= min and value <= max,
-    do: {:ok, value * 1.0}
+    do: {:ok, value + 0.0}
 
   defp cast({:text, min, max}, value)
        when is_binary(value) and byte_size(value) >= min and byte_size(value) <= max,

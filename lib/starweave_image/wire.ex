@@ -207,6 +207,8 @@ defmodule StarweaveImage.Wire do
       {:ok, %{}, ""} -> {:error, "a message without a type"}
       {:ok, _, ""} -> {:error, "a frame that is not a map"}
       {:ok, _, _rest} -> {:error, "bytes after the message"}
+      {:error, :too_many} -> {:error, "a frame of too many values"}
+      {:error, :too_deep} -> {:error, "a frame that nests too deep"}
       {:error, _} -> {:error, "a frame that is not msgpack"}
     end
   end

@@ -69,6 +69,25 @@ INTEGERS = {
     "timeout_ms": (1, 86_400_000),
 }
 NUMBERS = {"guidance_scale": (0, 50), "strength": (0, 1), "variation_strength": (0, 1)}
+ALLOWED = {
+    **{name: f"an integer from {low} to {high}" for name, (low, high) in INTEGERS.items()},
+    **{name: f"a number from {low} to {high}" for name, (low, high) in NUMBERS.items()},
+    **dict.fromkeys(("width", "height"), "a multiple of 8 from 64 to 4096"),
+    "seed": "an integer from -1 to 2^63 - 1",
+    "variation_seed": "an integer from 0 to 2^63 - 1",
+}
+
+
+def told(field: str, value: Json) -> str | None:
+    """The whole sentence, where both languages write the value alike and the option has the field's name."""
+    if field == "timeout_ms" or value in (NAN, INF, MINUS_INF) or "$bytes" in str(value):
+        return None
+    if isinstance(value, float) and abs(value) >= 1e15:
+        return None
+    shown = "a list" if isinstance(value, list) else "a map" if isinstance(value, dict) else json.dumps(value)
+    return f"{field} must be {ALLOWED[field]}, got {shown}"
+
+
 # What a field is refused without.
 NEEDS = {"variation_seed": {"variation_strength": 0.5}}
 TEXTS = {"prompt": 8192, "negative_prompt": 8192, "style": 256}
@@ -125,17 +144,27 @@ for field in INTEGERS:
         ("false", False),
         ("a float without a fraction", 64.0),
         ("a float", 64.5),
+        ("a float beyond a multiple of 8", 512.4),
+        ("minus zero", -0.0),
+        ("a float beyond all integers", 1e308),
         ("not a number", NAN),
+        ("infinity", INF),
+        ("minus infinity", MINUS_INF),
         ("text", "64"),
+        ("empty text", ""),
+        ("text with a fraction", "64.0"),
         ("a byte string", data(b"\x40")),
         ("a list", [64]),
         ("a map", {"value": 64}),
     ]:
-        bad(field, name, value)
+        bad(field, name, value, told(field, value))
 
 for field in NUMBERS:
     for name, value in [
-        ("a boolean", True),
+        ("true", True),
+        ("false", False),
+        ("text in digits", "1"),
+        ("empty text", ""),
         ("not a number", NAN),
         ("infinity", INF),
         ("minus infinity", MINUS_INF),
@@ -144,7 +173,7 @@ for field in NUMBERS:
         ("a list", [0.5]),
         ("a map", {"value": 0.5}),
     ]:
-        bad(field, name, value)
+        bad(field, name, value, told(field, value))
 
 for field in BOOLEANS:
     for name, value in [
@@ -202,7 +231,7 @@ for field, (low, high) in INTEGERS.items():
     good(f"{field}: {high - step}, below the most", **{field: high - step}, **NEEDS.get(field, {}))
     good(f"{field}: {high}, the most", **{field: high}, **NEEDS.get(field, {}))
     for value in sorted({low - step, high + step, -(2**63), 2**64 - 1}):
-        bad(field, str(value), value, **NEEDS.get(field, {}))
+        bad(field, str(value), value, told(field, value), **NEEDS.get(field, {}))
 
 for field in ("width", "height"):
     for value in (0, 1, 63, 65, 68, 100, 250, 1025, 4095, 2**31, -64):
@@ -493,6 +522,14 @@ def to_sidecar(name: str, value: dict[str, Json], expect: Json = OK) -> None:
 
 def to_application(name: str, value: dict[str, Json], expect: Json = OK) -> None:
     golden(name, value, application=expect)
+
+
+def many(name: str, header: bytes, item: bytes, count: int, **sides: Json) -> None:
+    """A frame of a message whose unknown key `x` has `count` equal items behind the header of its container."""
+    start = with_x(header)
+    size = len(start) + len(item) * count
+    hex = concat((size.to_bytes(4, "big") + start).hex(), repeat(item.hex(), count))
+    frames.append({"name": name, "hex": hex, **sides})
 
 
 def raw(name: str, bytes_: bytes, **sides: Json) -> None:
@@ -827,6 +864,23 @@ for name, body in [
     ("a timestamp beyond the year 9999", with_x(b"\xc7\x0c\xff" + bytes(4) + b"\x7f" + b"\xff" * 7)),
 ]:
     raw(name, frame(body), sidecar=MALFORMED, application="kill")
+
+# The message itself, its three keys and two values count too.
+MOST = 131_072 - 7
+for name, header, item, count in [
+    ("131,072 values", b"\xdd" + MOST.to_bytes(4, "big"), b"\x01", MOST),
+    ("131,071 values in pairs", b"\xdf" + (MOST // 2).to_bytes(4, "big"), b"\xa1y\x80", MOST // 2),
+    ("131,061 values in lists of 15", b"\xdd" + (8191).to_bytes(4, "big"), b"\x9f" + b"\x01" * 15, 8191),
+]:
+    many(name, header, item, count, sidecar=OK, application="ignore")
+for name, header, item, count in [
+    ("131,073 values", b"\xdd" + (MOST + 1).to_bytes(4, "big"), b"\x01", MOST + 1),
+    ("131,073 empty maps", b"\xdd" + (MOST + 1).to_bytes(4, "big"), b"\x80", MOST + 1),
+    ("131,073 values in pairs", b"\xdf" + (MOST // 2 + 1).to_bytes(4, "big"), b"\xa1y\x01", MOST // 2 + 1),
+    ("131,077 values in lists of 15", b"\xdd" + (8192).to_bytes(4, "big"), b"\x9f" + b"\x01" * 15, 8192),
+    ("a million nulls", b"\xdd" + (10**6).to_bytes(4, "big"), b"\xc0", 10**6),
+]:
+    many(name, header, item, count, sidecar=MALFORMED, application="kill")
 
 raw("a key that is not text", frame(b"\x83\xa1t\xa6cancel\xa2id\xa2r1\x01\x02"), sidecar=MALFORMED)
 raw("a key that is bytes", frame(b"\x83\xa1t\xa6cancel\xa2id\xa2r1\xc4\x01x\x02"), sidecar=MALFORMED)

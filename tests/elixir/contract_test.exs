@@ -44,7 +44,7 @@ defmodule StarweaveImage.ContractTest do
   end
 
   defp check_frame(frame) do
-    bytes = Base.decode16!(frame["hex"], case: :lower)
+    bytes = frame["hex"] |> Contract.expand() |> Base.decode16!(case: :lower)
 
     if value = frame["value"] do
       <<_size::32, body::binary>> = bytes

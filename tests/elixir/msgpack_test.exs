@@ -77,8 +77,12 @@ defmodule StarweaveImage.MsgpackTest do
       assert String.starts_with?(encode(items), list)
       assert String.starts_with?(encode(pairs), map)
       assert Msgpack.decode(encode(items)) == {:ok, items, ""}
-      assert Msgpack.decode(encode(pairs)) == {:ok, pairs, ""}
+      # The largest map has more values than a message may.
+      read = if count == 65_536, do: {:error, :too_many}, else: {:ok, pairs, ""}
+      assert Msgpack.decode(encode(pairs)) == read
     end
+
+    assert Msgpack.decode(<<0xDF, 2::32, 1, 2, 3, 4>>) == {:ok, %{1 => 2, 3 => 4}, ""}
   end
 
   test "a negative zero keeps its sign" do
@@ -163,6 +167,30 @@ defmodule StarweaveImage.MsgpackTest do
     assert Msgpack.decode(String.duplicate(<<0x91>>, 32) <> <<0x90>>) == {:error, :too_deep}
     assert Msgpack.decode(String.duplicate(<<0x81, 0x00>>, 32) <> <<0x80>>) == {:error, :too_deep}
     assert Msgpack.decode(String.duplicate(<<0x91>>, 1_000_000)) == {:error, :too_deep}
+  end
+
+  test "131,072 values are read, and more are refused before one of them is made" do
+    list = fn count, item -> <<0xDD, count::32>> <> :binary.copy(item, count) end
+    assert {:ok, values, ""} = Msgpack.decode(list.(131_071, <<0x80>>))
+    assert length(values) == 131_071
+    assert Msgpack.decode(list.(131_072, <<0x80>>)) == {:error, :too_many}
+
+    assert Msgpack.decode(list.(8_192, <<0x9F>> <> :binary.copy(<<1>>, 15))) ==
+             {:error, :too_many}
+
+    pairs = <<0xDF, 65_536::32>> <> :binary.copy(<<0xA1, "y", 0xC0>>, 65_536)
+    assert Msgpack.decode(pairs) == {:error, :too_many}
+
+    # A process whose heap has no room for them.
+    million = list.(30_000_000, <<0xC0>>)
+
+    {pid, monitor} =
+      :erlang.spawn_opt(fn -> exit(Msgpack.decode(million)) end, [
+        :monitor,
+        {:max_heap_size, %{size: 10_000, kill: true, error_logger: false}}
+      ])
+
+    assert_receive {:DOWN, ^monitor, :process, ^pid, {:error, :too_many}}, 5_000
   end
 
   test "of equal keys the last counts" do

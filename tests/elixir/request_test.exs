@@ -88,6 +88,27 @@ defmodule StarweaveImage.RequestTest do
     assert %{format: :jpeg} = accepted(format: :jpeg)
   end
 
+  test "minus zero is zero" do
+    for option <- [:guidance_scale, :strength, :variation_strength] do
+      assert {:ok, request} = Request.new("a red apple", [{option, -0.0}])
+      assert <<Map.fetch!(request, option)::float>> == <<0.0::float>>
+    end
+  end
+
+  test "times and priorities are as strict as what goes over the wire" do
+    for option <- [:timeout, :queue_timeout, :run_timeout],
+        value <- [0, -1, 86_400_001, 2 ** 63, 10 ** 400, 1_000.0, true, "1000", :infinity, [1000]] do
+      assert {:error, error} = Request.new("a red apple", [{option, value}])
+      assert error.details.field == option
+      assert error.message =~ "#{option} must be an integer from 1 to 86400000, got "
+    end
+
+    for value <- [1, true, "urgent", "Normal", [:normal]] do
+      assert {:error, error} = Request.new("a red apple", priority: value)
+      assert error.message =~ "priority must be one of interactive, normal, background, got "
+    end
+  end
+
   test "the options that stay here" do
     assert accepted(instance: MyApp.Images).instance == MyApp.Images
     assert accepted(user_id: String.duplicate("é", 64)).user_id == String.duplicate("é", 64)

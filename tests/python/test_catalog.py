@@ -82,6 +82,17 @@ def test_an_unknown_name_that_is_like_nothing_gets_no_advice() -> None:
             {"strength": 0.03, "image": b"\x89PNG\r\n\x1a\n...."},
             "strength must be at least 1 / steps, 0.04 here, got 0.03",
         ),
+        # What is said to be allowed is allowed, and what is shown as refused is outside it.
+        (
+            "tiny",
+            {"strength": 0.02, "steps": 49, "image": b"\x89PNG\r\n\x1a\n...."},
+            "strength must be at least 1 / steps, 0.021 here, got 0.02",
+        ),
+        (
+            "tiny",
+            {"guidance_scale": 20.0000001},
+            "guidance_scale must be from 0 to 20 for starweave/tiny, got 20.0000001",
+        ),
     ],
 )
 def test_limits_are_enforced(model: str, fields: dict[str, Any], message: str) -> None:
@@ -105,3 +116,12 @@ def test_limits_are_enforced(model: str, fields: dict[str, Any], message: str) -
 def test_the_embedded_model_draws_at_its_own_scale(asked: tuple[int, int], rendered: tuple[int, int]) -> None:
     assert rendered_size(*asked, find("starweave/tiny", CARDS)) == rendered
     assert rendered_size(*asked, find("sdxl", CARDS)) == asked
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 49, 97, 100])
+def test_the_least_strength_that_is_told_is_taken(steps: int) -> None:
+    image, card = b"\x89PNG\r\n\x1a\n....", find("tiny", CARDS)
+    with pytest.raises(ImageError) as error:
+        settle(wire.Generate(id="r", prompt="x", image=image, strength=0.0, steps=steps), card)
+    least = float(error.value.message.partition(" steps, ")[2].partition(" here")[0])
+    assert settle(wire.Generate(id="r", prompt="x", image=image, strength=least, steps=steps), card)

@@ -57,7 +57,7 @@ def test_request(case: dict[str, Any]) -> None:
 def test_frame_to_the_sidecar(case: dict[str, Any]) -> None:
     expect = case["sidecar"]
     decoder = wire.FrameDecoder()
-    bodies = decoder.feed(bytes.fromhex(case["hex"]))
+    bodies = decoder.feed(bytes.fromhex(expand(case["hex"])))
     if expect == "more":
         assert list(bodies) == []
     elif expect == "ok" or "stage" in expect:

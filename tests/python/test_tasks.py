@@ -194,7 +194,7 @@ NOISE = Image.frombytes("RGB", (64, 64), bytes(i * 97 % 256 for i in range(64 * 
         (
             {"image": IMAGE, "strength": 0.0},
             "strength",
-            "strength must be at least 1 / steps, 0.25 here, got 0",
+            "strength must be at least 1 / steps, 0.25 here, got 0.0",
         ),
     ],
 )

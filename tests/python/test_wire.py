@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
+import tracemalloc
 from typing import Any
 
 import msgpack
@@ -255,6 +257,43 @@ def test_a_body_that_is_no_map_is_an_invalid_frame(body: bytes) -> None:
 
 def test_nesting_of_32_is_taken() -> None:
     assert wire.decode(b"\x83\xa1t\xa6models\xa2id\xa1a\xa1x" + b"\x91" * 31 + b"\x01") == wire.Models(id="a")
+
+
+def test_too_many_values_are_refused_before_one_of_them_is_made() -> None:
+    head, size = b"\x83\xa1t\xa6models\xa2id\xa1a\xa1x", wire.MAX_FRAME - 64
+    for filled in (
+        b"\xdd" + size.to_bytes(4, "big") + b"\x80" * size,
+        b"\xdd" + (size // 16).to_bytes(4, "big") + (b"\x9f" + b"\x90" * 15) * (size // 16),
+        b"\xdf" + (size // 4).to_bytes(4, "big") + b"\xa1y\xa1z" * (size // 4),
+    ):
+        body = head + filled
+        tracemalloc.start()
+        with pytest.raises(wire.InvalidMessage, match="at most 131072 values"):
+            wire.decode(body)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 1_000_000
+
+
+def test_bytes_and_text_count_once_however_long() -> None:
+    files = {"image": PNG + bytes(12 * 1024 * 1024 - len(PNG)), "extra": ["x" * 70_000] * 100}
+    body = msgpack.packb({"t": "generate", "id": "a", "prompt": "an apple", **files})
+    assert isinstance(wire.decode(body), wire.Generate)
+
+
+def test_text_that_is_no_utf8_is_said_all_the_same() -> None:
+    name = os.fsdecode(b"mod\xe8le")
+    said = b"".join(wire.encode(wire.Error(id=None, kind="internal", message=f"{name} is damaged")))
+    assert msgpack.unpackb(said[4:])["message"] == "mod?le is damaged"
+    done = wire.Done(id="a", parameters={"prompt": name, name: [name]}, notices=[name])
+    said = b"".join(wire.encode(done))
+    assert msgpack.unpackb(said[4:])["parameters"] == {"prompt": "mod?le", "mod?le": ["mod?le"]}
+
+
+@pytest.mark.parametrize("field", ["guidance_scale", "strength", "variation_strength"])
+def test_minus_zero_is_zero(field: str) -> None:
+    message = wire.decode(msgpack.packb({"t": "generate", "id": "a", "prompt": "x", field: -0.0}))
+    assert math.copysign(1, getattr(message, field)) == 1
 
 
 @given(st.binary(max_size=200))

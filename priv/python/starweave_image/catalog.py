@@ -170,13 +170,15 @@ def settle(request: wire.Generate, card: ModelCard, image_size: tuple[int, int] 
         raise ImageError(
             "invalid_request",
             f"guidance_scale must be from 0 to {limits.max_guidance:g} for {card.id}, "
-            f"got {settings.guidance_scale:g}",
+            f"got {settings.guidance_scale!r}",
             "guidance_scale",
         )
     if task != "text_to_image" and int(settings.steps * request.strength) < 1:
+        # Rounded up: what is told is accepted.
+        least = math.ceil(1000 / settings.steps) / 1000
         raise ImageError(
             "invalid_request",
-            f"strength must be at least 1 / steps, {1 / settings.steps:.3g} here, got {request.strength:g}",
+            f"strength must be at least 1 / steps, {least:g} here, got {request.strength!r}",
             "strength",
         )
     return settings

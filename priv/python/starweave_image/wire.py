@@ -20,6 +20,7 @@ from .errors import ImageError, Kind
 VERSION = 1
 MAX_FRAME = 32 * 1024 * 1024
 MAX_DEPTH = 32
+MAX_VALUES = 131_072
 MAX_PART = 4 * 1024 * 1024
 MAX_INT = 2**63 - 1
 
@@ -231,6 +232,11 @@ class Generate(Incoming, tag="generate", kw_only=True):
             raise _Refused("negative_prompt")
         if not _is_text(self.style, _MAX_STYLE):
             raise _Refused("style")
+        # Minus zero is within the bounds, and no zero to whoever reads it later.
+        self.strength += 0.0
+        for field in ("guidance_scale", "variation_strength"):
+            if (number := getattr(self, field)) is not None:
+                setattr(self, field, number + 0.0)
         for field, data in (("image", self.image), ("mask", self.mask)):
             if data is not None and not _is_image(data):
                 raise _Refused(field)
@@ -500,20 +506,92 @@ def encode(message: Outgoing | Incoming) -> list[bytes | memoryview]:
         size = len(message.data)
         parts: list[bytes | memoryview] = [head[:-2] + b"\xc6" + size.to_bytes(4, "big"), message.data]
     else:
-        parts = [_encoder.encode(message)]
+        try:
+            parts = [_encoder.encode(message)]
+        except UnicodeEncodeError:
+            # A name of the file system that is no UTF-8, most likely, in something that is to be told all the same.
+            parts = [_encoder.encode(_as_text(msgspec.to_builtins(message, builtin_types=(bytes,))))]
     length = sum(map(len, parts))
     if length > MAX_FRAME:
         raise FramingError(f"a frame must have 1 to {MAX_FRAME} bytes, got {length}")
     return [length.to_bytes(_HEADER, "big"), *parts]
 
 
+def _as_text(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    if isinstance(value, list):
+        return [_as_text(item) for item in value]
+    if isinstance(value, dict):
+        return {_as_text(key): _as_text(item) for key, item in value.items()}
+    return value
+
+
 def decode(body: bytes) -> Incoming:
     """The message in a frame body; raises `InvalidMessage`."""
+    _measure(body)
     try:
         fields = _decoder.decode(body)
     except (msgspec.DecodeError, ValueError, TypeError, RecursionError):
         raise InvalidMessage("invalid_frame", "a frame must hold exactly one msgpack map") from None
     return parse(fields)
+
+
+def _shapes() -> list[tuple[int, int, int]]:
+    """Of each first byte of a msgpack value: how many bytes of it are fixed, how many of these at its end are a length, and
+    how much that counts: 0 for bytes, 1 for a list's values, 2 for a map's."""
+    shapes = [(1, 0, 0)] * 256
+    for first, sizes, counts in (
+        (0xC4, (1, 2, 4), 0),
+        (0xC7, (1, 2, 4), 0),
+        (0xD9, (1, 2, 4), 0),
+        (0xDC, (2, 4), 1),
+        (0xDE, (2, 4), 2),
+    ):
+        for byte, size in enumerate(sizes, first):
+            shapes[byte] = (1 + size, size, counts)
+    for byte, size in zip(range(0xCA, 0xD9), (4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 2, 3, 5, 9, 17), strict=True):
+        shapes[byte] = (1 + size, 0, 0)
+    return shapes
+
+
+_SHAPES = _shapes()
+_EXTENSIONS = range(0xC7, 0xCA)
+
+
+def _measure(body: bytes) -> None:
+    """Refuse what nests too deep or holds too many values before one of them becomes an object: an object takes up to a
+    hundred times its byte. What is no msgpack at all is left to the decoder."""
+    at, room = 0, MAX_VALUES - 1
+    # Of each open container, how many values it still lacks.
+    lacking = [1]
+    try:
+        while lacking:
+            byte = body[at]
+            fixed, size, counts = _SHAPES[byte]
+            at += fixed
+            count = int.from_bytes(body[at - size : at], "big") if size else 0
+            if 0x80 <= byte < 0xA0:
+                counts, count = (2 if byte < 0x90 else 1), byte & 0x0F
+            elif 0xA0 <= byte < 0xC0:
+                at += byte & 0x1F
+            lacking[-1] -= 1
+            if counts:
+                if len(lacking) > MAX_DEPTH:
+                    raise InvalidMessage("invalid_frame", f"a message must nest at most {MAX_DEPTH} deep")
+                count *= counts
+                if count > len(body) - at:
+                    return
+                if count > room:
+                    raise InvalidMessage("invalid_frame", f"a message must hold at most {MAX_VALUES} values")
+                room -= count
+                lacking.append(count)
+            else:
+                at += count + (byte in _EXTENSIONS)
+            while lacking and not lacking[-1]:
+                lacking.pop()
+    except IndexError:
+        return
 
 
 def parse(fields: Any) -> Incoming:
