@@ -44,11 +44,20 @@ defmodule StarweaveImage do
   In an instance with a `:journal`, what is submitted with `durable: true` outlives the BEAM: it is on disk when `submit/2` returns,
   goes on with the next start, and its result is kept there for `:result_ttl`.
 
+  ## Errors
+
+  What can fail returns `{:error, %StarweaveImage.Error{}}`; each function names the kinds. An argument or option of a wrong
+  type or range is `:invalid_request`, before anything is asked or started, and `details.field` names it; this includes a nil
+  where a picture is wanted, as from an upload that was lost. Options that are nil count as not given. Functions that return
+  no error (`status/1`, `available?/1`, `child_spec/1`, `start_link/1`) raise `ArgumentError`.
+
+  ## Fairness and time-outs
+
   Users of a priority are served one by one. A request has four time-outs that do not stand in for each other: `:queue_timeout`,
   `:run_timeout` and `:timeout` of the request, and the instance's `:heartbeat_timeout`, which costs no request.
   """
 
-  alias StarweaveImage.{Environment, Error, Image, Options, Request}
+  alias StarweaveImage.{Environment, Error, Image, Options, Queue, Request}
 
   @type id :: String.t()
   @type event ::
@@ -88,7 +97,7 @@ defmodule StarweaveImage do
   @spec child_spec(keyword) :: Supervisor.child_spec()
   def child_spec(opts) do
     %{
-      id: Keyword.get(opts, :name, __MODULE__),
+      id: StarweaveImage.Supervisor.name(opts),
       start: {__MODULE__, :start_link, [opts]},
       type: :supervisor
     }
@@ -113,6 +122,8 @@ defmodule StarweaveImage do
 
   The work is cancelled if the caller dies or `:timeout` passes. Options: see the module.
 
+  Errors: any kind of `StarweaveImage.Error`.
+
       {:ok, image} = StarweaveImage.generate("a red apple", seed: 7)
       image.seed #=> 7
 
@@ -129,6 +140,9 @@ defmodule StarweaveImage do
   As `generate/2`, but raises the `StarweaveImage.Error`.
 
       image = StarweaveImage.generate!("a red apple")
+
+      iex> StarweaveImage.generate!("a red apple", steps: 0)
+      ** (StarweaveImage.Error) steps must be an integer from 1 to 200, got 0
   """
   @spec generate!(String.t(), keyword | map) :: Image.t()
   def generate!(prompt, opts \\ []) do
@@ -139,7 +153,9 @@ defmodule StarweaveImage do
   end
 
   @doc """
-  Makes `n` images (1 to 16) in one request, image k with seed `seed + k`.
+  Makes `n` images (1 to 16) in one request, image k with seed `seed + k`, which each one's `parameters` say.
+
+  Errors: as `generate/2`; if one image fails, all do.
 
       {:ok, images} = StarweaveImage.generate_many("a red apple", 4, seed: 1)
       Enum.map(images, & &1.seed) #=> [1, 2, 3, 4]
@@ -165,6 +181,8 @@ defmodule StarweaveImage do
   `:strength` (0 to 1, 0.8 unless given) is how far it may be left. The result has the size of `image`,
   within the model's limits, unless `:width` and `:height` say otherwise.
 
+  Errors: as `generate/2`. `image: nil` among the options of `generate/2` is no picture; here nil is `:invalid_request`.
+
       {:ok, apple} = StarweaveImage.generate("a red apple")
       {:ok, pear} = StarweaveImage.edit(apple, "a green pear", strength: 0.7)
 
@@ -174,13 +192,16 @@ defmodule StarweaveImage do
   """
   @spec edit(binary | Image.t(), String.t(), keyword | map) ::
           {:ok, Image.t()} | {:error, Error.t()}
-  def edit(image, prompt, opts \\ []), do: generate(prompt, put(opts, :image, file(image)))
+  def edit(image, prompt, opts \\ []) do
+    with {:ok, image} <- file(:image, image), do: generate(prompt, put(opts, :image, image))
+  end
 
   @doc """
   Makes anew what is white in `mask`, as `prompt` says; where the mask is black or transparent the picture stays as it
   is, to the pixel.
 
-  `image` and `mask` are files' bytes of the same size in pixels, or a `StarweaveImage.Image`. Otherwise as `edit/3`.
+  `image` and `mask` are files' bytes of the same size in pixels, or a `StarweaveImage.Image`. Otherwise as `edit/3`, also
+  in its errors.
 
       {:ok, house} = StarweaveImage.generate("a house on green hills")
       {:ok, evening} = StarweaveImage.inpaint(house, File.read!("sky.png"), "the sky at sunset", strength: 1.0)
@@ -191,8 +212,11 @@ defmodule StarweaveImage do
   """
   @spec inpaint(binary | Image.t(), binary | Image.t(), String.t(), keyword | map) ::
           {:ok, Image.t()} | {:error, Error.t()}
-  def inpaint(image, mask, prompt, opts \\ []),
-    do: edit(image, prompt, put(opts, :mask, file(mask)))
+  def inpaint(image, mask, prompt, opts \\ []) do
+    with {:ok, image} <- file(:image, image),
+         {:ok, mask} <- file(:mask, mask),
+         do: edit(image, prompt, put(opts, :mask, mask))
+  end
 
   @doc """
   Several pictures of the same thing: four, or `:num_images`, each with a seed of its own that it reports.
@@ -201,7 +225,7 @@ defmodule StarweaveImage do
   `:seed`, which is the first of them, towards its own. Any of them comes again by `:seed` and `:variation_strength` as
   they were, with its own seed as `:variation_seed`. Of a `StarweaveImage.Image` or of a file's bytes they start from that
   picture and leave it as far as `:strength` says (0.6 unless given); an image brings its prompt, for a file
-  `:prompt` says what it shows.
+  `:prompt` says what it shows. Errors: as `edit/3`.
 
       {:ok, [one, two]} = StarweaveImage.variations("a red apple", num_images: 2)
       {:ok, nearby} = StarweaveImage.variations(one, strength: 0.3)
@@ -219,21 +243,27 @@ defmodule StarweaveImage do
 
     cond do
       is_struct(image_or_prompt, Image) ->
-        vary(image_or_prompt.data, prompt || image_or_prompt.prompt, opts)
+        vary(image_or_prompt, prompt || image_or_prompt.prompt, opts)
 
-      is_binary(image_or_prompt) and Options.image?(image_or_prompt) ->
-        vary(image_or_prompt, prompt, opts)
+      text?(image_or_prompt) ->
+        generate_images(image_or_prompt, opts)
 
       true ->
-        generate_images(image_or_prompt, opts)
+        vary(image_or_prompt, prompt, opts)
     end
   end
 
-  defp vary(image, prompt, opts),
-    do: generate_images(prompt, opts |> put(:image, image) |> put_new(:strength, 0.6))
+  # What is neither is a picture that is wrong: no prompt looks like one that was lost or cut off.
+  defp text?(value), do: is_binary(value) and not Options.image?(value) and String.valid?(value)
 
-  defp file(%Image{data: data}), do: data
-  defp file(other), do: other
+  defp vary(image, prompt, opts) do
+    with {:ok, image} <- file(:image, image),
+         do: generate_images(prompt, opts |> put(:image, image) |> put_new(:strength, 0.6))
+  end
+
+  # An option that is nil counts as not given. An argument does not: it is what became of an upload that was lost.
+  defp file(name, %Image{data: data}), do: file(name, data)
+  defp file(name, data), do: argument(name, :image, data)
 
   @doc """
   Hands a request in and returns once it is accepted. It outlives the caller: ask for the result
@@ -245,8 +275,15 @@ defmodule StarweaveImage do
   With `durable: true` it returns when the request is on disk, in the instance's `:journal`; it goes on with the next start when the
   BEAM ends before it is done, and its result outlives the BEAM too.
 
+  Errors, after which nothing is done: `:invalid_request`, `:overloaded`, `:rate_limited`, `:disabled`, `:unavailable`, and
+  `:sidecar_crashed` for what is quarantined. What becomes of it later is told by `await/3`.
+
       {:ok, id} = StarweaveImage.submit("a red apple", id: "order-17")
       {:ok, image} = StarweaveImage.await(id)
+
+      iex> {:error, error} = StarweaveImage.submit("a red apple", id: "order 17")
+      iex> {error.kind, error.details.field}
+      {:invalid_request, :id}
   """
   @spec submit(String.t(), keyword | map) :: {:ok, id} | {:error, Error.t()}
   def submit(prompt, opts \\ []) do
@@ -260,6 +297,13 @@ defmodule StarweaveImage do
   Waits up to `timeout` ms for a request that was submitted. A time-out here does not touch the work.
 
   A request of several images gives its first; `await_many/3` gives all.
+
+  Errors: what the request ended with; `:timeout` where it has not ended, `:invalid_request` where no request has this id
+  (or it ended longer ago than the instance's `:result_ttl`), and `:unavailable` where no instance runs.
+
+      iex> {:error, error} = StarweaveImage.await("order-17", 1_000, :no_such_instance)
+      iex> error.kind
+      :unavailable
   """
   @spec await(id, timeout_ms :: pos_integer, instance :: atom) ::
           {:ok, Image.t()} | {:error, Error.t()}
@@ -267,11 +311,19 @@ defmodule StarweaveImage do
     with {:ok, [image | _]} <- await_many(id, timeout, instance), do: {:ok, image}
   end
 
-  @doc "As `await/3`, for all images of the request."
+  @doc """
+  As `await/3`, for all images of the request.
+
+      iex> {:error, error} = StarweaveImage.await_many("order 17")
+      iex> error.details.field
+      :id
+  """
   @spec await_many(id, timeout_ms :: pos_integer, instance :: atom) ::
           {:ok, [Image.t()]} | {:error, Error.t()}
   def await_many(id, timeout \\ 600_000, instance \\ __MODULE__) do
-    with {:ok, answer} <- call(instance, {:await, id}, timeout), do: answer
+    with {:ok, id} <- checked_id(id),
+         {:ok, answer} <- call(instance, {:await, id}, timeout),
+         do: answer
   end
 
   @doc """
@@ -289,7 +341,11 @@ defmodule StarweaveImage do
         end
       end
 
-  Previews come with `preview: true` only.
+  Previews come with `preview: true` only. What `generate/2` returns as an error is the one event here:
+
+      iex> [{:error, error}] = Enum.to_list(StarweaveImage.stream(""))
+      iex> error.details.field
+      :prompt
   """
   @spec stream(String.t(), keyword | map) :: Enumerable.t()
   def stream(prompt, opts \\ []) do
@@ -359,7 +415,9 @@ defmodule StarweaveImage do
   """
   @spec subscribe(id, instance :: atom) :: :ok | {:error, :not_found | Error.t()}
   def subscribe(id, instance \\ __MODULE__) do
-    with {:ok, answer} <- call(instance, {:subscribe, id, {:process, self()}}), do: answer
+    with {:ok, id} <- checked_id(id),
+         {:ok, answer} <- call(instance, {:subscribe, id, {:process, self()}}),
+         do: answer
   end
 
   @doc """
@@ -370,9 +428,11 @@ defmodule StarweaveImage do
   """
   @spec unsubscribe(id, instance :: atom) :: :ok | {:error, Error.t()}
   def unsubscribe(id, instance \\ __MODULE__) do
-    answer = call(instance, {:unsubscribe, id, {:process, self()}})
-    drop_subscribed(id)
-    with {:ok, answer} <- answer, do: answer
+    with {:ok, id} <- checked_id(id) do
+      answer = call(instance, {:unsubscribe, id, {:process, self()}})
+      drop_subscribed(id)
+      with {:ok, answer} <- answer, do: answer
+    end
   end
 
   defp drop_subscribed(id) do
@@ -391,7 +451,9 @@ defmodule StarweaveImage do
   """
   @spec cancel(id, instance :: atom) :: :ok | {:error, :not_found | :finished | Error.t()}
   def cancel(id, instance \\ __MODULE__) do
-    with {:ok, answer} <- call(instance, {:cancel, id}, :infinity), do: answer
+    with {:ok, id} <- checked_id(id),
+         {:ok, answer} <- call(instance, {:cancel, id}, :infinity),
+         do: answer
   end
 
   @doc """
@@ -401,6 +463,10 @@ defmodule StarweaveImage do
   Empty until a sidecar was ready; `:unavailable` where no such instance runs.
 
       [%{id: "starweave/tiny", state: :loaded} | _] = StarweaveImage.models()
+
+      iex> {:error, error} = StarweaveImage.models(:no_such_instance)
+      iex> error.kind
+      :unavailable
   """
   @spec models(instance :: atom) :: [map] | {:error, Error.t()}
   def models(instance \\ __MODULE__) do
@@ -408,9 +474,16 @@ defmodule StarweaveImage do
   end
 
   @doc """
-  Loads a model into every sidecar, and waits for that.
+  Loads a model into every sidecar, and waits for that, a download included.
+
+  Options: `:timeout` in ms (an hour), after which the load goes on unwatched, and `:instance`. Errors: `:invalid_request`,
+  `:model_not_found`, `:model_load_failed`, `:out_of_memory`, `:timeout`, `:disabled`, `:unavailable`.
 
       :ok = StarweaveImage.load_model("starweave/tiny")
+
+      iex> {:error, error} = StarweaveImage.load_model("../tiny")
+      iex> {error.kind, error.details.field}
+      {:invalid_request, :model}
   """
   @spec load_model(String.t(), keyword) :: :ok | {:error, Error.t()}
   def load_model(id, opts \\ []), do: operation("load_model", id, opts)
@@ -418,27 +491,29 @@ defmodule StarweaveImage do
   @doc """
   Frees a loaded model; one in use is refused.
 
+  Options: `:timeout`, `:instance`. Errors: `:invalid_request` (also for one in use), `:model_not_found`, `:timeout`, `:disabled`,
+  `:unavailable`.
+
       :ok = StarweaveImage.unload_model("starweave/tiny")
+
+      iex> {:error, error} = StarweaveImage.unload_model("starweave/tiny", instance: :no_such_instance)
+      iex> error.kind
+      :unavailable
   """
   @spec unload_model(String.t(), keyword) :: :ok | {:error, Error.t()}
   def unload_model(id, opts \\ []), do: operation("unload_model", id, opts)
 
   defp operation(type, id, opts) do
-    instance = Keyword.get(opts, :instance, __MODULE__)
-    timeout = Keyword.get(opts, :timeout, 3_600_000)
-
-    with {:ok, model} <- model_id(id),
-         {:ok, answer} <- call(instance, {:operation, type, model}, timeout),
+    with {:ok, model} <- argument(:model, :model_id, id),
+         {:ok, opts} <- operation(opts),
+         {:ok, answer} <- call(opts.instance, {:operation, type, model}, opts.timeout),
          do: answer
   end
 
-  defp model_id(id) do
-    case Options.check(:model, :model_id, id) do
-      {:ok, id} when id != nil -> {:ok, id}
-      {:ok, nil} -> {:error, Error.new(:invalid_request, "model is required", %{field: :model})}
-      {:error, field, message} -> {:error, Error.new(:invalid_request, message, %{field: field})}
-    end
-  end
+  # Of what is not a request.
+  @operation [instance: {:atom, __MODULE__, ""}, timeout: {:wait, 3_600_000, ""}]
+
+  defp operation(opts), do: opts |> Options.validate(@operation) |> refusal()
 
   @doc """
   What the instance is doing. Answers within milliseconds, whatever runs.
@@ -455,6 +530,8 @@ defmodule StarweaveImage do
   """
   @spec status(instance :: atom) :: map
   def status(instance \\ __MODULE__) do
+    instance = :instance |> argument(:atom, instance) |> right!()
+
     case call(instance, :status) do
       {:ok, status} ->
         status
@@ -475,13 +552,17 @@ defmodule StarweaveImage do
   end
 
   @doc """
-  Whether a sidecar is up. Answers at once, whatever is running; false while it starts.
+  Whether a sidecar is up; false while it starts.
+
+  Waits for nobody, whatever runs or is read from the journal: it looks at what was last known, and asks no process. So it is
+  safe where nothing may be held up, as when a LiveView mounts.
 
       iex> StarweaveImage.available?(:no_such_instance)
       false
   """
   @spec available?(instance :: atom) :: boolean
-  def available?(instance \\ __MODULE__), do: status(instance).state in [:ready, :busy, :loading]
+  def available?(instance \\ __MODULE__),
+    do: :instance |> argument(:atom, instance) |> right!() |> Queue.available?()
 
   @doc """
   Waits until a sidecar is up, or until it is known why none can be: for scripts, which have nothing else to do meanwhile.
@@ -511,14 +592,15 @@ defmodule StarweaveImage do
   """
   @spec add_sidecar(keyword) :: {:ok, pos_integer} | {:error, Error.t()}
   def add_sidecar(opts \\ []) do
-    {instance, opts} = Keyword.pop(opts, :instance, __MODULE__)
+    {instance, opts} = pop(opts, :instance)
+    instance = instance || __MODULE__
 
     with {:ok, kind} <- StarweaveImage.Supervisor.sidecar(opts),
          {:ok, {:ok, index, config}} <- call(instance, {:add_sidecar, kind}),
          :ok <- StarweaveImage.Supervisor.add_sidecar(instance, index, config) do
       {:ok, index}
     else
-      {:error, field, message} -> {:error, Error.new(:invalid_request, message, %{field: field})}
+      {:error, field, message} -> refuse(field, message)
       {:ok, {:error, error}} -> {:error, error}
       {:error, %Error{} = error} -> {:error, error}
       {:error, :not_running} -> {:error, gone(instance)}
@@ -540,12 +622,13 @@ defmodule StarweaveImage do
   """
   @spec drain_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | :timeout | Error.t()}
   def drain_sidecar(index, opts \\ []) do
-    instance = Keyword.get(opts, :instance, __MODULE__)
-
-    case call(instance, {:drain, index}, Keyword.get(opts, :timeout, 3_600_000)) do
-      {:ok, answer} -> answer
-      {:error, %{kind: :timeout}} -> {:error, :timeout}
-      {:error, error} -> {:error, error}
+    with {:ok, index} <- checked_index(index),
+         {:ok, opts} <- operation(opts) do
+      case call(opts.instance, {:drain, index}, opts.timeout) do
+        {:ok, answer} -> answer
+        {:error, %{kind: :timeout}} -> {:error, :timeout}
+        {:error, error} -> {:error, error}
+      end
     end
   end
 
@@ -560,7 +643,9 @@ defmodule StarweaveImage do
   """
   @spec resume_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | Error.t()}
   def resume_sidecar(index, opts \\ []) do
-    with {:ok, answer} <- call(Keyword.get(opts, :instance, __MODULE__), {:resume, index}),
+    with {:ok, index} <- checked_index(index),
+         {:ok, opts} <- operation(opts),
+         {:ok, answer} <- call(opts.instance, {:resume, index}),
          do: answer
   end
 
@@ -576,7 +661,7 @@ defmodule StarweaveImage do
   """
   @spec remove_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | Error.t()}
   def remove_sidecar(index, opts \\ []) do
-    instance = Keyword.get(opts, :instance, __MODULE__)
+    instance = get(opts, :instance) || __MODULE__
 
     with drained when drained in [:ok, {:error, :timeout}] <- drain_sidecar(index, opts),
          :ok <- StarweaveImage.Supervisor.remove_sidecar(instance, index),
@@ -600,7 +685,9 @@ defmodule StarweaveImage do
 
   # Every answer comes as `{:ok, answer}`; a queue that is not there, or does not answer, is an error.
   defp call(instance, message, timeout \\ @slack_ms) do
-    {:ok, GenServer.call(instance, message, timeout)}
+    with {:ok, instance} <- argument(:instance, :atom, instance),
+         {:ok, timeout} <- argument(:timeout, :wait, timeout),
+         do: {:ok, GenServer.call(instance, message, timeout)}
   catch
     :exit, {:timeout, _} ->
       {:error, Error.new(:timeout, "no answer within #{timeout} ms")}
@@ -619,10 +706,32 @@ defmodule StarweaveImage do
   defp unavailable(why),
     do: Error.new(:unavailable, "image generation is not available: #{why}")
 
+  defp checked_id(id), do: argument(:id, :id, id)
+  defp checked_index(index), do: argument(:index, {:integer, 1, 1_000_000}, index)
+
+  # One value that is not an option: there is no default in its place.
+  defp argument(name, type, value) do
+    case Options.check(name, type, value) do
+      {:ok, nil} -> refuse(name, "#{name} is required")
+      checked -> refusal(checked)
+    end
+  end
+
+  defp refusal({:error, field, message}), do: refuse(field, message)
+  defp refusal({:ok, checked}), do: {:ok, checked}
+
+  # For functions that return no error: there it is a mistake in the program.
+  defp right!({:ok, checked}), do: checked
+  defp right!({:error, error}), do: raise(ArgumentError, error.message)
+
+  defp refuse(field, message),
+    do: {:error, Error.new(:invalid_request, message, %{field: field})}
+
   defp put(opts, key, value) when is_map(opts), do: Map.put(opts, key, value)
-  defp put(opts, key, value) when is_list(opts), do: Keyword.put(opts, key, value)
+
   # What is no options at all is refused further on, with the reason.
-  defp put(opts, _key, _value), do: opts
+  defp put(opts, key, value),
+    do: if(Keyword.keyword?(opts), do: Keyword.put(opts, key, value), else: opts)
 
   defp put_new(opts, key, value),
     do: if(get(opts, key) == nil, do: put(opts, key, value), else: opts)
@@ -632,6 +741,6 @@ defmodule StarweaveImage do
   defp pop(opts, key),
     do: if(Keyword.keyword?(opts), do: Keyword.pop(opts, key), else: {nil, opts})
 
-  defp get(opts, key) when is_map(opts), do: opts[key]
+  defp get(opts, key) when is_map(opts), do: Map.get(opts, key)
   defp get(opts, key), do: if(Keyword.keyword?(opts), do: opts[key])
 end

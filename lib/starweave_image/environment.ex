@@ -108,7 +108,11 @@ defmodule StarweaveImage.Environment do
   """
   @spec setup(keyword) :: {:ok, report} | {:error, Error.t()}
   def setup(opts \\ []) do
-    {progress, opts} = Keyword.pop(opts, :progress, &IO.puts/1)
+    # What are no options is refused there.
+    {progress, opts} =
+      if Keyword.keyword?(opts),
+        do: Keyword.pop(opts, :progress, &IO.puts/1),
+        else: {&IO.puts/1, opts}
 
     with {:ok, opts} <- validate(opts) do
       if Build.variable("STARWEAVE_IMAGE_PYTHON"),

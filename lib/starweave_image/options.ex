@@ -12,6 +12,7 @@ defmodule StarweaveImage.Options do
           | :model_id
           | :scheduler
           | :image
+          | :wait
           | {:integer, integer, integer}
           | {:multiple_of, pos_integer, integer, integer}
           | {:number, number, number}
@@ -23,6 +24,10 @@ defmodule StarweaveImage.Options do
 
   @max_prompt 8_192
   @max_image 12 * 1024 * 1024
+  # What a timer of the BEAM takes, in ms.
+  @longest_wait 0xFFFFFFFF
+  # Jaro distance: slips of the fingers and parts of a name are above it, other words below.
+  @near 0.8
 
   @doc """
   Every option of the schema with its value, given or default; a nil counts as not given.
@@ -78,16 +83,29 @@ defmodule StarweaveImage.Options do
         :ok
 
       [unknown | _] ->
-        {:error, unknown, "unknown option #{inspect(unknown)}#{nearest(unknown, known)}"}
+        {:error, unknown, "unknown option #{shown(unknown)}#{hint(unknown, known)}"}
     end
   end
 
-  defp nearest(unknown, known) when is_atom(unknown) or is_binary(unknown) do
-    name = Enum.max_by(known, &String.jaro_distance(to_string(unknown), to_string(&1)))
-    ", did you mean #{inspect(name)}?"
+  defp hint(unknown, known) when is_atom(unknown) or is_binary(unknown) do
+    case nearest(to_string(unknown), known) do
+      nil -> ""
+      name -> ", did you mean #{inspect(name)}?"
+    end
   end
 
-  defp nearest(_unknown, _known), do: ""
+  defp hint(_unknown, _known), do: ""
+
+  @doc "The one of `known` that was probably meant, or nil: a far guess leads astray."
+  @spec nearest(String.t(), [name, ...]) :: name | nil when name: atom | String.t()
+  def nearest(unknown, _known) when byte_size(unknown) > 64, do: nil
+
+  def nearest(unknown, known) do
+    {distance, name} =
+      known |> Enum.map(&{String.jaro_distance(unknown, to_string(&1)), &1}) |> Enum.max()
+
+    if distance >= @near, do: name
+  end
 
   defp cast(:boolean, value) when is_boolean(value), do: {:ok, value}
   defp cast(:atom, value) when is_atom(value) and not is_boolean(value), do: {:ok, value}
@@ -126,6 +144,9 @@ defmodule StarweaveImage.Options do
        when is_binary(value) and byte_size(value) >= 12 and byte_size(value) <= @max_image,
        do: accept(value, image?(value))
 
+  defp cast(:wait, :infinity), do: {:ok, :infinity}
+  defp cast(:wait, value), do: cast({:integer, 0, @longest_wait}, value)
+
   defp cast({:one_of, atoms}, value) when is_atom(value) or is_binary(value) do
     case Enum.find(atoms, &(&1 == value or Atom.to_string(&1) == value)) do
       nil -> :error
@@ -153,6 +174,7 @@ defmodule StarweaveImage.Options do
 
   defp describe(:boolean), do: "true or false"
   defp describe(:atom), do: "an atom"
+  defp describe(:wait), do: "milliseconds from 0 to #{@longest_wait}, or :infinity"
   defp describe(:id), do: "1 to 128 of A-Z a-z 0-9 . _ : -"
   defp describe(:scheduler), do: "1 to 64 of A-Z a-z 0-9 _ + . ( ) - and space"
   defp describe(:image), do: "a PNG, JPEG or WebP file of at most 12 MiB"
@@ -189,6 +211,7 @@ defmodule StarweaveImage.Options do
 
   defp shown(value) when is_number(value) or is_atom(value), do: inspect(value)
   defp shown(value) when is_list(value), do: "a list"
+  defp shown(%module{}), do: "a #{inspect(module)}"
   defp shown(value) when is_map(value), do: "a map"
   defp shown(_value), do: "something else"
 end

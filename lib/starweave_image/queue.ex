@@ -56,8 +56,20 @@ defmodule StarweaveImage.Queue do
   @spec journal(keyword) :: atom
   def journal(config), do: config[:journal] && Module.concat(config[:name], "Journal")
 
+  @doc "Whether a sidecar is up, as last known: answered by a table, whatever the queue is doing."
+  @spec available?(atom) :: boolean
+  def available?(name) do
+    :ets.lookup_element(table(name), :available?, 2)
+  rescue
+    # No queue, no table.
+    ArgumentError -> false
+  end
+
+  defp table(name), do: Module.concat(name, "Available")
+
   @impl true
   def init(config) do
+    :ets.new(table(config[:name]), [:named_table, :protected, read_concurrency: true])
     # So that `terminate/2` runs: whoever waits gets an answer also when the instance stops.
     Process.flag(:trap_exit, true)
 
@@ -65,11 +77,11 @@ defmodule StarweaveImage.Queue do
       config: config,
       journal: journal(config),
       schedule: Schedule.new(config),
-      fleet: Fleet.new(config[:enabled], config[:layout]),
       rates: RateLimit.new(config[:rate_limit], config[:user_rate_limit])
     }
 
-    {:ok, state, {:continue, :recover}}
+    fleet = Fleet.new(config[:enabled], config[:layout])
+    {:ok, put_fleet(state, fleet), {:continue, :recover}}
   end
 
   @impl true
@@ -183,7 +195,7 @@ defmodule StarweaveImage.Queue do
 
   def handle_call({:add_sidecar, options}, _from, state) do
     {index, fleet} = Fleet.add(state.fleet, options)
-    {:reply, {:ok, index, Keyword.merge(state.config, options)}, %{state | fleet: fleet}}
+    {:reply, {:ok, index, Keyword.merge(state.config, options)}, put_fleet(state, fleet)}
   end
 
   def handle_call({:drain, index}, from, state) do
@@ -207,13 +219,8 @@ defmodule StarweaveImage.Queue do
   def handle_call({:removed, index}, _from, state) do
     state = if Fleet.get(state.fleet, index), do: sidecar_gone(state, index), else: state
 
-    state = %{
-      state
-      | fleet: Fleet.remove(state.fleet, index),
-        schedule: Schedule.remove_sidecar(state.schedule, index)
-    }
-
-    {:reply, :ok, dispatch(state)}
+    state = %{state | schedule: Schedule.remove_sidecar(state.schedule, index)}
+    {:reply, :ok, state |> put_fleet(Fleet.remove(state.fleet, index)) |> dispatch()}
   end
 
   ## What the sidecars say
@@ -494,13 +501,9 @@ defmodule StarweaveImage.Queue do
       {:error, error} ->
         Logger.error("a request of the journal is not resumed: #{error.message}", request_id: id)
         Journal.finish(state.journal, id, {:error, error})
-        job = %Job{request: unreadable(id), status: :finished, submitted?: true}
-        remember(state, %{job | result: {:error, error}}, state.config[:result_ttl])
+        state
     end
   end
-
-  # What was asked for is not known, so nothing is the same as it.
-  defp unreadable(id), do: %Request{id: id, durable: true, prompt: "", seed: 0}
 
   defp fatal(dispatches) do
     message =
@@ -517,8 +520,8 @@ defmodule StarweaveImage.Queue do
            {:ok, request} <- Request.restore(record["request"], state.config[:name]) do
         request
       else
-        # The result is there all the same.
-        {:error, _} -> unreadable(id)
+        # The result is there all the same. What was asked for is not known, so nothing is the same as it.
+        {:error, _} -> %Request{id: id, durable: true, prompt: "", seed: 0}
       end
 
     age = max(System.system_time(:millisecond) - finished_at, 0)
@@ -663,8 +666,13 @@ defmodule StarweaveImage.Queue do
 
   # News of a seat, for the schedule to know as well.
   defp seat(state, index, news) do
-    fleet = Fleet.update(state.fleet, index, news)
-    reseat(%{state | fleet: fleet}, index)
+    state |> put_fleet(Fleet.update(state.fleet, index, news)) |> reseat(index)
+  end
+
+  defp put_fleet(state, fleet) do
+    up? = Fleet.state(fleet, %{}) in [:ready, :busy, :loading]
+    :ets.insert(table(state.config[:name]), {:available?, up?})
+    %{state | fleet: fleet}
   end
 
   defp reseat(state, index) do
@@ -700,8 +708,8 @@ defmodule StarweaveImage.Queue do
   defp sidecar_event(state, index, {:ended, phase, sentence}) do
     stopped? = Fleet.get(state.fleet, index).stopping?
     {running, schedule} = Schedule.lost(state.schedule, index)
-    state = %{state | schedule: schedule, fleet: Fleet.ended(state.fleet, index, phase, sentence)}
-    state = state |> reseat(index) |> relieve()
+    fleet = Fleet.ended(state.fleet, index, phase, sentence)
+    state = %{state | schedule: schedule} |> put_fleet(fleet) |> reseat(index) |> relieve()
     lost = if stopped?, do: &stopped(&2, &1), else: &replay(&2, &1, sentence)
     state = Enum.reduce(running, state, lost)
     state = Enum.reduce(state.operations, state, &operation_lost(&2, &1, index, sentence))
@@ -838,7 +846,7 @@ defmodule StarweaveImage.Queue do
         for model <- state.config[:preload],
             do: send_to(seat, %{t: "load_model", id: "preload-#{model_id(model)}", model: model})
 
-        %{state | fleet: fleet} |> reseat(gone) |> reseat(spare) |> relieve()
+        state |> put_fleet(fleet) |> reseat(gone) |> reseat(spare) |> relieve()
 
       :none ->
         state

@@ -148,6 +148,7 @@ defmodule StarweaveImage.Request do
   # What of the rest does not decide which picture it will be.
   @incidental [:id, :seed, :preview]
   @files [:image, :mask]
+  @names Map.new(@schema, fn {name, _} -> {Atom.to_string(name), name} end)
 
   @doc false
   @spec options_docs() :: String.t()
@@ -181,6 +182,20 @@ defmodule StarweaveImage.Request do
         {:error, Error.new(:invalid_request, message, %{field: field})}
     end
   end
+
+  @doc false
+  # Options from outside, such as the parameters of a page, by their names as atoms. What is unknown stays as it is, to be refused.
+  @spec with_atoms(term) :: term
+  def with_atoms(opts) when is_map(opts) and not is_struct(opts),
+    do: opts |> Map.to_list() |> with_atoms()
+
+  def with_atoms(opts) when is_list(opts) do
+    if not List.improper?(opts) and Enum.all?(opts, &match?({_name, _value}, &1)),
+      do: for({name, value} <- opts, do: {Map.get(@names, name, name), value}),
+      else: opts
+  end
+
+  def with_atoms(opts), do: opts
 
   @doc false
   # The `generate` message of the wire, all but its generation.

@@ -198,19 +198,37 @@ defmodule StarweaveImage.Supervisor do
   @spec options_docs() :: String.t()
   def options_docs, do: Options.docs(@schema)
 
+  @doc "The name of an instance with these options, which must be a keyword list."
+  @spec name(keyword) :: atom
+  def name(opts) do
+    unless Keyword.keyword?(opts),
+      do: raise(ArgumentError, "the options of an instance must be a keyword list")
+
+    case Options.check(:name, :atom, opts[:name]) do
+      {:ok, name} -> name || StarweaveImage
+      {:error, _field, message} -> raise ArgumentError, message
+    end
+  end
+
   @spec start_link(keyword) :: Supervisor.on_start()
   def start_link(opts) do
-    name = Keyword.get(opts, :name, StarweaveImage)
-    opts = Keyword.merge(Application.get_env(:starweave_image, name, []), opts)
+    config = config(opts)
+    Supervisor.start_link(__MODULE__, config, name: Module.concat(config[:name], "Supervisor"))
+  end
 
-    case Options.validate(opts, @schema) do
-      {:ok, config} ->
-        config = Map.to_list(config)
-        Supervisor.start_link(__MODULE__, config, name: Module.concat(name, "Supervisor"))
+  @doc "Every option of an instance, given, configured or default. What is wrong is a mistake in the program, and raised."
+  @spec config(keyword) :: keyword
+  def config(opts) do
+    configured = Application.get_env(:starweave_image, name(opts), [])
 
-      # A mistake in the program, as with any child specification.
-      {:error, _field, message} ->
-        raise ArgumentError, message
+    unless Keyword.keyword?(configured) do
+      raise ArgumentError,
+            "config :starweave_image, #{inspect(name(opts))} must be a keyword list"
+    end
+
+    case Options.validate(Keyword.merge(configured, opts), @schema) do
+      {:ok, config} -> Map.to_list(config)
+      {:error, _field, message} -> raise ArgumentError, message
     end
   end
 

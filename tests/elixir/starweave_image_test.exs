@@ -220,6 +220,27 @@ defmodule StarweaveImageTest do
     assert {:error, %Error{kind: :cancelled}} = StarweaveImage.await(id, 1_000)
   end
 
+  test "available?/1 waits for nobody: not for a queue that does something else, nor for one that is gone" do
+    alias StarweaveImage.TestInstance
+    name = TestInstance.start_ready("honest")
+    queue = Process.whereis(name)
+    :sys.suspend(queue)
+    # Whoever asked the queue would wait now.
+    {:timeout, _} = catch_exit(GenServer.call(queue, :status, 50))
+    assert StarweaveImage.available?(name)
+    start_supervised!({StarweaveImage.Client, name: __MODULE__.Client, instance: name})
+    assert StarweaveImage.Client.available?(wait: false, client: __MODULE__.Client)
+
+    monitor = Process.monitor(queue)
+    Process.exit(queue, :kill)
+    assert_receive {:DOWN, ^monitor, :process, _, :killed}
+    TestInstance.await_state(name, :ready)
+    assert StarweaveImage.available?(name)
+
+    started = TestInstance.start("never_ready")
+    refute StarweaveImage.available?(started)
+  end
+
   test "a model can be unloaded and comes back when it is asked for" do
     :ok = StarweaveImage.unload_model("starweave/tiny")
     assert {:ok, _} = StarweaveImage.generate("a red apple", @small)
