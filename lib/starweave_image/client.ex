@@ -18,6 +18,13 @@ defmodule StarweaveImage.Client do
   Without one, the client starts and owns an instance. Callers go to the instance and not through the
   client's process, so that none waits for another.
 
+  Code that calls a client by another name keeps it. This module has the functions below, with `:client` set to its own name,
+  and runs as a process of that name:
+
+      defmodule StarweaveLlm.ImageGeneration.Client do
+        use StarweaveImage.Client
+      end
+
   New code is better served by `StarweaveImage` itself: it has progress, cancellation and errors that
   can be told apart.
   """
@@ -25,7 +32,7 @@ defmodule StarweaveImage.Client do
   use GenServer
   require Logger
 
-  alias StarweaveImage.{Error, Image}
+  alias StarweaveImage.{Error, Image, Options, Request}
 
   # What a caller of this interface gets who names no model. It has gone from the hub, so it must be
   # answered for where nobody has a copy.
@@ -38,6 +45,16 @@ defmodule StarweaveImage.Client do
   @failed "Image generation failed"
 
   @start_wait_ms 60_000
+
+  # Its callers keep seeds in 32 bits, with a sign.
+  @seeds 0x80000000
+
+  @own [
+    name: {:atom, __MODULE__, ""},
+    enabled: {:boolean, true, ""},
+    instance: {:atom, StarweaveImage, ""}
+  ]
+  @asking [client: {:atom, __MODULE__, ""}, wait: {:boolean, true, ""}]
 
   @type metadata :: %{
           model: String.t(),
@@ -55,24 +72,52 @@ defmodule StarweaveImage.Client do
           available: boolean
         }
 
+  @doc false
+  defmacro __using__(_opts) do
+    quote do
+      @doc false
+      def child_spec(opts), do: StarweaveImage.Client.child_spec([name: __MODULE__] ++ opts)
+
+      @doc false
+      def start_link(opts \\ []), do: StarweaveImage.Client.start_link([name: __MODULE__] ++ opts)
+
+      @doc false
+      def generate_image(prompt, opts \\ []),
+        do: StarweaveImage.Client.generate_image(prompt, opts, __MODULE__)
+
+      @doc false
+      def list_models(opts \\ []),
+        do: StarweaveImage.Client.list_models([client: __MODULE__] ++ opts)
+
+      @doc false
+      def available?(opts \\ []),
+        do: StarweaveImage.Client.available?([client: __MODULE__] ++ opts)
+    end
+  end
+
   @doc """
   The client as a child of a supervisor.
 
       iex> StarweaveImage.Client.child_spec(enabled: false).id
       StarweaveImage.Client
+      iex> StarweaveImage.Client.child_spec(name: MyApp.Client).id
+      MyApp.Client
   """
   @spec child_spec(keyword) :: Supervisor.child_spec()
   def child_spec(opts) do
+    {own, _instance} = own(opts)
     # Stopping waits for the instance, which has its own limits.
-    %{id: __MODULE__, start: {__MODULE__, :start_link, [opts]}, shutdown: :infinity}
+    %{id: own.name, start: {__MODULE__, :start_link, [opts]}, shutdown: :infinity}
   end
 
   @doc """
-  Starts the client under its module's name.
+  Starts the client.
 
-  `enabled: false` disables it, `instance:` names the instance to use (default `StarweaveImage`). If that
-  one is not running, it is started with the options that are left. `host:` and `port:` are accepted and
-  mean nothing: there is no server.
+  `name:` is what it is registered as (default: this module), `enabled: false` disables it, `instance:` names the instance to
+  use (default `StarweaveImage`). If that one is not running, it is started with the options that are left, which are those of
+  an instance. `host:` and `port:` are accepted and mean nothing: there is no server.
+
+  Raises `ArgumentError` on a wrong option.
 
       iex> {:ok, client} = StarweaveImage.Client.start_link(host: "localhost", port: 50051, enabled: false)
       iex> StarweaveImage.Client.generate_image("a red apple")
@@ -81,23 +126,51 @@ defmodule StarweaveImage.Client do
       :ok
   """
   @spec start_link(keyword) :: GenServer.on_start()
-  def start_link(opts \\ []), do: GenServer.start_link(__MODULE__, opts, name: __MODULE__)
+  def start_link(opts \\ []) do
+    {own, instance} = own(opts)
+    # What is wrong is said where it was written, as an instance does.
+    _ = StarweaveImage.Supervisor.config([name: own.instance] ++ instance)
+    GenServer.start_link(__MODULE__, {own, instance}, name: own.name)
+  end
+
+  defp own(opts) do
+    unless Keyword.keyword?(opts),
+      do: raise(ArgumentError, "the options of a client must be a keyword list")
+
+    {own, instance} = opts |> Keyword.drop([:host, :port]) |> Keyword.split(Keyword.keys(@own))
+    {checked(own, @own), instance}
+  end
+
+  defp checked(opts, schema) do
+    case Options.validate(opts, schema) do
+      {:ok, values} -> values
+      {:error, _field, message} -> raise ArgumentError, message
+    end
+  end
 
   @doc """
   Makes one image: the file's bytes (PNG) and how it was made.
 
-  Options are those of `StarweaveImage.generate/2`; left out they are 512×512, 20 steps, guidance 7.5, a
-  random seed, and `"runwayml/stable-diffusion-v1-5"` unless the instance has a `:default_model` of its
-  own. Where that model is not on this machine the instance's default takes its place: `metadata.model`
-  is the one that ran, and `metadata.debug_info` says so under `"requested_model"` and `"notice"`.
+  Options are those of `StarweaveImage.generate/2`, as a keyword list or a map, their names also as strings; left out, nil or
+  empty they are 512×512, 20 steps, guidance 7.5, a random seed, and `"runwayml/stable-diffusion-v1-5"` unless the instance
+  has a `:default_model` of its own. Where that model is not on this machine the instance's default takes its place:
+  `metadata.model` is the one that ran, and `metadata.debug_info` says so under `"requested_model"` and `"notice"`.
+
+  A seed that is drawn (none given, or -1) is below 2³¹ and fits an `int32`, but with an `:id`, which may be asked for again
+  and leaves the seed to the request: below 2⁵³. A seed that is given may be up to 2⁶³ - 1 and is reported as it was.
+
+  An error is a sentence: one of `"Image generation is disabled"`, `"Image generation service is not available"`,
+  `"Image generation timed out"`, `"Image generation failed"` (more is in the log), or what is wrong with the request.
 
       iex> StarweaveImage.Client.generate_image("a red apple", width: 250)
       {:error, "width must be a multiple of 8 from 64 to 4096, got 250"}
+      iex> StarweaveImage.Client.generate_image("a red apple", %{"width" => 250})
+      {:error, "width must be a multiple of 8 from 64 to 4096, got 250"}
   """
-  @spec generate_image(String.t(), keyword) ::
+  @spec generate_image(String.t(), keyword | map | [{String.t(), term}], client :: atom) ::
           {:ok, binary, metadata} | {:error, String.t()}
-  def generate_image(prompt, opts \\ []) do
-    with {:ok, instance} <- instance(),
+  def generate_image(prompt, opts \\ [], client \\ __MODULE__) do
+    with {:ok, instance} <- instance(client),
          {:ok, image, debug_info} <- generate(prompt, settings(opts, instance)) do
       {:ok, image.data, metadata(image, debug_info)}
     else
@@ -113,11 +186,15 @@ defmodule StarweaveImage.Client do
 
       iex> StarweaveImage.Client.list_models()
       {:error, "Image generation service is not available"}
+
+  Options as of `available?/1`.
   """
-  @spec list_models() :: {:ok, [model]} | {:error, String.t()}
-  def list_models do
-    with {:ok, instance} <- instance(),
-         :ok <- StarweaveImage.await_ready(@start_wait_ms, instance),
+  @spec list_models(keyword) :: {:ok, [model]} | {:error, String.t()}
+  def list_models(opts \\ []) do
+    opts = checked(opts, @asking)
+
+    with {:ok, instance} <- instance(opts.client),
+         :ok <- up(instance, opts),
          models when is_list(models) <- StarweaveImage.models(instance) do
       {:ok, Enum.map(models, &model/1)}
     else
@@ -127,19 +204,31 @@ defmodule StarweaveImage.Client do
   end
 
   @doc """
-  Whether images can be made. Answers at once, also while one is made; while Python still starts, it
-  waits for the outcome (at most a minute).
+  Whether images can be made.
+
+  Answers at once, also while one is made. But while Python still starts, it waits for the outcome, at most a minute: for a
+  script, whose next line needs it. With `wait: false` it waits for nothing, and says false while Python starts: for a
+  LiveView's `mount/3` and whatever else may not be held up. `:client` names the client (default: this module).
 
       iex> StarweaveImage.Client.available?()
       false
+      iex> StarweaveImage.Client.available?(wait: false)
+      false
   """
-  @spec available?() :: boolean
-  def available? do
-    with {:ok, instance} <- instance(),
-         :ok <- StarweaveImage.await_ready(@start_wait_ms, instance),
+  @spec available?(keyword) :: boolean
+  def available?(opts \\ []) do
+    opts = checked(opts, @asking)
+
+    with {:ok, instance} <- instance(opts.client),
+         :ok <- up(instance, opts),
          do: true,
          else: (_ -> false)
   end
+
+  defp up(instance, %{wait: true}), do: StarweaveImage.await_ready(@start_wait_ms, instance)
+
+  defp up(instance, %{wait: false}),
+    do: if(StarweaveImage.available?(instance), do: :ok, else: {:error, :starting_or_down})
 
   @doc false
   # What this interface tells of an image, besides its bytes.
@@ -163,29 +252,28 @@ defmodule StarweaveImage.Client do
   end
 
   @impl true
-  def init(opts) do
+  def init({own, opts}) do
     # To end the instance before this process ends.
     Process.flag(:trap_exit, true)
-    {enabled, opts} = Keyword.pop(opts, :enabled, true)
-    {instance, opts} = Keyword.pop(opts, :instance, StarweaveImage)
-    {server, opts} = Keyword.split(opts, [:host, :port])
-    if server != [], do: Logger.debug("host and port mean nothing here: there is no image server")
+    # What callers ask of a client is in a table, so that none of them waits for its process.
+    :ets.new(table(own.name), [:named_table, :protected, read_concurrency: true])
 
-    if enabled,
-      do: start_instance(instance, opts),
-      else: {:ok, %{answer: {:error, disabled()}, owned: nil}}
+    if own.enabled do
+      :ets.insert(table(own.name), {:instance, {:ok, own.instance}})
+      start_instance(own.instance, opts)
+    else
+      :ets.insert(table(own.name), {:instance, {:error, Error.new(:disabled, @disabled)}})
+      {:ok, %{owned: nil}}
+    end
   end
 
   defp start_instance(instance, opts) do
     case StarweaveImage.start_link([name: instance] ++ opts) do
-      {:ok, pid} -> {:ok, %{answer: {:ok, instance}, owned: pid}}
-      {:error, {:already_started, _pid}} -> {:ok, %{answer: {:ok, instance}, owned: nil}}
+      {:ok, pid} -> {:ok, %{owned: pid}}
+      {:error, {:already_started, _pid}} -> {:ok, %{owned: nil}}
       {:error, reason} -> {:stop, reason}
     end
   end
-
-  @impl true
-  def handle_call(:instance, _from, state), do: {:reply, state.answer, state}
 
   @impl true
   def handle_info({:EXIT, pid, reason}, %{owned: pid} = state),
@@ -198,21 +286,29 @@ defmodule StarweaveImage.Client do
   def terminate(_reason, %{owned: pid}), do: Supervisor.stop(pid, :shutdown)
 
   # Without a client the instance still answers: what it says is then all there is to say.
-  defp instance do
-    GenServer.call(__MODULE__, :instance)
-  catch
-    :exit, _not_running -> {:ok, StarweaveImage}
+  defp instance(client) do
+    :ets.lookup_element(table(client), :instance, 2)
+  rescue
+    ArgumentError -> {:ok, StarweaveImage}
   end
 
-  # Empty strings are what unset fields were on the wire that this interface had.
-  defp settings(%{} = opts, instance) when not is_struct(opts),
-    do: settings(Map.to_list(opts), instance)
+  defp table(client), do: Module.concat(client, "Instance")
 
+  # Empty strings are what unset fields were on the wire that this interface had, and -1 a seed to be drawn.
   defp settings(opts, instance) do
+    opts = Request.with_atoms(opts)
+
     if Keyword.keyword?(opts) do
+      given =
+        Enum.reject(opts, fn {name, value} ->
+          value in [nil, ""] or {name, value} == {:seed, -1}
+        end)
+
+      seed = if given[:id], do: nil, else: :rand.uniform(@seeds) - 1
+
       @defaults
-      |> Keyword.merge(model: model_unless_configured(instance), instance: instance)
-      |> Keyword.merge(Enum.reject(opts, fn {_name, value} -> value in [nil, ""] end))
+      |> Keyword.merge(model: model_unless_configured(instance), instance: instance, seed: seed)
+      |> Keyword.merge(given)
     else
       # Refused further on, with the reason.
       opts
@@ -292,6 +388,4 @@ defmodule StarweaveImage.Client do
   end
 
   defp sentence(%Error{message: message}), do: message
-
-  defp disabled, do: Error.new(:disabled, @disabled)
 end
