@@ -17,7 +17,10 @@ defmodule StarweaveImage.Journal do
 
   @group 64
   @compact_above 1024 * 1024
+  # Files of each kind of what is kept aside.
   @kept_aside 4
+  # So many records that nobody can use are named one by one in the log.
+  @named 20
   @retry_ms 1_000
 
   defstruct [
@@ -32,6 +35,7 @@ defmodule StarweaveImage.Journal do
     locked?: false,
     size: 0,
     index: %{},
+    kept: [],
     damaged: 0,
     batch: [],
     unlogged: [],
@@ -255,7 +259,7 @@ defmodule StarweaveImage.Journal do
 
   defp read_record(file, place) do
     with {:ok, payload} <- Log.payload(reader(file), place),
-         {:ok, record} <- Record.decode(payload) do
+         {:ok, record} <- Record.cast(payload) do
       {:ok, record}
     else
       {:error, reason} -> {:error, reason}
@@ -296,7 +300,10 @@ defmodule StarweaveImage.Journal do
   defp blobs(%{finish: %{blobs: blobs}}), do: blobs
   defp blobs(_entry), do: []
 
-  defp used_blobs(state), do: state.index |> Map.values() |> Enum.flat_map(&blobs/1)
+  defp used_blobs(state) do
+    of_newer = for {_place, blobs} <- state.kept, blob <- blobs, do: blob
+    Enum.flat_map(Map.values(state.index), &blobs/1) ++ of_newer
+  end
 
   defp places(entry),
     do: Enum.reject([entry.accept, entry.finish && entry.finish.place], &is_nil/1)
@@ -340,8 +347,9 @@ defmodule StarweaveImage.Journal do
     if state.file && state.size > state.compact_at, do: compact(state), else: state
   end
 
+  # What the journal itself has to say has no pid, and is always written.
   defp join(group, {pid, record}, state) do
-    case admit(record, group.index[elem(record, 1)], state) do
+    case if(pid, do: admit(record, group.index[elem(record, 1)]), else: :ok) do
       :ignored ->
         answered(group, pid, record, :ok)
 
@@ -364,12 +372,11 @@ defmodule StarweaveImage.Journal do
   defp answered(group, pid, record, answer),
     do: %{group | answers: [{pid, record, answer} | group.answers]}
 
-  defp admit({:accept, _, _}, %{finish: nil}, _state), do: :ignored
-  defp admit({:accept, _, _}, _finished, _state), do: :ok
-  defp admit({:forget, id}, nil, state), do: if(id in state.unlogged, do: :ok, else: :ignored)
-  defp admit(_record, nil, _state), do: :ignored
-  defp admit({:attempt, _, _}, %{finish: finish}, _state) when finish != nil, do: :ignored
-  defp admit(_record, _known, _state), do: :ok
+  defp admit({:accept, _, _}, %{finish: nil}), do: :ignored
+  defp admit({:accept, _, _}, _finished), do: :ok
+  defp admit(_record, nil), do: :ignored
+  defp admit({:attempt, _, _}, %{finish: finish}) when finish != nil, do: :ignored
+  defp admit(_record, _known), do: :ok
 
   # The images before the record that refers to them.
   defp store(group, {:finish, id, at, {:ok, images}}, state) do
@@ -483,13 +490,16 @@ defmodule StarweaveImage.Journal do
 
   defp load(state, file) do
     _ = File.rm(path(state, "journal.new"))
+    read = %{index: %{}, kept: [], rejected: []}
 
     with {:ok, size} <- :file.position(file, :eof),
-         {:ok, index, %{damaged: damaged, torn: torn}} <-
-           Log.fold(reader(file), size, %{}, &replay/3),
+         {:ok, read, %{damaged: damaged, torn: torn}} <-
+           Log.fold(reader(file), size, read, &replay/3),
          :ok <- set_size(file, size - torn),
-         state = %{state | file: file, size: size - torn, index: index, damaged: damaged},
-         {:ok, state} <- check_images(state, index),
+         rejected = Enum.reverse(read.rejected),
+         state = %{state | file: file, size: size - torn, index: read.index, kept: read.kept},
+         state = %{state | damaged: damaged + length(rejected)},
+         {:ok, state} <- check_images(state, state.index),
          :ok <- Folder.sweep(state.folder, used_blobs(state)) do
       cut =
         "the last #{torn} bytes of the journal in #{state.folder} were never written to their end"
@@ -498,9 +508,25 @@ defmodule StarweaveImage.Journal do
       if state.problem, do: Logger.info("the journal in #{state.folder} can be used now")
       for pid <- state.refused, do: send(pid, {:journal, :open, :ok})
       state = %{state | open?: true, problem: nil, refused: []}
+      tell_newer(state)
+      bad = damaged + length(rejected)
+      if bad > 0, do: report(state, bad, 0)
+      quarantined = rejected == [] or quarantine(state, rejected)
+      kept = damaged == 0 or keep_aside(state)
 
-      if damaged > 0, do: report(state, damaged, 0)
-      {:ok, if(damaged > 0 and keep_aside(state), do: rewrite(state), else: compact(state))}
+      state =
+        cond do
+          not (quarantined and kept) ->
+            compact(%{state | kept: state.kept ++ places_of(rejected)})
+
+          bad > 0 ->
+            rewrite(state)
+
+          true ->
+            compact(state)
+        end
+
+      {:ok, end_unreadable(state, rejected)}
     end
   end
 
@@ -520,10 +546,89 @@ defmodule StarweaveImage.Journal do
     end
   end
 
-  defp replay(payload, place, index) do
-    case Record.decode(payload) do
-      {:ok, record} -> {:ok, note(index, record, place)}
-      :error -> :damaged
+  defp replay(payload, place, read) do
+    case Record.cast(payload) do
+      {:ok, record} -> {:ok, %{read | index: note(read.index, record, place)}}
+      {:newer, blobs} -> {:ok, %{read | kept: [{place, blobs} | read.kept]}}
+      {:error, why} -> {:ok, %{read | rejected: [Map.put(why, :place, place) | read.rejected]}}
+    end
+  end
+
+  ## Records that were written as they are and that this version cannot use
+
+  defp tell_newer(%{kept: []}), do: :ok
+
+  defp tell_newer(state) do
+    Logger.warning(
+      "the journal in #{state.folder} has #{length(state.kept)} records of a newer version, which are kept for it"
+    )
+  end
+
+  # Into a log of their own, in the order in which they were written.
+  defp quarantine(state, rejected) do
+    name = "quarantined-#{System.system_time(:millisecond)}"
+
+    with {:ok, file} <- Folder.create_file(path(state, name)) do
+      copied =
+        Enum.reduce_while(rejected, :ok, fn %{place: {offset, size}}, :ok ->
+          with {:ok, bytes} <- reader(state.file).(offset, size),
+               :ok <- :file.write(file, bytes),
+               do: {:cont, :ok},
+               else: (error -> {:halt, error})
+        end)
+
+      copied = with :ok <- copied, do: :file.sync(file)
+      :file.close(file)
+      if copied != :ok, do: File.rm(path(state, name))
+      with :ok <- copied, do: Folder.sync(state.folder)
+    end
+    |> case do
+      :ok ->
+        name_rejected(state, rejected, "kept as #{name}")
+        forget_aside(state, "quarantined-")
+        true
+
+      {:error, reason} ->
+        name_rejected(
+          state,
+          rejected,
+          "left where they are, no copy is possible: #{sentence(reason)}"
+        )
+
+        false
+    end
+  end
+
+  defp name_rejected(state, rejected, where) do
+    Logger.error(
+      "the journal in #{state.folder} has #{length(rejected)} records that cannot be used, #{where}"
+    )
+
+    for %{record: kind, id: id, reason: reason, place: {offset, _size}} <-
+          Enum.take(rejected, @named) do
+      Logger.error(
+        "not used from the journal: #{kind || "a record"} of #{id || "no readable id"} at byte #{offset}: #{reason}"
+      )
+    end
+  end
+
+  defp places_of(rejected), do: for(%{place: place} <- rejected, do: {place, []})
+
+  # Whoever was told that such a request is accepted is told how it ended.
+  defp end_unreadable(%{file: nil} = state, _rejected), do: state
+
+  defp end_unreadable(state, rejected) do
+    now = System.system_time(:millisecond)
+    error = Error.new(:internal, "what was asked for cannot be read any more; ask for it again")
+
+    case for(
+           %{record: "accept", id: id} when is_binary(id) <- rejected,
+           not is_map_key(state.index, id),
+           uniq: true,
+           do: {:finish, id, now, {:error, error}}
+         ) do
+      [] -> state
+      ends -> append(state, for(record <- ends, do: {nil, record}))
     end
   end
 
@@ -582,14 +687,14 @@ defmodule StarweaveImage.Journal do
     else
       :ok ->
         Logger.error("what was the journal in #{state.folder} is kept there as #{name}")
-        forget_aside(state)
+        forget_aside(state, "damaged-")
         true
     end
   end
 
-  defp forget_aside(state) do
+  defp forget_aside(state, prefix) do
     with {:ok, names} <- File.ls(state.folder) do
-      kept = names |> Enum.filter(&String.starts_with?(&1, "damaged-")) |> Enum.sort(:desc)
+      kept = names |> Enum.filter(&String.starts_with?(&1, prefix)) |> Enum.sort(:desc)
       for name <- Enum.drop(kept, @kept_aside), do: File.rm(path(state, name))
     end
   end
@@ -600,11 +705,9 @@ defmodule StarweaveImage.Journal do
   defp compact(%{size: size, compact_at: at} = state) when size <= at, do: state
 
   defp compact(state) do
-    live =
-      for {_id, entry} <- state.index,
-          {_offset, size} <- places(entry),
-          reduce: 0,
-          do: (sum -> sum + size)
+    known = for {_id, entry} <- state.index, place <- places(entry), do: place
+    newer = for {place, _blobs} <- state.kept, do: place
+    live = for {_offset, size} <- known ++ newer, reduce: 0, do: (sum -> sum + size)
 
     if 2 * live < state.size, do: rewrite(state), else: %{state | compact_at: 2 * live}
   end
@@ -615,7 +718,7 @@ defmodule StarweaveImage.Journal do
     _ = File.rm(new)
 
     with {:ok, file} <- :file.open(new, [:read, :write, :raw, :binary]) do
-      with {:ok, index, size} <- copy(state, file),
+      with {:ok, read, size} <- copy(state, file),
            :ok <- :file.datasync(file),
            :ok <- File.rename(new, path(state, "journal")) do
         :file.close(state.file)
@@ -623,7 +726,8 @@ defmodule StarweaveImage.Journal do
         renamed(%{
           state
           | file: file,
-            index: index,
+            index: read.index,
+            kept: read.kept ++ places_of(read.rejected),
             size: size,
             compact_at: max(state.compact_above, 2 * size)
         })
@@ -656,16 +760,20 @@ defmodule StarweaveImage.Journal do
   end
 
   defp copy(state, new) do
-    state.index
-    |> in_order()
-    |> Enum.flat_map(&sources/1)
-    |> Enum.reduce_while({:ok, %{}, 0}, fn source, {:ok, index, size} ->
+    known = for {_id, entry} = request <- state.index, do: {hd(places(entry)), sources(request)}
+    newer = for {place, _blobs} <- state.kept, do: {place, [place]}
+    read = %{index: %{}, kept: [], rejected: []}
+
+    (known ++ newer)
+    |> Enum.sort()
+    |> Enum.flat_map(&elem(&1, 1))
+    |> Enum.reduce_while({:ok, read, 0}, fn source, {:ok, read, size} ->
       with {:ok, payload} <- source(state, source),
            {:ok, bytes} <- Log.record(payload),
            place = {size, IO.iodata_length(bytes)},
            :ok <- :file.pwrite(new, size, bytes),
-           {:ok, index} <- replay(payload, place, index) do
-        {:cont, {:ok, index, size + elem(place, 1)}}
+           {:ok, read} <- replay(payload, place, read) do
+        {:cont, {:ok, read, size + elem(place, 1)}}
       else
         {:error, reason} -> {:halt, {:error, reason}}
         :damaged -> {:halt, {:error, :damaged}}

@@ -501,9 +501,13 @@ defmodule StarweaveImage.Queue do
       {:error, error} ->
         Logger.error("a request of the journal is not resumed: #{error.message}", request_id: id)
         Journal.finish(state.journal, id, {:error, error})
-        state
+        job = %Job{request: unreadable(id), status: :finished, submitted?: true}
+        remember(state, %{job | result: {:error, error}}, state.config[:result_ttl])
     end
   end
+
+  # What was asked for is not known, so nothing is the same as it.
+  defp unreadable(id), do: %Request{id: id, durable: true, prompt: "", seed: 0}
 
   defp fatal(dispatches) do
     message =
@@ -520,8 +524,8 @@ defmodule StarweaveImage.Queue do
            {:ok, request} <- Request.restore(record["request"], state.config[:name]) do
         request
       else
-        # The result is there all the same. What was asked for is not known, so nothing is the same as it.
-        {:error, _} -> %Request{id: id, durable: true, prompt: "", seed: 0}
+        # The result is there all the same.
+        {:error, _} -> unreadable(id)
       end
 
     age = max(System.system_time(:millisecond) - finished_at, 0)

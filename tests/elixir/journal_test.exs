@@ -3,7 +3,7 @@ defmodule StarweaveImage.JournalTest do
   use ExUnit.Case, async: true
 
   import ExUnit.CaptureLog
-  import StarweaveImage.TestJournal, only: [images: 1, job: 1]
+  import StarweaveImage.TestJournal, only: [images: 1, job: 1, job: 2]
   import StarweaveImage.TestOSProcess, only: [await: 1]
 
   alias StarweaveImage.{Error, Journal, Msgpack, TestJournal}
@@ -30,7 +30,7 @@ defmodule StarweaveImage.JournalTest do
   end
 
   defp ask(journal, {:accept, id}), do: Journal.accept(journal, id, job(id))
-  defp ask(journal, {:accept, id, job}), do: Journal.accept(journal, id, job)
+  defp ask(journal, {:accept, id, more}), do: Journal.accept(journal, id, job(id, more))
   defp ask(journal, {:attempt, id, n}), do: Journal.attempt(journal, id, n)
   defp ask(journal, {:finish, id}), do: Journal.finish(journal, id, {:ok, images(id)})
   defp ask(journal, {:finish, id, result}), do: Journal.finish(journal, id, result)
@@ -65,7 +65,7 @@ defmodule StarweaveImage.JournalTest do
       journal = open(folder)
       assert Journal.recover(journal) == %{unfinished: [], finished: [], damaged: 0}
 
-      job = %{
+      more = %{
         "prompt" => "a “red” apple",
         "image" => <<0x89, "PNG", 0xC1, "SW", 1, 0xC1, "SW">>,
         "strength" => 0.1,
@@ -83,7 +83,7 @@ defmodule StarweaveImage.JournalTest do
         retryable?: false
       }
 
-      log(journal, {:accept, "b", job})
+      log(journal, {:accept, "b", more})
       log(journal, {:accept, "a"})
       log(journal, {:accept, "c"})
       log(journal, {:attempt, "b", 1})
@@ -97,7 +97,7 @@ defmodule StarweaveImage.JournalTest do
 
       check = fn journal ->
         assert %{unfinished: [b], finished: [c, a], damaged: 0} = Journal.recover(journal)
-        assert b == %{id: "b", job: job, attempts: 2}
+        assert b == %{id: "b", job: job("b", more), attempts: 2}
         assert [%{id: "c"}, %{id: "a", finished_at: at}] = [c, a]
         assert at in before..System.system_time(:millisecond)
         assert Journal.result(journal, "a") == {:ok, {:ok, images("a")}}
@@ -121,13 +121,13 @@ defmodule StarweaveImage.JournalTest do
 
     test "are large", %{folder: folder} do
       image = <<0x89, "PNG">> <> :binary.copy(<<0xC1, "SW", 1, 0>>, 2_500_000)
-      job = %{"image" => image, "mask" => :binary.copy("m", 12 * 1024 * 1024)}
+      more = %{"image" => image, "mask" => :binary.copy("m", 12 * 1024 * 1024)}
       journal = open(folder)
-      log(journal, {:accept, "a", job})
+      log(journal, {:accept, "a", more})
 
       log(
         journal,
-        {:accept, "b", Map.put(job, "more", :binary.copy("x", 50_000_000))},
+        {:accept, "b", Map.put(more, "more", :binary.copy("x", 50_000_000))},
         {:error, "it is larger than 64 MiB"}
       )
 
@@ -144,6 +144,7 @@ defmodule StarweaveImage.JournalTest do
       )
 
       kill(journal)
+      job = job("a", more)
       assert %{unfinished: [%{id: "a", job: ^job}]} = Journal.recover(open(folder))
     end
 
@@ -151,7 +152,7 @@ defmodule StarweaveImage.JournalTest do
       journal = open(folder)
       log(journal, {:accept, "a", %{"n" => 1}})
       log(journal, {:accept, "a", %{"n" => 2}})
-      assert %{unfinished: [%{job: %{"n" => 1}}]} = Journal.recover(journal)
+      assert %{unfinished: [%{job: %{"request" => %{"n" => 1}}}]} = Journal.recover(journal)
       log(journal, {:attempt, "a", 1})
       log(journal, {:finish, "a"})
       log(journal, {:attempt, "a", 2})
@@ -167,8 +168,10 @@ defmodule StarweaveImage.JournalTest do
       log(journal, {:accept, "a", %{"n" => 3}})
 
       check = fn journal ->
-        assert %{unfinished: [%{id: "a", job: %{"n" => 3}, attempts: 0}], finished: []} =
+        assert %{unfinished: [%{id: "a", job: job, attempts: 0}], finished: []} =
                  Journal.recover(journal)
+
+        assert job == job("a", %{"n" => 3})
       end
 
       check.(journal)
@@ -300,7 +303,7 @@ defmodule StarweaveImage.JournalTest do
 
   describe "damage to the log" do
     # Short ones, since every byte of them is damaged.
-    @small %{"p" => "x"}
+    @small %{"image" => nil}
     @steps [
       {:accept, "a", @small},
       {:accept, "b", @small},
@@ -580,7 +583,7 @@ defmodule StarweaveImage.JournalTest do
             ] ++
               for(kind <- Error.kinds(), do: {:finish, "a", 1, {:error, Error.new(kind, "no")}}) do
         {:ok, payload} = Record.encode(record)
-        assert Record.decode(payload) == {:ok, record}
+        assert Record.cast(payload) == {:ok, record}
       end
     end
   end

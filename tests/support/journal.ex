@@ -67,15 +67,17 @@ defmodule StarweaveImage.TestJournal do
 
   ## What goes into the journal: made of the id, so that each knows what the other one wrote
 
-  def job(id) do
-    noise = noise(id, 3_000)
-
-    %{
+  @doc "A job as the queue hands it over; `more` goes into its request."
+  def job(id, more \\ %{}) do
+    request = %{
+      "id" => id,
       "prompt" => "a picture of #{id}",
-      "image" => noise,
-      "deadline" => 1_700_000_000_000,
+      "seed" => 7,
+      "image" => noise(id, 3_000),
       "strength" => 0.3
     }
+
+    %{"request" => Map.merge(request, more), "submitted_at" => 1_700_000_000_000}
   end
 
   def images(id) do

@@ -24,6 +24,14 @@ defmodule StarweaveImage.Journal.Folder do
     end
   end
 
+  @doc "A new file for this user alone, opened to write; nothing that has the name is opened or followed."
+  @spec create_file(Path.t()) :: {:ok, :file.fd()} | {:error, File.posix()}
+  def create_file(path) do
+    with {:ok, file} <- :file.open(path, [:write, :exclusive, :raw, :binary]),
+         :ok <- File.chmod(path, 0o600),
+         do: {:ok, file}
+  end
+
   @doc "Makes the names in a folder durable: what was created, renamed or removed."
   @spec sync(Path.t()) :: :ok | {:error, File.posix()}
   def sync(folder) do

@@ -3,7 +3,7 @@ defmodule StarweaveImage.Journal.Record do
 
   # What the journal says of a request, as MessagePack:
   #
-  #     {:accept, id, job}               it is to be done
+  #     {:accept, id, job}               it is to be done; `job` has the request and when it was submitted
   #     {:attempt, id, n}                it was begun for the n-th time
   #     {:finish, id, at, outcome}       it ended, at a wall clock time in ms, with
   #                                      {:ok, [{image without its data, SHA-256 of the data}]} or {:error, error}
@@ -11,37 +11,99 @@ defmodule StarweaveImage.Journal.Record do
   #
   # A map with text as keys, of which further ones are ignored: nothing from a disk becomes an atom but by
   # the lists below, and what is read are parts of the payload, which keep it alive.
+  #
+  # `cast/1` is the only way from a disk into this library. What it lets through has the shape that everybody behind it
+  # relies on; a wrong value in a right shape (a width of 7) is for `Request.restore/2` to refuse.
 
-  alias StarweaveImage.{Error, Image, Msgpack, Request}
+  alias StarweaveImage.{Error, Image, Msgpack, Options, Request}
+
+  @version 1
 
   @type outcome :: {:ok, [{Image.t(), sha256 :: String.t()}]} | {:error, Error.t()}
   @type t ::
           {:accept, String.t(), map}
-          | {:attempt, String.t(), pos_integer}
+          | {:attempt, String.t(), non_neg_integer}
           | {:finish, String.t(), integer, outcome}
           | {:forget, String.t()}
+  @typedoc "A record that nobody can use: as far as they can be read, its kind and its id."
+  @type rejected :: %{record: String.t() | nil, id: String.t() | nil, reason: String.t()}
 
+  @kinds ~w(accept attempt finish forget)
   @formats ~w(png jpeg webp)a
   @timings ~w(queue load denoise decode encode total)a
   @details ~w(field retry_after_ms)a
-  @images Map.keys(Image.__struct__()) -- [:__struct__, :data, :format, :timings]
+  @image [
+    id: :text,
+    index: :count,
+    width: :count,
+    height: :count,
+    sha256: :text,
+    model: {:maybe, :text},
+    prompt: {:maybe, :text},
+    negative_prompt: {:maybe, :text},
+    seed: {:maybe, :count},
+    steps: {:maybe, :count},
+    guidance_scale: {:maybe, :number},
+    scheduler: {:maybe, :text},
+    parameters: :map,
+    notices: :texts,
+    attempts: :count
+  ]
   @blob ~r/\A[0-9a-f]{64}\z/
 
   @spec encode(t) :: {:ok, binary} | {:error, :unencodable}
   def encode(record) do
-    case record |> fields() |> plain() |> Msgpack.encode() do
+    case record |> fields() |> Map.put(:v, @version) |> plain() |> Msgpack.encode() do
       {:ok, payload} -> {:ok, IO.iodata_to_binary(payload)}
       {:error, _reason} -> {:error, :unencodable}
     end
   end
 
-  @spec decode(binary) :: {:ok, t} | :error
-  def decode(payload) do
-    with {:ok, %{"record" => name, "id" => id} = fields, ""} when is_binary(id) <-
-           Msgpack.decode(payload),
-         do: record(name, id, fields),
-         else: (_ -> :error)
+  @doc """
+  The record of a payload, whatever that is.
+
+  `:newer` is one of a later version of this library: not understood here and not ours to delete, nor are the image files
+  that it may name.
+  """
+  @spec cast(binary) :: {:ok, t} | {:newer, blobs :: [String.t()]} | {:error, rejected}
+  def cast(payload) do
+    with {:ok, fields} <- map_of(payload),
+         :ok <- known(fields),
+         {:ok, record} <- record(Map.get(fields, "record"), fields) do
+      {:ok, record}
+    else
+      {:newer, fields} -> {:newer, blobs(fields)}
+      {:error, reason} -> {:error, %{record: nil, id: nil, reason: reason}}
+      {:error, kind, id, reason} -> {:error, %{record: kind, id: id, reason: reason}}
+    end
   end
+
+  defp map_of(payload) do
+    case Msgpack.decode(payload) do
+      {:ok, %{} = fields, ""} when not is_struct(fields) -> {:ok, fields}
+      {:ok, _other, _rest} -> {:error, "it is not one map"}
+      {:error, _reason} -> {:error, "it is not MessagePack"}
+    end
+  end
+
+  # A later version may say anything under a later number, or have further kinds of records.
+  defp known(%{"v" => v} = fields) when is_integer(v) and v > @version, do: {:newer, fields}
+  defp known(%{"v" => v}) when v != @version, do: {:error, "v must be a version"}
+  defp known(%{"record" => kind}) when kind in @kinds, do: :ok
+  defp known(%{"record" => kind} = fields) when is_binary(kind), do: {:newer, fields}
+  defp known(_fields), do: {:error, "it does not say what it records"}
+
+  # Whatever in it may be the name of an image file.
+  defp blobs(text) when is_binary(text),
+    do: if(text =~ @blob, do: [:binary.copy(text)], else: [])
+
+  defp blobs(list) when is_list(list), do: Enum.flat_map(list, &blobs/1)
+  defp blobs(%_{}), do: []
+
+  defp blobs(map) when is_map(map),
+    do: Enum.flat_map(map, fn {key, item} -> blobs(key) ++ blobs(item) end)
+
+  defp blobs(_term), do: []
 
   defp fields({:accept, id, job}), do: %{record: "accept", id: id, job: job}
   defp fields({:attempt, id, n}), do: %{record: "attempt", id: id, n: n}
@@ -50,7 +112,7 @@ defmodule StarweaveImage.Journal.Record do
   defp fields({:finish, id, at, {:ok, images}}) do
     images =
       for {image, blob} <- images do
-        image |> Map.take([:format, :timings | @images]) |> Map.put(:blob, blob)
+        image |> Map.take([:format, :timings | Keyword.keys(@image)]) |> Map.put(:blob, blob)
       end
 
     %{record: "finish", id: id, at: at, images: images}
@@ -78,43 +140,130 @@ defmodule StarweaveImage.Journal.Record do
 
   defp plain(term), do: term
 
-  defp record("accept", id, %{"job" => %{} = job}), do: {:ok, {:accept, id, job}}
-  defp record("attempt", id, %{"n" => n}) when is_integer(n), do: {:ok, {:attempt, id, n}}
+  ## The cast
+
+  defp record(kind, fields) do
+    with {:ok, id} <- id(fields),
+         {:ok, record} <- record(kind, id, fields) do
+      {:ok, record}
+    else
+      {:error, reason} -> {:error, kind, readable_id(fields), reason}
+    end
+  end
+
+  defp id(%{"id" => id}) when id != nil do
+    with {:error, _name, _sentence} <- Options.check(:id, :id, id), do: {:error, "id is no id"}
+  end
+
+  defp id(_fields), do: {:error, "id is missing"}
+
+  defp readable_id(fields) do
+    with {:ok, id} <- id(fields), do: :binary.copy(id), else: (_ -> nil)
+  end
+
+  # A seed that is missing would be drawn anew in each life, and give another picture.
+  defp record("accept", id, fields) do
+    with {:ok, job} <- value(fields, :job, :map),
+         {:ok, _ms} <- value(job, :submitted_at, :integer),
+         {:ok, request} <- value(job, :request, :map),
+         {:ok, _prompt} <- value(request, :prompt, :text),
+         {:ok, _seed} <- value(request, :seed, :count),
+         {:ok, ^id} <- value(request, :id, :text) do
+      {:ok, {:accept, id, job}}
+    else
+      {:ok, _another} -> {:error, "the request in it has another id"}
+      error -> error
+    end
+  end
+
+  defp record("attempt", id, fields) do
+    with {:ok, n} <- value(fields, :n, :count), do: {:ok, {:attempt, id, n}}
+  end
+
   defp record("forget", id, _fields), do: {:ok, {:forget, id}}
 
-  defp record("finish", id, %{"at" => at, "images" => images})
-       when is_integer(at) and is_list(images) do
-    images = Enum.map(images, &image/1)
-    if :error in images, do: :error, else: {:ok, {:finish, id, at, {:ok, images}}}
+  defp record("finish", id, fields) do
+    with {:ok, at} <- value(fields, :at, :integer),
+         {:ok, outcome} <- outcome(fields),
+         do: {:ok, {:finish, id, at, outcome}}
   end
 
-  defp record("finish", id, %{"at" => at, "error" => error}) when is_integer(at) do
-    with %{"kind" => kind, "message" => message, "details" => %{} = details} <- error,
-         kind when kind != nil <- named(kind, Error.kinds(), nil),
-         retryable? when is_boolean(retryable?) <- error["retryable?"] do
+  defp outcome(%{"images" => [_ | _] = images}) do
+    images
+    |> Enum.reduce_while([], fn fields, images ->
+      case image(fields) do
+        {:ok, image} -> {:cont, [image | images]}
+        error -> {:halt, error}
+      end
+    end)
+    |> case do
+      {:error, reason} -> {:error, "an image of it: " <> reason}
+      images -> {:ok, {:ok, Enum.reverse(images)}}
+    end
+  end
+
+  defp outcome(%{"error" => %{} = error}) do
+    with {:ok, kind} <- value(error, :kind, {:one_of, Error.kinds()}),
+         {:ok, message} <- value(error, :message, :text),
+         {:ok, details} <- value(error, :details, :map),
+         {:ok, _ms} <- value(details, :retry_after_ms, {:maybe, :integer}),
+         {:ok, retryable?} <- value(error, :retryable?, :boolean) do
       details = Map.new(details, &detail/1)
-      error = %Error{kind: kind, message: message, details: details, retryable?: retryable?}
-      {:ok, {:finish, id, at, {:error, error}}}
-    else
-      _ -> :error
+
+      {:ok,
+       {:error, %Error{kind: kind, message: message, details: details, retryable?: retryable?}}}
     end
   end
 
-  defp record(_name, _id, _fields), do: :error
+  defp outcome(_fields), do: {:error, "it has neither images nor an error"}
 
-  defp image(%{"blob" => blob, "format" => format, "timings" => %{} = timings} = fields) do
-    format = named(format, @formats, nil)
-
-    if format && is_binary(blob) && blob =~ @blob do
+  defp image(%{} = fields) do
+    with {:ok, blob} <- value(fields, :blob, :blob),
+         {:ok, format} <- value(fields, :format, {:one_of, @formats}),
+         {:ok, timings} <- value(fields, :timings, :numbers),
+         %{} = values <- values(fields) do
       timings = Map.new(timings, fn {name, ms} -> {named(name, @timings, name), ms} end)
-      fields = for name <- @images, into: %{}, do: {name, fields[Atom.to_string(name)]}
-      {struct!(Image, Map.merge(fields, %{data: "", format: format, timings: timings})), blob}
-    else
-      :error
+      values = Map.merge(values, %{data: "", format: format, timings: timings})
+      {:ok, {struct!(Image, values), blob}}
     end
   end
 
-  defp image(_fields), do: :error
+  defp image(_fields), do: {:error, "it is not a map"}
+
+  defp values(fields) do
+    Enum.reduce_while(@image, %{}, fn {name, type}, values ->
+      case value(fields, name, type) do
+        {:ok, value} -> {:cont, Map.put(values, name, value)}
+        error -> {:halt, error}
+      end
+    end)
+  end
+
+  defp value(fields, name, type) do
+    # Not by Access, which a timestamp, a struct here, does not have.
+    value = Map.get(fields, Atom.to_string(name))
+
+    case {type, valid?(type, value)} do
+      {{:one_of, atoms}, true} -> {:ok, named(value, atoms, nil)}
+      {_type, true} -> {:ok, value}
+      {_type, false} when value == nil -> {:error, "#{name} is missing"}
+      {_type, false} -> {:error, "#{name} has a wrong type or is out of range"}
+    end
+  end
+
+  defp valid?({:maybe, type}, value), do: value == nil or valid?(type, value)
+  defp valid?({:one_of, atoms}, value), do: named(value, atoms, nil) != nil
+  defp valid?(:text, value), do: is_binary(value) and String.valid?(value)
+  defp valid?(:blob, value), do: is_binary(value) and value =~ @blob
+  defp valid?(:boolean, value), do: is_boolean(value)
+  defp valid?(:integer, value), do: is_integer(value)
+  defp valid?(:count, value), do: is_integer(value) and value >= 0
+  defp valid?(:number, value), do: is_number(value)
+  defp valid?(:map, value), do: is_map(value) and not is_struct(value)
+  defp valid?(:texts, value), do: is_list(value) and Enum.all?(value, &valid?(:text, &1))
+
+  defp valid?(:numbers, value),
+    do: valid?(:map, value) and Enum.all?(value, fn {_name, number} -> is_number(number) end)
 
   defp detail({"field", value}), do: {:field, named(value, Map.keys(Request.__struct__()), value)}
   defp detail({name, value}), do: {named(name, @details, name), value}
