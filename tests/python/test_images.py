@@ -34,8 +34,8 @@ def record(**fields: Any) -> dict[str, Any]:
 
 PARAMETERS = (
     'a "red" äpple 😀, big\nand round\nNegative prompt: bad, 日本\n'
-    "Steps: 25, Sampler: DDIM, CFG scale: 4, Seed: 9223372036854775807, Size: 64x48, Model: starweave/tiny, "
-    "Model hash: ababababab, Version: starweave_image 0.1.0"
+    "Steps: 25, Sampler: DDIM, Schedule type: Automatic, CFG scale: 4, Seed: 9223372036854775807, Size: 64x48, "
+    "Model: starweave/tiny, Model hash: ababababab, Version: starweave_image 0.1.0"
 )
 
 
