@@ -104,8 +104,8 @@ def _bt709(value: float) -> float:
 
 def _pq(value: float) -> float:
     """SMPTE ST 2084, with the white of ITU-R BT.2408, 203 of 10,000 cd/m², at 1."""
-    root = value ** (1 / 78.84375)
-    light = (max(root - 0.8359375, 0.0) / (18.8515625 - 18.6875 * root)) ** (1 / 0.1593017578125)
+    root = math.pow(value, 1 / 78.84375)
+    light = math.pow(max(root - 0.8359375, 0.0) / (18.8515625 - 18.6875 * root), 1 / 0.1593017578125)
     return light * 10_000 / 203
 
 
