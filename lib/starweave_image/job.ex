@@ -156,12 +156,19 @@ defmodule StarweaveImage.Job do
       steps: job.accepted.steps,
       guidance_scale: job.accepted.guidance_scale,
       scheduler: job.accepted.scheduler,
-      parameters: done.parameters || %{},
+      parameters: own_parameters(done.parameters || %{}, part.seed),
       timings: Map.put(timings, :queue, job.dispatched_at - job.submitted_at),
       notices: job.notices ++ (done.notices || []),
       attempts: attempts
     }
   end
+
+  # `done` has those of the first image, and the seeds of all; each file has its own.
+  defp own_parameters(%{"variation_seed" => _} = parameters, seed),
+    do: parameters |> Map.delete("seeds") |> Map.put("variation_seed", seed)
+
+  defp own_parameters(parameters, seed),
+    do: parameters |> Map.delete("seeds") |> Map.replace("seed", seed)
 
   @doc "Bytes of its images."
   @spec bytes(t) :: non_neg_integer

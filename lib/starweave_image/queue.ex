@@ -16,6 +16,7 @@ defmodule StarweaveImage.Queue do
     Journal,
     RateLimit,
     Request,
+    RequestLog,
     Schedule,
     Sidecar,
     Telemetry
@@ -1119,11 +1120,23 @@ defmodule StarweaveImage.Queue do
       end
 
     waited = (job.dispatched_at || now()) - job.submitted_at
+    total = now() - job.submitted_at
+    attempts = Schedule.attempts(state.schedule, job.request.id)
+    seat = Fleet.get(state.fleet, Schedule.place(state.schedule, job.request.id))
+    model = (job.accepted && job.accepted.model) || canonical(state, job.model)
+
+    RequestLog.ended(job, outcome,
+      model: model,
+      queue_ms: waited,
+      total_ms: total,
+      attempts: attempts,
+      memory: seat && seat.heartbeat
+    )
 
     Telemetry.execute(
       [:request, :stop],
       %{
-        duration: native(now() - job.submitted_at),
+        duration: native(total),
         queue_duration: native(waited),
         bytes: Enum.sum(Enum.map(images, &byte_size(&1.data))),
         images: length(images)
@@ -1133,7 +1146,7 @@ defmodule StarweaveImage.Queue do
         id: job.request.id,
         model: (job.accepted && job.accepted.model) || job.request.model,
         result: outcome,
-        attempts: Schedule.attempts(state.schedule, job.request.id)
+        attempts: attempts
       }
     )
   end

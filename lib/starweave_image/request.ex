@@ -1,5 +1,8 @@
 defmodule StarweaveImage.Request do
   @max_seed 0x7FFFFFFFFFFFFFFF
+  @max_images 16
+  # So that each image of the request has one that JavaScript, JSON and spreadsheets keep to the last digit.
+  @drawn Integer.pow(2, 53) - @max_images
   @day 86_400_000
 
   @schema [
@@ -14,7 +17,7 @@ defmodule StarweaveImage.Request do
     negative_prompt: {{:text, 0, 8192}, nil, "What the image should not show."},
     seed:
       {{:integer, -1, @max_seed}, nil,
-       "-1 or nil draws a fresh one; the image reports it. Image k of a request uses seed + k."},
+       "-1 or nil draws a fresh one below 2^53; the image reports it. Image k of a request uses seed + k."},
     scheduler:
       {:scheduler, nil,
        "A sampler as other tools spell it (`DPM++ 2M Karras`, `euler_a`, `UniPC`) or a diffusers class (`EulerDiscreteScheduler`); the model's own unless given."},
@@ -34,7 +37,7 @@ defmodule StarweaveImage.Request do
     variation_seed:
       {{:integer, 0, @max_seed}, nil,
        "With `:variation_strength`; `:seed` unless given, so that image 0 is the picture of `:seed` itself."},
-    num_images: {{:integer, 1, 16}, 1, "Images of one request, with consecutive seeds."},
+    num_images: {{:integer, 1, @max_images}, 1, "Images of one request, with consecutive seeds."},
     format: {{:one_of, [:png, :jpeg, :webp]}, :png, "File format of the image."},
     quality: {{:integer, 1, 100}, 90, "For JPEG and WebP."},
     metadata: {:boolean, true, "Whether the parameters are written into the file."},
@@ -283,10 +286,8 @@ defmodule StarweaveImage.Request do
     :crypto.hash(:sha256, :erlang.term_to_binary(decisive, [:deterministic]))
   end
 
-  defp fresh_seed do
-    <<_sign::1, seed::63>> = :crypto.strong_rand_bytes(8)
-    seed
-  end
+  defp fresh_seed,
+    do: 8 |> :crypto.strong_rand_bytes() |> :binary.decode_unsigned() |> rem(@drawn)
 
   defp random_id, do: Base.encode16(:crypto.strong_rand_bytes(16), case: :lower)
 end

@@ -62,10 +62,28 @@ defmodule StarweaveImage.RequestTest do
     end
   end
 
+  test "an unknown option that is near to none is not guessed at" do
+    for name <- [:foo, :host, :cfg, :prompt, :verbose, :max_tokens, :lora] do
+      assert refused([{name, 1}]) == {name, "unknown option #{inspect(name)}"}
+    end
+
+    long = String.duplicate("seed", 1_000_000)
+    assert refused(%{long => 1}) == {long, "unknown option 4000000 bytes of text"}
+  end
+
+  test "names that come as strings become atoms, what is unknown or no pair stays as it is" do
+    assert Request.with_atoms(%{"width" => 512, seed: 1}) == [seed: 1, width: 512]
+    assert Request.with_atoms([{"width", 512}, {"wdth", 1}]) == [{:width, 512}, {"wdth", 1}]
+
+    for other <- [nil, "width", [1], [{:a, 1} | :b], {:a, 1}, URI.parse("a")],
+        do: assert(Request.with_atoms(other) == other)
+  end
+
   test "200 fresh seeds are 200 seeds, all of them in range, and a given one stays" do
     for opts <- [[], [seed: nil], [seed: -1]] do
       seeds = for _ <- 1..200, do: accepted(opts).seed
-      assert Enum.all?(seeds, &(&1 in 0..0x7FFFFFFFFFFFFFFF))
+      # With those of all its images it stays exact in JavaScript.
+      assert Enum.all?(seeds, &(&1 in 0..(2 ** 53 - 17)))
       assert length(Enum.uniq(seeds)) == 200
     end
 

@@ -52,6 +52,14 @@ defmodule StarweaveImageTest do
     {:ok, images} = StarweaveImage.generate_many("a blue star", 3, [seed: 10] ++ @exact)
     assert Enum.map(images, & &1.seed) == [10, 11, 12]
     assert Enum.map(images, & &1.index) == [0, 1, 2]
+
+    # What each says of itself is what is written in its file.
+    for image <- images do
+      assert image.parameters["seed"] == image.seed
+      assert image.data =~ "Seed: #{image.seed},"
+      refute is_map_key(image.parameters, "seeds")
+    end
+
     {:ok, single} = StarweaveImage.generate("a blue star", [seed: 12] ++ @exact)
     assert List.last(images).data == single.data
   end
@@ -79,6 +87,7 @@ defmodule StarweaveImageTest do
     {:ok, [same, varied]} = StarweaveImage.variations("a red apple", [num_images: 2] ++ near)
     assert {same.seed, varied.seed} == {7, 8}
     assert varied.parameters["seed"] == 7 and varied.parameters["variation_strength"] == 0.3
+    assert {same.parameters["variation_seed"], varied.parameters["variation_seed"]} == {7, 8}
     {:ok, again} = StarweaveImage.generate("a red apple", [variation_seed: varied.seed] ++ near)
     assert again.data == varied.data
     assert varied.data not in [same.data | Enum.map(images, & &1.data)]
@@ -239,6 +248,31 @@ defmodule StarweaveImageTest do
 
     started = TestInstance.start("never_ready")
     refute StarweaveImage.available?(started)
+  end
+
+  test "each request that ends is one line in the log, without its prompt" do
+    secret = "a red apple of #{System.unique_integer([:positive])}"
+
+    log =
+      ExUnit.CaptureLog.capture_log([metadata: [:request_id]], fn ->
+        {:ok, _} = StarweaveImage.generate(secret, [id: "told"] ++ @small)
+        {:ok, _} = StarweaveImage.generate_many(secret, 2, [id: "told-twice"] ++ @small)
+        {:error, _} = StarweaveImage.generate(secret, id: "too-slow", timeout: 1)
+        {:error, _} = StarweaveImage.generate(secret, id: "no-model", model: "no/such-model")
+        # Refused before it was a request.
+        {:error, _} = StarweaveImage.generate(secret, id: "refused", width: 250)
+      end)
+
+    refute log =~ secret
+    lines = for line <- String.split(log, "\n"), line =~ "image request ", do: line
+    assert [told, twice, slow, unknown] = lines
+
+    assert told =~
+             ~r/request_id=told .*image request told done model=starweave\/tiny steps=4 images=1 queue_ms=\d+ total_ms=\d+ attempts=1 rss_mb=\d+/
+
+    assert twice =~ ~r/image request told-twice done model=starweave\/tiny steps=4 images=2 /
+    assert slow =~ ~r/request_id=too-slow .*image request too-slow failed kind=timeout /
+    assert unknown =~ ~r/image request no-model failed kind=model_not_found model=no\/such-model /
   end
 
   test "a model can be unloaded and comes back when it is asked for" do

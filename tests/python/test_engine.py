@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import logging
+import secrets
 import threading
 import weakref
 from collections.abc import Iterator
@@ -163,7 +164,15 @@ def test_each_of_several_images_is_what_its_seed_alone_gives(shared: Bench) -> N
 def test_an_open_seed_is_fresh_and_reported(shared: Bench, seed: int | None) -> None:
     drawn = [shared.done(seed=seed, **(SMALL | {"steps": 1}))[0].parameters for _ in range(2)]
     seeds = [parameters["seed"] for parameters in drawn if parameters]
-    assert len(set(seeds)) == 2 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len(set(seeds)) == 2 and all(0 <= seed < 2**53 for seed in seeds)
+
+
+def test_the_highest_seed_that_is_drawn_leaves_room_for_those_of_all_images(
+    shared: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "randbelow", lambda below: below - 1)
+    parameters = shared.done(num_images=16, **(SMALL | {"steps": 1}))[0].parameters
+    assert parameters is not None and parameters["seeds"] == [*range(2**53 - 17, 2**53 - 1)]
 
 
 def test_a_long_schedule_reports_the_steps_it_really_takes(shared: Bench) -> None:

@@ -45,6 +45,8 @@ _MEMORY_SHARE = 0.85
 _CANCEL_WAIT_S = 5.0
 # So many pictures of one request are drawn at a time.
 _ABREAST = 8
+# Seeds that are drawn leave room for those of sixteen pictures below 2⁵³: JavaScript, JSON and spreadsheets keep them.
+_DRAWN = 2**53 - 16
 
 Outcome = Literal["done", "failed", "cancelled"]
 
@@ -239,7 +241,7 @@ class Engine:
             scheduler = schedulers.resolve(wanted, *self._weights.scheduler(card), settings.steps, card.id)
             first = message.seed
             if first is None or first == -1:
-                first = secrets.randbelow(2**63)
+                first = secrets.randbelow(_DRAWN)
             own = first if message.variation_seed is None else message.variation_seed
             seeds = [(own + index) % 2**63 for index in range(message.num_images)]
             request.check()
