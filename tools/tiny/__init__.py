@@ -1,0 +1,1 @@
+"""What makes the embedded model: data, training, judges. Run as `python -m tiny`; README.md tells how."""

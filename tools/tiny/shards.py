@@ -1,0 +1,77 @@
+"""What the denoiser learns from: latents of drawn pictures with their captions, in shards on disk.
+
+Shard `n` is a function of the seed, `n` and the autoencoder alone, so shards are made when they are needed and kept.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .loop import log
+from .pictures import Studio, draw
+from .vae import encode, halved
+
+SIZE = 4096
+"""Pictures of a shard; an eighth of them is there at half its size besides."""
+
+_SMALL = SIZE // 8
+
+Latents = np.ndarray[Any, np.dtype[np.float16]]
+
+
+@dataclass
+class Shards:
+    """The shards in `folder`; `full` (SIZE, C, 16, 16) and `small` (SIZE / 8, C, 8, 8) latents each, unscaled."""
+
+    folder: Path
+    full: list[Latents] = field(default_factory=list)
+    small: list[Latents] = field(default_factory=list)
+    captions: list[list[str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def _path(self, number: int, kind: str) -> Path:
+        return self.folder / f"{number:03d}.{kind}"
+
+    def extend(self, upto: int, studio: Studio, vae: Any, seed: int, device: torch.device) -> None:
+        """Opens or makes shards until there are `upto`."""
+        for number in range(len(self), upto):
+            if not self._path(number, "json").exists():
+                self._make(number, studio, vae, seed, device)
+            self.captions.append(json.loads(self._path(number, "json").read_text()))
+            self.full.append(np.load(self._path(number, "npy"), mmap_mode="r"))
+            self.small.append(np.load(self._path(number, "small.npy"), mmap_mode="r"))
+
+    def _make(self, number: int, studio: Studio, vae: Any, seed: int, device: torch.device) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        captions: list[str] = []
+        full, small = [], []
+        for start in range(0, SIZE, 32):
+            samples = [draw(studio, f"train/{seed}/{number}/{k}") for k in range(start, start + 32)]
+            captions += [sample.caption for sample in samples]
+            pictures = np.stack([np.asarray(sample.image) for sample in samples])
+            full.append(encode(vae, pictures, device).numpy())
+            if start < _SMALL:
+                halves = np.stack([halved(picture) for picture in pictures])
+                small.append(encode(vae, halves, device).numpy())
+        np.save(self._path(number, "npy"), np.concatenate(full))
+        np.save(self._path(number, "small.npy"), np.concatenate(small))
+        # The captions are written last: they are what says that the shard is whole.
+        self._path(number, "json").write_text(json.dumps(captions))
+        log(self.folder.parent, f"shard {number}: {SIZE} pictures")
+
+    def batch(self, size: int, rng: torch.Generator, small: bool) -> tuple[torch.Tensor, list[str]]:
+        """`size` latents (size, C, H, W) float32, all of one size, and their captions."""
+        shards = torch.randint(len(self), (size,), generator=rng).tolist()
+        rows = torch.randint(_SMALL if small else SIZE, (size,), generator=rng).tolist()
+        source = self.small if small else self.full
+        latents = np.stack([source[s][r] for s, r in zip(shards, rows, strict=True)])
+        captions = [self.captions[s][r] for s, r in zip(shards, rows, strict=True)]
+        return torch.from_numpy(latents.astype(np.float32)), captions
