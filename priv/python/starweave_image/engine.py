@@ -316,9 +316,16 @@ class Engine:
 
     def _picture(self, lane: Lane, job: Job, seed: int) -> tuple[bytes, dict[str, Any]]:
         """One picture as an encoded file, and the record of it."""
-        message, settings = job.message, job.settings
         lane.request.check()
         lane.begin()
+        try:
+            return self._made(lane, job, seed)
+        finally:
+            # Also one that failed: else the request would seem to stand still while its other pictures are drawn.
+            lane.finish()
+
+    def _made(self, lane: Lane, job: Job, seed: int) -> tuple[bytes, dict[str, Any]]:
+        message, settings = job.message, job.settings
         picture, scheduler = self._draw(lane, job, seed)
         job.note(*lane.notices)
         lane.request.check()
@@ -341,7 +348,6 @@ class Engine:
         }
         picture = job.finish(picture)
         data = images.encode(picture, message.format, message.quality, record if message.metadata else None)
-        lane.finish()
         return data, record
 
     def _draw(self, lane: Lane, job: Job, seed: int) -> tuple[Image, str]:

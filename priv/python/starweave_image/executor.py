@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from . import clock, devices, stacking, wire
+from . import clock, devices, finite, stacking, wire
 from .batching import Batch, Batcher, Call
 from .durations import Durations, Kind
-from .errors import is_device_lost, is_out_of_memory
+from .errors import ImageError, is_device_lost, is_out_of_memory
 from .limits import Limits
 from .request import Lane
 
@@ -40,11 +40,12 @@ _BROKEN = 70
 
 
 class Network:
-    """A network of a loaded model. `name` tells it from all others of this machine; one that `remembers` is asked once for
-    each of its questions."""
+    """A network of a loaded model. `role` is its name in the pipeline, and `name` tells it from all others of this machine;
+    one that `remembers` is asked once for each of its questions."""
 
-    def __init__(self, name: str, module: Any, remembers: bool) -> None:
+    def __init__(self, name: str, role: str, module: Any, remembers: bool) -> None:
         self.name = name
+        self.role = role
         self.module = module
         self.kind = type(module).__name__
         self.is_autoencoder = hasattr(module, "encode") and hasattr(module, "decode")
@@ -67,7 +68,7 @@ def networks_of(pipeline: Any, where: str) -> dict[str, Network]:
     """The networks of a loaded pipeline by their names in it; `where` names the model, the device and the format."""
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     return {
-        name: Network(f"{where} {name}", part, name.startswith("text_encoder"))
+        name: Network(f"{where} {name}", name, part, name.startswith("text_encoder"))
         for name, part in parts.items()
     }
 
@@ -404,6 +405,9 @@ class Executor:
                     self._durations.end(clock.now())
                     if memory and question:
                         memory.put(question, first.result)
+                # What a text encoder has in layers that nobody reads is no fault: the denoiser's answer tells.
+                if memory is None and not finite.is_finite(first.result):
+                    first.result, first.error = None, _not_finite(first)
                 return None
             calls = [ticket.stackable for ticket in tickets if ticket.stackable]
             rows = [call.rows for call in calls]
@@ -416,17 +420,33 @@ class Executor:
             self._durations.end(clock.now())
             self._limits.record(first.label, sum(rows), time.monotonic() - begun, peak())
             results = [result] if len(calls) == 1 else stacking.split(result, rows)
+            sound = finite.is_finite(result)
         except Exception as error:
             # What follows is no pass.
             self._durations.begin(clock.now())
             return error
         for ticket, part in zip(tickets, results, strict=True):
             ticket.result = part
+            if not sound and not finite.is_finite(part):
+                ticket.result, ticket.error = None, _not_finite(ticket)
         return None
 
     def _most(self, key: Any) -> int:
         label = _label(key)
         return self._limits.rows(label) if label else 1
+
+
+def _not_finite(ticket: _Ticket) -> ImageError:
+    """Whose numbers they were: the network's own, or of what it was given by another."""
+    network = ticket.network
+    named: dict[Any, Any] = ticket.kwargs | dict(enumerate(ticket.args))
+    if ticket.stackable is not None:
+        named = ticket.stackable.arguments
+    # A mask may be infinite for a reason.
+    given = {name: finite.is_finite(value) for name, value in named.items() if "mask" not in str(name)}
+    sample = all(given.pop(name, True) for name in (0, *stacking.SAMPLES))
+    dtype = str(getattr(network.module, "dtype", None)).removeprefix("torch.")
+    return finite.error(network.role, network.kind, dtype, sample, list(given.values()))
 
 
 def _label(key: Any) -> str | None:

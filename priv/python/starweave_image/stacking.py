@@ -29,7 +29,8 @@ _KNOWN = frozenset(
         "SanaTransformer2DModel",
     }
 )
-_SAMPLES = ("sample", "hidden_states", "x")
+SAMPLES = ("sample", "hidden_states", "x")
+"""What denoisers call that which they work on."""
 _TIMES = ("timestep", "t")
 # Positions are the same for all rows; where they have a batch axis (Flux 2) only its first entry is read.
 _SHARED = ("txt_ids", "img_ids")
@@ -45,7 +46,7 @@ class Stackable:
     def __init__(self, kind: str, arguments: dict[str, Any]) -> None:
         self.kind = kind
         self.arguments = arguments
-        sample = next((arguments[name] for name in _SAMPLES if name in arguments), None)
+        sample = next((arguments[name] for name in SAMPLES if name in arguments), None)
         if kind not in _KNOWN or sample is None:
             raise TypeError(f"{kind} is not known to keep its rows apart")
         self.rows: int = len(sample)
