@@ -18,8 +18,8 @@ defmodule StarweaveImage.Client do
   Without one, the client starts and owns an instance. Callers go to the instance and not through the
   client's process, so that none waits for another.
 
-  Code that calls a client by another name keeps it. This module has the functions below, with `:client` set to its own name,
-  and runs as a process of that name:
+  Code that calls a client by another name keeps that name. The following module has the functions
+  below, each asking for the process of the module's own name, under which it is started:
 
       defmodule StarweaveLlm.ImageGeneration.Client do
         use StarweaveImage.Client
@@ -34,9 +34,10 @@ defmodule StarweaveImage.Client do
 
   alias StarweaveImage.{Error, Image, Options, Request}
 
-  # What a caller of this interface gets who names no model. It has gone from the hub, so it must be
-  # answered for where nobody has a copy.
+  # What a caller of this interface gets who names no model, and the other model that its server offered. Both have
+  # gone from the hub, so they must be answered for where nobody has a copy.
   @default_model "runwayml/stable-diffusion-v1-5"
+  @gone [@default_model, "stabilityai/stable-diffusion-2-1"]
   @defaults [width: 512, height: 512, steps: 20, guidance_scale: 7.5]
 
   @disabled "Image generation is disabled"
@@ -113,9 +114,10 @@ defmodule StarweaveImage.Client do
   @doc """
   Starts the client.
 
-  `name:` is what it is registered as (default: this module), `enabled: false` disables it, `instance:` names the instance to
-  use (default `StarweaveImage`). If that one is not running, it is started with the options that are left, which are those of
-  an instance. `host:` and `port:` are accepted and mean nothing: there is no server.
+  `name:` is what it is registered as (default: this module), `enabled: false` disables it, `instance:`
+  names the instance to use (default `StarweaveImage`). If that one is not running, it is started with the
+  options that are left, which are those of an instance. `host:` and `port:` are accepted and mean nothing:
+  there is no server.
 
   Raises `ArgumentError` on a wrong option.
 
@@ -151,13 +153,16 @@ defmodule StarweaveImage.Client do
   @doc """
   Makes one image: the file's bytes (PNG) and how it was made.
 
-  Options are those of `StarweaveImage.generate/2`, as a keyword list or a map, their names also as strings; left out, nil or
-  empty they are 512×512, 20 steps, guidance 7.5, a random seed, and `"runwayml/stable-diffusion-v1-5"` unless the instance
-  has a `:default_model` of its own. Where that model is not on this machine the instance's default takes its place:
-  `metadata.model` is the one that ran, and `metadata.debug_info` says so under `"requested_model"` and `"notice"`.
+  Options are those of `StarweaveImage.generate/2`, as a keyword list or a map, their names also as
+  strings. Left out, nil or empty they are 512×512, 20 steps, guidance 7.5, a random seed, and
+  `"runwayml/stable-diffusion-v1-5"` unless the instance has a `:default_model` of its own. That model and
+  `"stabilityai/stable-diffusion-2-1"` have gone from the hub: where there is no copy on this machine the
+  instance's default takes their place, `metadata.model` is the one that ran, and `metadata.debug_info`
+  says so under `"requested_model"` and `"notice"`.
 
-  A seed that is drawn (none given, or -1) is below 2³¹ and fits an `int32`, but with an `:id`, which may be asked for again
-  and leaves the seed to the request: below 2⁵³. A seed that is given may be up to 2⁶³ - 1 and is reported as it was.
+  A seed that is drawn (none given, or -1) is below 2³¹ and fits an `int32`. With an `:id`, which may be asked
+  for again, the request draws it instead, below 2⁵³. A seed that is given may be up to 2⁶³ - 1 and is
+  reported as it was. `client` is the client's name.
 
   An error is a sentence: one of `"Image generation is disabled"`, `"Image generation service is not available"`,
   `"Image generation timed out"`, `"Image generation failed"` (more is in the log), or what is wrong with the request.
@@ -206,9 +211,10 @@ defmodule StarweaveImage.Client do
   @doc """
   Whether images can be made.
 
-  Answers at once, also while one is made. But while Python still starts, it waits for the outcome, at most a minute: for a
-  script, whose next line needs it. With `wait: false` it waits for nothing, and says false while Python starts: for a
-  LiveView's `mount/3` and whatever else may not be held up. `:client` names the client (default: this module).
+  Answers at once, also while one is made. But while Python still starts it waits for the outcome, at most
+  a minute: for a script, whose next line needs it. With `wait: false` it waits for nothing, and says false
+  while Python starts: for a LiveView's `mount/3` and whatever else may not be held up. `:client` names the
+  client (default: this module).
 
       iex> StarweaveImage.Client.available?()
       false
@@ -323,33 +329,46 @@ defmodule StarweaveImage.Client do
   end
 
   defp generate(prompt, settings) do
+    if Keyword.keyword?(settings) and settings[:model] in @gone,
+      do: generate_gone(prompt, settings),
+      else: draw(prompt, settings)
+  end
+
+  defp generate_gone(prompt, settings) do
     started = System.monotonic_time(:millisecond)
 
-    with {:error, %Error{kind: :model_not_found} = error} <-
-           StarweaveImage.generate(prompt, settings) do
-      if settings[:model] == @default_model,
-        do: generate_with_default(prompt, settings, started),
-        else: {:error, error}
-    end
-    |> case do
-      {:ok, image} -> {:ok, image, %{}}
-      other -> other
+    with false <- absent?(settings),
+         {:error, %Error{kind: :model_not_found}} <- draw(prompt, settings) do
+      spent = System.monotonic_time(:millisecond) - started
+      timeout = settings[:timeout] && max(settings[:timeout] - spent, 1)
+      draw_instead(prompt, Keyword.put(settings, :timeout, timeout))
+    else
+      true -> draw_instead(prompt, settings)
+      answer -> answer
     end
   end
 
-  defp generate_with_default(prompt, settings, started) do
-    spent = System.monotonic_time(:millisecond) - started
-    timeout = settings[:timeout] && max(settings[:timeout] - spent, 1)
-    settings = Keyword.merge(settings, model: nil, timeout: timeout)
-
-    with {:ok, image} <- StarweaveImage.generate(prompt, settings),
-         do: {:ok, image, substituted(image.model)}
+  # Where it is known that there is no copy, no request needs to fail for it.
+  defp absent?(settings) do
+    with cards when is_list(cards) <- StarweaveImage.models(settings[:instance]),
+         do:
+           Enum.any?(cards, &(&1.state == :absent and settings[:model] in [&1.id | &1.aliases])),
+         else: (_ -> false)
   end
 
-  defp substituted(model) do
+  defp draw_instead(prompt, settings) do
+    with {:ok, image, _} <- draw(prompt, Keyword.put(settings, :model, nil)),
+         do: {:ok, image, substituted(settings[:model], image.model)}
+  end
+
+  defp draw(prompt, settings) do
+    with {:ok, image} <- StarweaveImage.generate(prompt, settings), do: {:ok, image, %{}}
+  end
+
+  defp substituted(gone, model) do
     %{
-      "requested_model" => @default_model,
-      "notice" => "#{@default_model} is not on this machine: #{model} took its place"
+      "requested_model" => gone,
+      "notice" => "#{gone} is not on this machine: #{model} took its place"
     }
   end
 

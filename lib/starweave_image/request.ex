@@ -187,18 +187,20 @@ defmodule StarweaveImage.Request do
   end
 
   @doc false
-  # Options from outside, such as the parameters of a page, by their names as atoms. What is unknown stays as it is, to be refused.
+  # Options from outside, such as the parameters of a page, by their names as atoms. What is unknown keeps its name, in a
+  # map: `new/2` refuses it by that. What are no options at all stays as it is, for the same reason.
   @spec with_atoms(term) :: term
   def with_atoms(opts) when is_map(opts) and not is_struct(opts),
     do: opts |> Map.to_list() |> with_atoms()
 
-  def with_atoms(opts) when is_list(opts) do
-    if not List.improper?(opts) and Enum.all?(opts, &match?({_name, _value}, &1)),
-      do: for({name, value} <- opts, do: {Map.get(@names, name, name), value}),
-      else: opts
+  def with_atoms(opts) do
+    if is_list(opts) and not List.improper?(opts) and Enum.all?(opts, &match?({_, _}, &1)) do
+      named = for {name, value} <- opts, do: {Map.get(@names, name, name), value}
+      if Keyword.keyword?(named), do: named, else: Map.new(named)
+    else
+      opts
+    end
   end
-
-  def with_atoms(opts), do: opts
 
   @doc false
   # The `generate` message of the wire, all but its generation.

@@ -1,8 +1,15 @@
+defmodule StarweaveImage.ClientTest.Host do
+  # A module of the host that has the functions of its own client.
+  use StarweaveImage.Client
+end
+
 defmodule StarweaveImage.ClientTest do
   # The client has one name, and so has the instance that it uses.
   use ExUnit.Case, async: false
 
   alias StarweaveImage.Client
+  alias StarweaveImage.ClientTest.Host
+  alias StarweaveImage.{TestInstance, TestOSProcess}
 
   @moduletag timeout: 300_000
 
@@ -53,6 +60,62 @@ defmodule StarweaveImage.ClientTest do
       assert took < 5_000
     end
 
+    test "under the host's own name: its module answers, and no other does" do
+      refute Host.available?()
+      assert Host.generate_image("a red apple") == @unavailable
+      start_supervised!({Host, host: "localhost", port: 50_051, enabled: false})
+      assert Process.whereis(Host)
+      assert Process.whereis(Client) == nil
+      assert Host.generate_image("a red apple") == @disabled
+      assert Host.generate_image("a red apple", %{"width" => 64}) == @disabled
+      assert Host.list_models() == {:ok, []}
+      refute Host.available?()
+      refute Host.available?(wait: false)
+      assert Client.generate_image("a red apple") == @unavailable
+    end
+
+    test "with wait: false nothing is waited for, while Python starts and when it cannot" do
+      instance = TestInstance.start("never_ready")
+      client = start_client(instance)
+      refute Client.available?(client: client, wait: false)
+      assert Client.list_models(client: client, wait: false) == @unavailable
+
+      ready = TestInstance.start_ready("honest")
+      client = start_client(ready)
+      assert Client.available?(client: client, wait: false)
+      # The queue and the client are asked nothing.
+      for name <- [client, ready], do: :sys.suspend(name)
+      assert Client.available?(client: client, wait: false)
+      for name <- [client, ready], do: :sys.resume(name)
+
+      [%{os_pid: os_pid}] = StarweaveImage.status(ready).sidecars
+      TestOSProcess.signal(os_pid, "KILL")
+      assert TestOSProcess.await(fn -> not Client.available?(client: client, wait: false) end)
+      assert TestOSProcess.await(fn -> Client.available?(client: client, wait: false) end)
+    end
+
+    test "wrong options are raised where they are written" do
+      for {opts, sentence} <- [
+            {[name: "client"], ~s(name must be an atom, got "client")},
+            {[enabled: "true"], ~s(enabled must be true or false, got "true")},
+            {[instance: 1], "instance must be an atom, got 1"},
+            {[sidecars: 0], "sidecars must be an integer from 1 to 16"},
+            {[enable: true], "unknown option :enable, did you mean :enabled?"},
+            {:disabled, "the options of a client must be a keyword list"},
+            {%{enabled: false}, "the options of a client must be a keyword list"}
+          ],
+          start <- [&Client.start_link/1, &Host.start_link/1],
+          not (start == (&Host.start_link/1) and opts == [name: "client"]) do
+        error = assert_raise ArgumentError, fn -> start.(opts) end
+        assert error.message =~ sentence
+      end
+
+      for ask <- [&Client.available?/1, &Client.list_models/1] do
+        assert_raise ArgumentError, ~r/wait must be true or false/, fn -> ask.(wait: "no") end
+        assert_raise ArgumentError, ~r/client must be an atom/, fn -> ask.(client: 1) end
+      end
+    end
+
     for {prompt, opts, sentence} <- [
           {"", [], "prompt must be 1 to 8192 bytes of text"},
           {"   ", [], "prompt must be 1 to 8192 bytes of text"},
@@ -65,13 +128,28 @@ defmodule StarweaveImage.ClientTest do
           {"x", [guidance_scale: -1], "guidance_scale must be a number from 0 to 50, got -1"},
           {"x", [seed: -2], "seed must be an integer from -1 to 2^63 - 1, got -2"},
           {"x", [sed: 1], "unknown option :sed, did you mean :seed?"},
-          {"x", [:width], "options must be a keyword list or a map"}
+          {"x", [:width], "options must be a keyword list or a map"},
+          {"x", %{"width" => 250}, "width must be a multiple of 8 from 64 to 4096, got 250"},
+          {"x", [{"steps", 0}], "steps must be an integer from 1 to 200, got 0"},
+          {"x", %{"width" => "512"},
+           ~s(width must be a multiple of 8 from 64 to 4096, got "512")},
+          {"x", %{"wdth" => 512}, ~s(unknown option "wdth", did you mean :width?)},
+          {"x", %{"host" => "localhost"}, ~s(unknown option "host")},
+          {"x", %{"timeout" => "5", "model" => "runwayml/stable-diffusion-v1-5"},
+           ~s(timeout must be an integer from 1 to 86400000, got "5")}
         ] do
       test "#{inspect(opts)} with #{String.slice(inspect(prompt), 0, 10)} is refused with the reason" do
-        assert {:error, message} = Client.generate_image(unquote(prompt), unquote(opts))
+        opts = unquote(Macro.escape(opts))
+        assert {:error, message} = Client.generate_image(unquote(prompt), opts)
         assert message =~ unquote(sentence)
       end
     end
+  end
+
+  defp start_client(instance) do
+    name = Module.concat(instance, "Client")
+    start_supervised!({Client, name: name, instance: instance}, id: name)
+    name
   end
 
   test "it uses the instance that runs, and leaves it running" do
@@ -143,6 +221,30 @@ defmodule StarweaveImage.ClientWithSidecarTest do
     refute_received _
   end
 
+  test "the other model that its server offered has a substitute too, and no request fails for it" do
+    opts = [model: "stabilityai/stable-diffusion-2-1", id: "substituted"] ++ @small
+
+    log =
+      ExUnit.CaptureLog.capture_log(fn ->
+        assert {:ok, _, metadata} = Client.generate_image("a red apple", opts)
+        assert metadata.model == "starweave/tiny"
+        assert metadata.debug_info["requested_model"] == "stabilityai/stable-diffusion-2-1"
+        assert metadata.debug_info["request_id"] == "substituted"
+      end)
+
+    assert log =~ "image request substituted done"
+    refute log =~ "image request substituted failed"
+  end
+
+  test "options by their names as strings, in a map or in pairs" do
+    opts = %{"width" => 72, "height" => 64, "steps" => 2, "seed" => 7, "style" => ""}
+    assert {:ok, data, %{seed: 7}} = Client.generate_image("a red apple", opts)
+    assert png_size(data) == {72, 64}
+    assert {:ok, ^data, _} = Client.generate_image("a red apple", Map.to_list(opts))
+    by_atoms = [width: 72, height: 64, steps: 2, seed: 7]
+    assert {:ok, ^data, _} = Client.generate_image("a red apple", by_atoms)
+  end
+
   test "no settings, or empty ones: 512x512, 20 steps, guidance 7.5" do
     assert {:ok, data, metadata} =
              Client.generate_image("a red apple", style: "", user_id: "", context: [], seed: nil)
@@ -171,6 +273,13 @@ defmodule StarweaveImage.ClientWithSidecarTest do
       |> Enum.map(fn {:ok, {:ok, _data, metadata}} -> metadata.seed end)
 
     assert length(Enum.uniq(seeds)) == 24
+    # As many as its callers' int32 holds.
+    assert Enum.all?(seeds, &(&1 in 0..(2 ** 31 - 1)))
+
+    # With an id the same request may be asked for again, so it is one request with one seed.
+    again = [id: "again"] ++ @small
+    assert {:ok, _, %{seed: seed}} = Client.generate_image("a red apple", again)
+    assert seed in 0..(2 ** 53 - 1)
   end
 
   test "while an image is made: others are not held up, available?/0 and list_models/0 answer within 1 s" do

@@ -73,7 +73,10 @@ defmodule StarweaveImage.RequestTest do
 
   test "names that come as strings become atoms, what is unknown or no pair stays as it is" do
     assert Request.with_atoms(%{"width" => 512, seed: 1}) == [seed: 1, width: 512]
-    assert Request.with_atoms([{"width", 512}, {"wdth", 1}]) == [{:width, 512}, {"wdth", 1}]
+    assert Request.with_atoms([{"width", 512}, {"steps", 2}]) == [width: 512, steps: 2]
+    unknown = Request.with_atoms([{"width", 512}, {"wdth", 1}])
+    assert unknown == %{:width => 512, "wdth" => 1}
+    assert {:error, %{details: %{field: "wdth"}}} = Request.new("a red apple", unknown)
 
     for other <- [nil, "width", [1], [{:a, 1} | :b], {:a, 1}, URI.parse("a")],
         do: assert(Request.with_atoms(other) == other)
