@@ -21,7 +21,7 @@ defmodule Chaos do
     unless File.exists?(path) do
       File.write!(path, """
       #!/bin/sh
-      export PYTHONPATH='#{Path.join(@support, "python")}':"$PYTHONPATH" STARWEAVE_TEST_MISBEHAVIOUR='#{@signals}'
+      export PYTHONPATH='#{Path.join(@support, "python")}'"${PYTHONPATH:+:$PYTHONPATH}" STARWEAVE_TEST_MISBEHAVIOUR='#{@signals}'
       exec '#{python}' "$@"
       """)
 

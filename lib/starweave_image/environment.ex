@@ -74,17 +74,23 @@ defmodule StarweaveImage.Environment do
       name = Build.variable("STARWEAVE_IMAGE_PYTHON") ->
         executable(name, "STARWEAVE_IMAGE_PYTHON")
 
-      kind = Build.current() ->
-        {:ok, Build.interpreter(kind)}
-
       true ->
-        {:error,
-         "the Python environment is not set up: run `mix image.setup` (in a release: StarweaveImage.setup())"}
+        with {:ok, kind} <- Build.current(), do: {:ok, Build.interpreter(kind)}
     end
   end
 
+  @doc false
+  # How the command `starweave-image` of this library is run by an interpreter: its arguments, and the changes to the
+  # variables of the environment. Those of Python itself are the application's own and mean other programs.
+  @spec command([String.t()]) :: {[String.t()], [{String.t(), String.t() | nil}]}
+  def command(arguments) do
+    theirs = for {"PYTHON" <> _ = name, _value} <- System.get_env(), do: {name, nil}
+    env = List.keystore(theirs, "PYTHONUNBUFFERED", 0, {"PYTHONUNBUFFERED", "1"})
+    {[Path.join(pythonpath(), "run.py") | arguments], env}
+  end
+
   @doc """
-  The folder that `PYTHONPATH` must name for `python -m starweave_image` to work.
+  The folder that the Python package `starweave_image` is in.
 
       iex> StarweaveImage.Environment.pythonpath() |> Path.join("starweave_image") |> File.dir?()
       true
@@ -119,6 +125,15 @@ defmodule StarweaveImage.Environment do
         do: checked(nil, opts, progress),
         else: made(opts, progress)
     end
+  rescue
+    error in [File.Error, File.RenameError] ->
+      why = :file.format_error(error.reason)
+      unavailable({:error, "the Python environment cannot be written (#{why})"})
+
+    error in ErlangError ->
+      unavailable(
+        {:error, "a program that makes it cannot be started (#{inspect(error.original)})"}
+      )
   end
 
   @doc """
@@ -134,10 +149,12 @@ defmodule StarweaveImage.Environment do
   @spec doctor(keyword) :: {:ok, String.t()} | {:error, Error.t()}
   def doctor(opts \\ []) do
     with {:ok, python} <- unavailable(python(opts)) do
-      env = [{"PYTHONPATH", pythonpath()}, {"PYTHONHOME", nil}]
-      arguments = ["-m", "starweave_image", "doctor"]
+      {arguments, env} = command(["doctor"])
 
-      case System.cmd(python, arguments, env: env, stderr_to_stdout: true) do
+      case run(python, arguments, env: env, stderr_to_stdout: true) do
+        {:error, reason} ->
+          unavailable({:error, "Python cannot be started (#{reason}): run `mix image.setup`"})
+
         {text, 0} ->
           {:ok, String.trim_trailing(text)}
 
@@ -148,13 +165,23 @@ defmodule StarweaveImage.Environment do
     end
   end
 
+  @doc false
+  # As `System.cmd/3`, but that a program which cannot be started is no exception.
+  @spec run(Path.t(), [String.t()], keyword) ::
+          {Collectable.t(), non_neg_integer} | {:error, atom}
+  def run(program, arguments, options) do
+    System.cmd(program, arguments, options)
+  rescue
+    error in ErlangError -> {:error, error.original}
+  end
+
   defp validate(opts) do
     with {:error, field, message} <- Options.validate(opts, @schema),
          do: {:error, Error.new(:invalid_request, message, %{field: field})}
   end
 
   defp made(opts, progress) do
-    there = Build.current()
+    there = with {:ok, kind} <- Build.current(), do: kind, else: (_ -> nil)
     kind = opts.torch || there || Build.device()
 
     if kind == there and opts.torch == nil and there == :cpu and Build.device() != :cpu do

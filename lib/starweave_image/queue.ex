@@ -10,6 +10,7 @@ defmodule StarweaveImage.Queue do
   require Logger
 
   alias StarweaveImage.{
+    Backoff,
     Error,
     Fleet,
     Job,
@@ -928,7 +929,7 @@ defmodule StarweaveImage.Queue do
   end
 
   defp retry_pause(state, job, error) do
-    pause = Sidecar.backoff(job.retries + 1, @retry_pause)
+    pause = Backoff.pause(job.retries + 1, @retry_pause)
 
     if error.kind in @retryable and error.retryable? and job.retries < state.config[:max_retries] and
          now() + pause < job.deadline,

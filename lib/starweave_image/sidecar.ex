@@ -10,13 +10,11 @@ defmodule StarweaveImage.Sidecar do
   use GenServer
   require Logger
 
-  alias StarweaveImage.{Environment, SidecarLog, Telemetry, Wire}
+  alias StarweaveImage.{Backoff, Environment, SidecarLog, Telemetry, Wire}
+  alias StarweaveImage.Sidecar.{Health, Python}
 
   @tick_ms 250
   @retry_write_ms 5
-  # Between the kill of a process group and its exit status: the kernel needs moments, unless the
-  # child sits in uninterruptible sleep, and then waiting longer helps nobody.
-  @reap_ms 3_000
   # Between the polite signal and the kill, when the grace period is over.
   @term_ms 1_500
   # For its log to be read to the end, once nobody is left to write to it.
@@ -27,16 +25,13 @@ defmodule StarweaveImage.Sidecar do
   @stable_ms 30_000
   # A tick that comes later than this says that this process, and maybe all of the machine, stood still.
   @late_ms 1_000
-  # Work that has taken so many times what such work takes does not end any more.
-  @patience_times 10
 
   defstruct [
     :config,
     :index,
     :role,
     :queue,
-    :port,
-    :os_pid,
+    :python,
     :log,
     :started_at,
     :start_by,
@@ -44,7 +39,10 @@ defmodule StarweaveImage.Sidecar do
     :heard_at,
     :ticked_at,
     :heartbeat,
+    # Why the start that goes on fails, by its own words; why the process is to be killed; what the log says already.
     :failure,
+    :condemned,
+    :told,
     slept: 0,
     generation: 0,
     phase: :starting,
@@ -58,17 +56,6 @@ defmodule StarweaveImage.Sidecar do
     images: %{},
     asked: %{}
   ]
-
-  # What of the application's environment a sidecar sees. Everything else stays out: a host's secrets
-  # are in its environment more often than not. HF_TOKEN and the proxies are what downloads need.
-  @allowed_env ~w(PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TEMP TMP XDG_CACHE_HOME XDG_DATA_HOME
-    LD_LIBRARY_PATH DYLD_LIBRARY_PATH SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE
-    HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY http_proxy https_proxy no_proxy all_proxy
-    TORCH_DTYPE TORCH_HOME CUDA_VISIBLE_DEVICES CUDA_DEVICE_ORDER CUDA_HOME CUDA_PATH
-    HSA_OVERRIDE_GFX_VERSION HCC_AMDGPU_TARGET GPU_DEVICE_ORDINAL ZE_AFFINITY_MASK
-    HF_HOME HF_TOKEN HF_TOKEN_PATH HF_ENDPOINT HUGGINGFACE_HUB_CACHE HF_MODULES_CACHE TRANSFORMERS_OFFLINE
-    DO_NOT_TRACK DISABLE_TELEMETRY STARWEAVE_IMAGE_CACHE)
-  @allowed_env_prefixes ~w(LC_ HF_HUB_ HF_XET_ NVIDIA_ HIP_ ROCR_ PYTORCH_ OMP_ MKL_ KMP_ ONEDNN_ DNNL_)
 
   @typedoc "A standby has everything imported and nothing loaded, until its queue makes it active."
   @type role :: :active | :standby
@@ -94,69 +81,6 @@ defmodule StarweaveImage.Sidecar do
   def send_message(sidecar, generation, message),
     do: GenServer.cast(sidecar, {:send, generation, message})
 
-  @doc "Which variables of `environment` a sidecar may see."
-  @spec allowed_env([String.t()], [String.t()]) :: [String.t()]
-  def allowed_env(names, extra) do
-    Enum.filter(names, fn name ->
-      name in @allowed_env or name in extra or
-        Enum.any?(@allowed_env_prefixes, &String.starts_with?(name, &1))
-    end)
-  end
-
-  @doc "The pause before start number `failures` + 1, in ms: exponential, half of it random."
-  @spec backoff(non_neg_integer, {pos_integer, pos_integer}) :: non_neg_integer
-  def backoff(0, _limits), do: 0
-
-  def backoff(failures, {first, most}) do
-    pause = min(most, first * Integer.pow(2, min(failures - 1, 20)))
-    div(pause, 2) + :rand.uniform(div(pause, 2) + 1) - 1
-  end
-
-  @doc """
-  Why a heartbeat shows a process that is alive but stuck, or nil.
-
-  Only those are judged who work: the device on its pass, each load, and each request that does not
-  wait for one of these. Who waits may have to wait for long, and is stuck only when nobody works.
-  """
-  @spec stuck(map, keyword) :: String.t() | nil
-  def stuck(%{running: running} = beat, config) do
-    {waiting, working} = Enum.split_with(running, & &1[:waits])
-    {work, loads} = {beat[:device_work], beat[:loads] || []}
-
-    cond do
-      load = Enum.find(loads, &(&1.age_ms > config[:load_timeout])) ->
-        "the load of #{load.model} has taken over #{seconds(config[:load_timeout])} s"
-
-      work && work.age_ms > work_limit(work, config) ->
-        "the device has been at one pass for over #{seconds(work_limit(work, config))} s"
-
-      request = Enum.find(working, &(&1.step_age_ms > step_limit(&1, config))) ->
-        limit = seconds(step_limit(request, config))
-        "request #{request.id} has not moved for over #{limit} s while #{request.phase}"
-
-      waiting != [] and {work, loads, working} == {nil, [], []} and
-          Enum.all?(waiting, &(&1.step_age_ms > config[:stall_timeout])) ->
-        "all requests have waited for over #{seconds(config[:stall_timeout])} s, and nothing is worked on"
-
-      true ->
-        nil
-    end
-  end
-
-  defp work_limit(work, config) do
-    least = if work.known, do: config[:stall_floor], else: config[:stall_timeout]
-    max(least, @patience_times * work.usual_ms)
-  end
-
-  defp step_limit(%{phase: "loading"}, config), do: config[:load_timeout]
-
-  defp step_limit(%{phase: "denoising", step_ms: known}, config) when known > 0,
-    do: max(config[:stall_floor], @patience_times * known)
-
-  defp step_limit(_request, config), do: config[:stall_timeout]
-
-  defp seconds(ms), do: Float.round(ms / 1_000, 1)
-
   @impl true
   def init({index, config, role}) do
     # Killing a child that has output queued can send this process an `:epipe` exit.
@@ -169,8 +93,8 @@ defmodule StarweaveImage.Sidecar do
   def handle_continue(:start, state), do: {:noreply, start(state)}
 
   @impl true
-  def handle_cast({:send, generation, message}, %{generation: generation, port: port} = state)
-      when port != nil,
+  def handle_cast({:send, generation, message}, %{generation: generation, python: python} = state)
+      when python != nil,
       do: {:noreply, state |> ask(message) |> push(message)}
 
   def handle_cast({:send, _generation, _message}, state), do: {:noreply, state}
@@ -182,36 +106,46 @@ defmodule StarweaveImage.Sidecar do
     {:noreply, %{state | role: role}}
   end
 
+  # What it says, once it is to be killed, is not to be trusted.
   @impl true
-  def handle_info({port, {:data, bytes}}, %{port: port} = state) do
+  def handle_info({port, {:data, _}}, %{python: %{port: port}, condemned: reason} = state)
+      when reason != nil,
+      do: {:noreply, state}
+
+  def handle_info({port, {:data, bytes}}, %{python: %{port: port}} = state) do
     case Wire.feed(state.buffer, bytes) do
       {:ok, bodies, buffer} -> {:noreply, receive_bodies(%{state | buffer: buffer}, bodies)}
       {:error, reason} -> {:noreply, fail(state, "it sent #{reason}")}
     end
   end
 
-  def handle_info({port, {:exit_status, status}}, %{port: port} = state),
-    do: {:noreply, ended(state, exit_reason(status, state.failure))}
+  def handle_info({port, {:exit_status, status}}, %{python: %{port: port}} = state),
+    do: {:noreply, ended(state, state.condemned || state.failure || Python.exit_reason(status))}
 
   # Instead of an exit status: the write of what was queued found nobody to read it.
-  def handle_info({:EXIT, port, _reason}, %{port: port} = state) do
+  def handle_info({:EXIT, port, _reason}, %{python: %{port: port}} = state) do
     sentence =
       if state.ready_at,
         do: "the Python process stopped reading and ended",
         else: "the Python process ended as it was started: run `mix image.setup` and see the log"
 
-    {:noreply, ended(state, sentence)}
+    {:noreply, ended(state, state.condemned || sentence)}
   end
+
+  # What Python and its libraries print would fail from now on, in the middle of a request.
+  def handle_info({:EXIT, reader, reason}, %{log: %{reader: reader}, condemned: nil} = state)
+      when reason != :normal,
+      do: {:noreply, fail(state, "the reader of its log has ended")}
 
   def handle_info(:tick, state) do
     Process.send_after(self(), :tick, @tick_ms)
     now = now()
     late = now - state.ticked_at - @tick_ms
     state = %{state | ticked_at: now, slept: state.slept + if(late > @late_ms, do: late, else: 0)}
-    {:noreply, if(state.port, do: check(state), else: state)}
+    {:noreply, if(state.python, do: check(state), else: state)}
   end
 
-  def handle_info({:restart, generation}, %{generation: generation, port: nil} = state),
+  def handle_info({:restart, generation}, %{generation: generation, python: nil} = state),
     do: {:noreply, start(state)}
 
   def handle_info({:retry_write, generation}, %{generation: generation} = state),
@@ -221,7 +155,7 @@ defmodule StarweaveImage.Sidecar do
   def handle_info(_message, state), do: {:noreply, state}
 
   @impl true
-  def terminate(_reason, %{port: nil}), do: :ok
+  def terminate(_reason, %{python: nil}), do: :ok
 
   def terminate(_reason, state) do
     grace = state.config[:shutdown_grace]
@@ -229,7 +163,7 @@ defmodule StarweaveImage.Sidecar do
     # So that it is sent nothing more, and that what it does not finish is no attempt that cost a life.
     tell(state, :stopping)
     # One that is down has none.
-    reader = if state.log, do: Process.monitor(state.log)
+    reader = if state.log, do: Process.monitor(state.log.reader)
 
     state
     |> push(%{t: "shutdown", g: state.generation, grace_ms: grace})
@@ -247,9 +181,9 @@ defmodule StarweaveImage.Sidecar do
   end
 
   # What runs may come to its end within the grace period, and then its answer counts.
-  defp drain(%{port: nil} = state, _deadline), do: state
+  defp drain(%{python: nil} = state, _deadline), do: state
 
-  defp drain(%{port: port} = state, deadline) do
+  defp drain(%{python: %{port: port} = python} = state, deadline) do
     receive do
       {^port, {:data, _}} = data ->
         {:noreply, state} = handle_info(data, state)
@@ -270,8 +204,8 @@ defmodule StarweaveImage.Sidecar do
         state
     after
       max(deadline - now(), 0) ->
-        signal_group(state.os_pid, "TERM")
-        wait_for_exit(port, @term_ms) || kill(state)
+        _ = Python.signal(python, "TERM")
+        _ = Python.ended?(python, @term_ms) || Python.kill(python)
         state
     end
   end
@@ -294,6 +228,7 @@ defmodule StarweaveImage.Sidecar do
         ready_at: nil,
         heartbeat: nil,
         failure: nil,
+        condemned: nil,
         # Once down, it is down until a start succeeds: callers get their answer at once meanwhile.
         phase: if(state.phase == :down, do: :down, else: :starting),
         buffer: Wire.new(),
@@ -302,66 +237,46 @@ defmodule StarweaveImage.Sidecar do
         asked: %{}
     }
 
-    with {:ok, python} <- Environment.python(python: state.config[:python]),
-         {:ok, log, socket_path} <- SidecarLog.start_link(state.config[:name], state.index),
-         {:ok, port, os_pid} <- spawn_python(python, log, socket_path, state.config) do
-      Telemetry.execute([:sidecar, :start], %{system_time: System.system_time()}, %{
-        instance: state.config[:name],
-        index: state.index,
-        generation: state.generation,
-        os_pid: os_pid
-      })
+    case launch(state) do
+      {:ok, python, log} ->
+        Telemetry.execute([:sidecar, :start], %{system_time: System.system_time()}, %{
+          instance: state.config[:name],
+          index: state.index,
+          generation: state.generation,
+          os_pid: python.os_pid
+        })
 
-      state = %{state | port: port, os_pid: os_pid, log: log}
-      report(state, state.phase)
-      state
-    else
-      {:error, sentence} -> ended(state, sentence)
+        state = %{state | python: python, log: log}
+        report(state, state.phase)
+        state
+
+      {:error, sentence} ->
+        ended(state, sentence)
     end
   end
 
-  defp spawn_python(python, log, log_socket, config) do
-    present = Map.keys(System.get_env())
-    hidden = present -- allowed_env(present, config[:env])
-    path = [{"PYTHONPATH", Environment.pythonpath()}, {"PYTHONUNBUFFERED", "1"}]
+  defp launch(%{config: config} = state) do
+    with {:ok, interpreter} <- Environment.python(python: config[:python]),
+         {:ok, log} <- SidecarLog.start_link(config[:name], state.index) do
+      case Python.start(interpreter, log.socket, config[:env]) do
+        {:ok, python} ->
+          {:ok, python, log}
 
-    env =
-      Enum.map(hidden, &{String.to_charlist(&1), false}) ++
-        Enum.map(path, fn {name, value} ->
-          {String.to_charlist(name), String.to_charlist(value)}
-        end)
-
-    port =
-      Port.open({:spawn_executable, python}, [
-        :binary,
-        :exit_status,
-        :nouse_stdio,
-        :hide,
-        # The driver must call itself busy early, or `nosuspend` would queue without bound.
-        {:busy_limits_port, {1_048_576, 4_194_304}},
-        args: ["-m", "starweave_image", "port", "--log-socket", log_socket],
-        env: env
-      ])
-
-    case Port.info(port, :os_pid) do
-      {:os_pid, os_pid} ->
-        {:ok, port, os_pid}
-
-      # It has ended already, and its status came before the port was closed.
-      nil ->
-        SidecarLog.stop(log)
-
-        receive do
-          {^port, {:exit_status, status}} -> {:error, exit_reason(status, nil)}
-        after
-          0 -> {:error, "the Python process ended as it was started: run `mix image.setup`"}
-        end
+        {:error, sentence} ->
+          SidecarLog.stop(log)
+          {:error, sentence}
+      end
     end
   rescue
-    # ErlangError with :enoent, :eacces, …
-    error in ErlangError ->
-      SidecarLog.stop(log)
-      {:error, "Python cannot be started (#{inspect(error.original)}): run `mix image.setup`"}
+    # A start may fail for reasons that nobody thought of, and the application may not.
+    error ->
+      sentence =
+        "it could not be started, by a fault of this library (#{inspect(error.__struct__)})"
+
+      if state.told != sentence,
+        do: Logger.error(Exception.format(:error, error, __STACKTRACE__))
+
+      {:error, sentence}
   end
 
   defp hello(state) do
@@ -399,7 +314,8 @@ defmodule StarweaveImage.Sidecar do
 
   defp receive_bodies(state, []), do: state
   # A body handled before this one ended the process.
-  defp receive_bodies(%{port: nil} = state, _bodies), do: state
+  defp receive_bodies(%{python: nil} = state, _bodies), do: state
+  defp receive_bodies(%{condemned: reason} = state, _bodies) when reason != nil, do: state
 
   defp receive_bodies(state, [body | rest]) do
     case Wire.decode(body) do
@@ -429,7 +345,7 @@ defmodule StarweaveImage.Sidecar do
     )
 
     cond do
-      reason = stuck(beat, state.config) ->
+      reason = Health.stuck(beat, state.config) ->
         fail(%{state | phase: :stalled}, reason)
 
       state.ready_at ->
@@ -459,7 +375,7 @@ defmodule StarweaveImage.Sidecar do
           instance: state.config[:name],
           index: state.index,
           generation: g,
-          os_pid: state.os_pid,
+          os_pid: state.python.os_pid,
           device: ready.device,
           dtype: ready.dtype
         }
@@ -467,6 +383,7 @@ defmodule StarweaveImage.Sidecar do
 
       # The silence of its imports ends here, not with the next heartbeat.
       state = %{state | ready_at: now(), heard_at: awake(state), ever_ready: true, phase: :ready}
+      state = %{state | told: nil}
       tell(state, {:ready, ready})
       state
     else
@@ -477,14 +394,16 @@ defmodule StarweaveImage.Sidecar do
   # What it says before it knows its generation, such as what is wrong with `hello`, has a 0 in its place.
   defp receive_message(state, %{t: :error, g: g, id: nil} = error)
        when g in [0, state.generation] do
-    Logger.error("#{label(state)}: #{error.message}")
+    message = SidecarLog.printable_lines(error.message)
+    Logger.log(if(state.told == message, do: :debug, else: :error), "#{label(state)}: #{message}")
     # Before `ready`, this is why it cannot start.
-    if state.ready_at, do: state, else: %{state | failure: error.message}
+    if state.ready_at, do: state, else: %{state | failure: message}
   end
 
   defp receive_message(state, %{t: :log} = log) do
     metadata = if log.id, do: [request_id: log.id], else: []
-    Logger.log(log.level, "#{label(state)}: #{log.message}", metadata)
+    message = SidecarLog.printable_lines(log.message)
+    Logger.log(log.level, "#{label(state)}: #{message}", metadata)
     state
   end
 
@@ -565,6 +484,9 @@ defmodule StarweaveImage.Sidecar do
     importing? = is_nil(state.ready_at) and state.heartbeat != nil
 
     cond do
+      state.condemned ->
+        execute(state)
+
       not importing? and awake - state.heard_at > config[:heartbeat_timeout] ->
         fail(%{state | phase: :stalled}, "no heartbeat for #{awake - state.heard_at} ms")
 
@@ -587,11 +509,11 @@ defmodule StarweaveImage.Sidecar do
   defp push(state, message),
     do: flush(%{state | outbox: :queue.in(Wire.frame(message), state.outbox)})
 
-  defp flush(%{port: nil} = state), do: state
+  defp flush(%{python: nil} = state), do: state
 
   defp flush(state) do
     with {:value, frame} <- :queue.peek(state.outbox),
-         true <- :erlang.port_command(state.port, frame, [:nosuspend]) do
+         true <- :erlang.port_command(state.python.port, frame, [:nosuspend]) do
       flush(%{state | outbox: :queue.drop(state.outbox)})
     else
       :empty ->
@@ -613,26 +535,24 @@ defmodule StarweaveImage.Sidecar do
   defp fail(state, reason) do
     Logger.error("#{label(state)} (generation #{state.generation}) is killed: #{reason}")
     report(state, state.phase)
-    kill(state)
-    ended(state, reason)
+    execute(%{state | condemned: reason})
   end
 
-  defp kill(state) do
-    signal_group(state.os_pid, "KILL")
-    wait_for_exit(state.port, @reap_ms)
+  # Where no descriptor is left to run a command with, the next tick tries again.
+  defp execute(state) do
+    case Python.kill(state.python) do
+      :ok -> ended(state, state.condemned)
+      :error -> state
+    end
   end
 
   defp ended(state, sentence) do
-    state = close(state)
     good? = state.ready_at != nil
     failed_starts = if good?, do: state.failed_starts, else: state.failed_starts + 1
     # A first restart after a good start is at once; from then on each one waits longer.
-    pause = backoff(failed_starts, {state.config[:backoff_min], state.config[:backoff_max]})
+    pause = Backoff.pause(failed_starts, {state.config[:backoff_min], state.config[:backoff_max]})
     failed_starts = if good?, do: failed_starts + 1, else: failed_starts
-
     unready_starts = if good?, do: 0, else: state.unready_starts + 1
-
-    if state.os_pid, do: log_end(state, sentence, pause)
 
     phase =
       cond do
@@ -641,12 +561,13 @@ defmodule StarweaveImage.Sidecar do
         true -> :down
       end
 
+    log_end(state, sentence, pause)
     Process.send_after(self(), {:restart, state.generation}, pause)
 
     state = %{
-      state
-      | os_pid: nil,
-        phase: phase,
+      close(state)
+      | phase: phase,
+        told: if(good?, do: nil, else: sentence),
         failed_starts: failed_starts,
         unready_starts: unready_starts
     }
@@ -655,81 +576,35 @@ defmodule StarweaveImage.Sidecar do
     state
   end
 
+  # A start that fails as the one before it is no news.
   defp log_end(state, sentence, pause) do
-    Logger.warning("#{label(state)} ended: #{sentence}; next start in #{pause} ms")
+    level = if state.told == sentence, do: :debug, else: :warning
+    did = if state.python, do: "ended", else: "cannot start"
+    Logger.log(level, "#{label(state)} #{did}: #{sentence}; next start in #{pause} ms")
 
-    Telemetry.execute(
-      [:sidecar, :stop],
-      %{
-        duration: System.convert_time_unit(now() - state.started_at, :millisecond, :native)
-      },
-      %{
-        instance: state.config[:name],
-        index: state.index,
-        generation: state.generation,
-        os_pid: state.os_pid,
-        reason: sentence
-      }
-    )
+    if state.python do
+      Telemetry.execute(
+        [:sidecar, :stop],
+        %{
+          duration: System.convert_time_unit(now() - state.started_at, :millisecond, :native)
+        },
+        %{
+          instance: state.config[:name],
+          index: state.index,
+          generation: state.generation,
+          os_pid: state.python.os_pid,
+          reason: sentence
+        }
+      )
+    end
   end
 
+  # Also after a clean exit: whoever the process forked and left behind is in its group.
   defp close(state) do
-    if state.port do
-      # Also after a clean exit: whoever the process forked and left behind is in its group.
-      signal_group(state.os_pid, "KILL")
-
-      try do
-        Port.close(state.port)
-      rescue
-        ArgumentError -> true
-      end
-
-      drop_messages(state.port)
-    end
-
+    if state.python, do: Python.close(state.python)
     if state.log, do: SidecarLog.stop(state.log)
-    %{state | port: nil, log: nil}
+    %{state | python: nil, log: nil}
   end
-
-  defp drop_messages(port) do
-    receive do
-      {^port, _} -> drop_messages(port)
-      {:EXIT, ^port, _} -> drop_messages(port)
-    after
-      0 -> :ok
-    end
-  end
-
-  defp wait_for_exit(port, timeout) do
-    receive do
-      {^port, {:exit_status, _}} -> true
-      {:EXIT, ^port, _} -> true
-    after
-      timeout -> false
-    end
-  end
-
-  # `kill` is no BIF. The child leads its own process group, so -PID reaches all that it started.
-  defp signal_group(os_pid, signal) do
-    _ = :os.cmd(~c"kill -s #{signal} -- -#{os_pid} 2>/dev/null")
-    :ok
-  end
-
-  defp exit_reason(_status, failure) when is_binary(failure), do: failure
-
-  defp exit_reason(69, _),
-    do: "a Python package is missing or cannot be imported: run `mix image.setup` and see the log"
-
-  defp exit_reason(64, _), do: "the Python process refused its command line"
-  defp exit_reason(65, _), do: "the Python process lost the framing"
-  defp exit_reason(66, _), do: "the Python process refused the handshake"
-  defp exit_reason(0, _), do: "the Python process ended by itself"
-
-  defp exit_reason(status, _) when status > 128,
-    do: "the Python process was killed by signal #{status - 128}"
-
-  defp exit_reason(status, _),
-    do: "the Python process ended with status #{status}; the log has its last words"
 
   ## To the queue
 
@@ -739,7 +614,7 @@ defmodule StarweaveImage.Sidecar do
       {:state,
        %{
          state: phase,
-         os_pid: state.os_pid,
+         os_pid: state.python && state.python.os_pid,
          uptime_ms: now() - state.started_at,
          heartbeat: state.heartbeat
        }}

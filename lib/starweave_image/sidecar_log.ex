@@ -2,110 +2,204 @@ defmodule StarweaveImage.SidecarLog do
   @moduledoc false
   # What a sidecar and everything it started write to fds 1 and 2, as lines in Logger. A unix socket,
   # since a port that uses fds 3 and 4 leaves 1 and 2 as they were: the terminal of the application.
+  #
+  # Its loop is GenServer's, and nothing in it waits: a process that waits in code of ours is ended when that code is
+  # loaded anew for the second time, as happens all day in development.
 
+  use GenServer
   require Logger
 
+  alias StarweaveImage.Scratch
+
+  @enforce_keys [:reader, :folder, :socket]
+  defstruct [:reader, :folder, :socket]
+
+  @type t :: %__MODULE__{reader: pid, folder: Path.t(), socket: Path.t()}
+
   @lines_per_second 500
-  @accept_ms 250
+  @accept_ms 50
   @longest_line 65_536
 
-  @doc "Listens; gives the path that the sidecar connects to. The path is gone once it has."
-  @spec start_link(atom, non_neg_integer) :: {:ok, pid, Path.t()} | {:error, String.t()}
+  @doc "Listens at `socket`, which the sidecar connects to; it is gone once that has happened."
+  @spec start_link(atom, non_neg_integer) :: {:ok, t} | {:error, String.t()}
   def start_link(instance, index) do
-    case :proc_lib.start_link(__MODULE__, :init, [instance, index]) do
-      {:error, reason} ->
-        {:error, "no socket for the log of Python can be made (#{inspect(reason)})"}
+    with {:ok, folder} <- Scratch.create() do
+      socket = Path.join(folder, "log")
 
-      {pid, path} ->
-        {:ok, pid, path}
+      # Linked by itself: as a child it would end with its parent.
+      case GenServer.start(__MODULE__, {self(), instance, index, folder, socket}) do
+        {:ok, reader} ->
+          {:ok, %__MODULE__{reader: reader, folder: folder, socket: socket}}
+
+        {:error, {:shutdown, reason}} ->
+          Scratch.remove(folder)
+          {:error, sentence(reason)}
+      end
+    else
+      {:error, reason} -> {:error, sentence(reason)}
     end
   end
 
   @doc "Ends a reader that nobody connected to; one that reads goes on to the last line."
-  @spec stop(pid) :: :ok
-  def stop(reader) do
-    send(reader, :stop)
-    :ok
+  @spec stop(t) :: :ok
+  def stop(log) do
+    # By the caller, who may be the last to run.
+    Scratch.remove(log.folder)
+    GenServer.cast(log.reader, :stop)
   end
 
-  @doc false
-  def init(instance, index) do
+  defp sentence(reason) do
+    why = if is_atom(reason), do: :file.format_error(reason), else: inspect(reason)
+
+    "no socket for the log of Python can be made in the folder for temporary files (#{why}): TMPDIR may name another"
+  end
+
+  @impl true
+  def init({owner, instance, index, folder, socket}) do
     # The end of the sidecar's owner must not cut off the last lines, nor leave the folder behind.
     Process.flag(:trap_exit, true)
+    Process.link(owner)
+    Logger.metadata(instance: instance)
 
-    # Others on this machine must not write into our log.
-    name = "starweave_image-#{Base.url_encode64(:crypto.strong_rand_bytes(9))}"
-    folder = Path.join(System.tmp_dir() || "/tmp", name)
-    # The path of a unix socket has room for some 100 bytes.
-    folder = if byte_size(folder) > 90, do: Path.join("/tmp", name), else: folder
-    path = Path.join(folder, "log")
+    options = [
+      :binary,
+      ifaddr: {:local, socket},
+      packet: :line,
+      buffer: @longest_line,
+      active: false
+    ]
 
-    with :ok <- File.mkdir(folder),
-         :ok <- File.chmod(folder, 0o700),
-         {:ok, listener} <-
-           :gen_tcp.listen(0, [
-             :binary,
-             ifaddr: {:local, path},
-             packet: :line,
-             buffer: @longest_line,
-             active: false
-           ]) do
-      :proc_lib.init_ack({self(), path})
-      accept(listener, folder, "image sidecar #{index} | ", instance)
-    else
+    case :gen_tcp.listen(0, options) do
+      {:ok, listener} ->
+        send(self(), :accept)
+
+        {:ok,
+         %{
+           listener: listener,
+           socket: nil,
+           folder: folder,
+           prefix: "image sidecar #{index} | ",
+           second: second(),
+           lines: 0
+         }}
+
       {:error, reason} ->
-        _ = File.rm_rf(folder)
-        :proc_lib.init_ack({:error, reason})
+        {:stop, {:shutdown, reason}}
     end
   end
 
-  defp accept(listener, folder, prefix, instance) do
-    case :gen_tcp.accept(listener, @accept_ms) do
+  @impl true
+  def handle_info(:accept, %{socket: nil} = state) do
+    case accept(state) do
+      {:error, :timeout} ->
+        Process.send_after(self(), :accept, @accept_ms)
+        {:noreply, state}
+
+      accepted_or_not ->
+        accepted_or_not
+    end
+  end
+
+  def handle_info({:tcp, socket, line}, %{socket: socket} = state) do
+    state = count(state)
+    if state.lines <= @lines_per_second, do: Logger.info([state.prefix, printable(line)])
+    _ = :inet.setopts(socket, active: :once)
+    {:noreply, state}
+  end
+
+  def handle_info({:tcp_closed, socket}, %{socket: socket} = state),
+    do: {:stop, :normal, tell_dropped(state)}
+
+  def handle_info({:tcp_error, socket, _reason}, %{socket: socket} = state),
+    do: {:stop, :normal, tell_dropped(state)}
+
+  # Of the owner, while nobody has connected; whoever has connected is read to the end.
+  def handle_info({:EXIT, pid, _reason}, %{socket: nil} = state) when is_pid(pid),
+    do: handle_cast(:stop, state)
+
+  def handle_info(_message, state), do: {:noreply, state}
+
+  @impl true
+  def handle_cast(:stop, %{socket: nil} = state) do
+    # It may have connected, and ended, since we last looked.
+    with {:error, :timeout} <- accept(state), do: {:stop, :normal, state}
+  end
+
+  def handle_cast(:stop, state), do: {:noreply, state}
+
+  defp accept(state) do
+    case :gen_tcp.accept(state.listener, 0) do
       {:ok, socket} ->
-        _ = File.rm_rf(folder)
-        :ok = :gen_tcp.close(listener)
-        Logger.metadata(instance: instance)
-        read(socket, prefix, second(), 0)
+        Scratch.remove(state.folder)
+        :ok = :gen_tcp.close(state.listener)
+        _ = :inet.setopts(socket, active: :once)
+        {:noreply, %{state | socket: socket, listener: nil}}
 
       {:error, :timeout} ->
-        receive do
-          :stop -> File.rm_rf(folder)
-          {:EXIT, _, _} -> File.rm_rf(folder)
-        after
-          0 -> accept(listener, folder, prefix, instance)
-        end
+        {:error, :timeout}
 
       {:error, _closed} ->
-        File.rm_rf(folder)
+        {:stop, :normal, state}
     end
   end
+
+  @impl true
+  def terminate(_reason, state), do: Scratch.remove(state.folder)
 
   # Bounded in lines a second: a library that floods stderr must cost neither the disk nor Logger, and
   # must not be blocked on its write either, so what is too much is read and counted.
-  defp read(socket, prefix, second, count) do
-    case :gen_tcp.recv(socket, 0) do
-      {:ok, line} ->
-        now = second()
+  defp count(state) do
+    now = second()
 
-        if now != second and count > @lines_per_second,
-          do: Logger.warning("#{prefix}(#{count - @lines_per_second} more lines were dropped)")
-
-        count = if now == second, do: count + 1, else: 1
-        if count <= @lines_per_second, do: Logger.info([prefix, printable(line)])
-        read(socket, prefix, now, count)
-
-      {:error, _closed} ->
-        if count > @lines_per_second,
-          do: Logger.warning("#{prefix}(#{count - @lines_per_second} more lines were dropped)")
-
-        :ok
-    end
+    if now == state.second,
+      do: %{state | lines: state.lines + 1},
+      else: %{tell_dropped(state) | second: now, lines: 1}
   end
 
-  defp printable(line) do
-    line = String.trim_trailing(line)
-    if String.valid?(line), do: line, else: inspect(line)
+  defp tell_dropped(state) do
+    dropped = state.lines - @lines_per_second
+    if dropped > 0, do: Logger.warning("#{state.prefix}(#{dropped} more lines were dropped)")
+    state
   end
+
+  @doc "The same for a text of several lines, which stay lines and cannot be taken for messages of their own."
+  @spec printable_lines(binary) :: String.t()
+  def printable_lines(text),
+    do: text |> String.split("\n") |> Enum.map_join("\n  | ", &printable/1)
+
+  @doc """
+  A line from outside as one that only shows text: whatever moves a terminal's cursor, colours it, ends the line or turns the
+  direction of writing is escaped, and so is what is no UTF-8.
+
+      iex> StarweaveImage.SidecarLog.printable("\\e[31mred\\tpear\\r\\n")
+      "\\\\e[31mred\\tpear"
+  """
+  @spec printable(binary) :: String.t()
+  def printable(text) do
+    text = String.trim_trailing(text)
+
+    if text =~ ~r/\A[\t\x20-\x7E]*\z/,
+      do: text,
+      else: text |> escaped([]) |> IO.iodata_to_binary()
+  end
+
+  defp escaped(<<char::utf8, rest::binary>>, done)
+       when char == ?\t or char in 0x20..0x7E or
+              (char > 0x9F and char not in 0x200E..0x200F and char not in 0x2028..0x202E and
+                 char not in 0x2066..0x2069 and char not in [0x061C, 0xFEFF]),
+       do: escaped(rest, [done, <<char::utf8>>])
+
+  defp escaped(<<?\e, rest::binary>>, done), do: escaped(rest, [done, "\\e"])
+  defp escaped(<<?\r, rest::binary>>, done), do: escaped(rest, [done, "\\r"])
+  defp escaped(<<?\n, rest::binary>>, done), do: escaped(rest, [done, "\\n"])
+
+  defp escaped(<<char::utf8, rest::binary>>, done),
+    do: escaped(rest, [done, "\\u{#{Integer.to_string(char, 16)}}"])
+
+  defp escaped(<<byte, rest::binary>>, done),
+    do: escaped(rest, [done, "\\x", Base.encode16(<<byte>>)])
+
+  defp escaped(<<>>, done), do: done
 
   defp second, do: System.monotonic_time(:second)
 end

@@ -8,7 +8,7 @@ defmodule StarweaveImage.SidecarTest do
   import StarweaveImage.TestOSProcess,
     only: [alive?: 1, await: 1, await_gone: 2, family: 1, signal: 2]
 
-  alias StarweaveImage.{Error, Image, Sidecar, SidecarLog}
+  alias StarweaveImage.{Backoff, Error, Image, Sidecar, SidecarLog}
 
   # Everything below goes through this: the application goes on, with the same or with a new process.
   defp assert_works(instance) do
@@ -56,10 +56,12 @@ defmodule StarweaveImage.SidecarTest do
 
       report = report(instance)
       assert report["descriptors"] == [0, 1, 2, 3, 4]
-      assert report["arguments"] == ["-m", "starweave_image", "port"]
+      assert [script, "port", "--log-socket"] = report["arguments"]
+      assert Path.basename(script) == "run.py"
       assert "STARWEAVE_TEST_SHARED" in report["environment"]
       assert "PATH" in report["environment"]
-      assert "PYTHONPATH" in report["environment"]
+      python = Enum.filter(report["environment"], &String.starts_with?(&1, "PYTHON"))
+      assert python == ["PYTHONUNBUFFERED"]
       refute "STARWEAVE_TEST_SECRET" in report["environment"]
       refute "MIX_ENV" in report["environment"]
     end
@@ -489,7 +491,7 @@ defmodule StarweaveImage.SidecarTest do
           receive do: (:end -> exit(:shutdown))
         end)
 
-      assert_receive {:reader, {:ok, reader, path}}, 10_000
+      assert_receive {:reader, {:ok, %{reader: reader, socket: path}}}, 10_000
       %{owner: owner, reader: Process.monitor(reader), path: path}
     end
 
@@ -508,7 +510,7 @@ defmodule StarweaveImage.SidecarTest do
 
       for words <- [
             "the first line",
-            inspect("\xFF is no text"),
+            "\\xFF is no text",
             "the line after",
             "the last words"
           ],
@@ -526,15 +528,15 @@ defmodule StarweaveImage.SidecarTest do
 
   describe "pure parts" do
     test "the pause between starts grows to its limit, half of it by chance" do
-      assert Sidecar.backoff(0, {500, 30_000}) == 0
+      assert Backoff.pause(0, {500, 30_000}) == 0
 
       for failures <- 1..200, first <- [1, 7, 500], most <- [1, 500, 30_000] do
         full = min(most, first * Integer.pow(2, min(failures - 1, 20)))
-        pause = Sidecar.backoff(failures, {first, most})
+        pause = Backoff.pause(failures, {first, most})
         assert pause in div(full, 2)..full
       end
 
-      pauses = for _ <- 1..100, do: Sidecar.backoff(6, {500, 30_000})
+      pauses = for _ <- 1..100, do: Backoff.pause(6, {500, 30_000})
       assert length(Enum.uniq(pauses)) > 50
     end
 
@@ -549,13 +551,13 @@ defmodule StarweaveImage.SidecarTest do
         "PYTHONPATH"
       ]
 
-      assert Sidecar.allowed_env(names, ["MINE"]) == ["PATH", "HF_TOKEN", "LC_ALL", "MINE"]
+      assert Sidecar.Python.allowed_env(names, ["MINE"]) == ["PATH", "HF_TOKEN", "LC_ALL", "MINE"]
 
       # Where models are, by all names that huggingface_hub reads, and whether it may ask for them.
       hub =
         ~w(HF_HOME HF_HUB_CACHE HUGGINGFACE_HUB_CACHE HF_XET_CACHE HF_HUB_OFFLINE TRANSFORMERS_OFFLINE)
 
-      assert Sidecar.allowed_env(hub ++ ["HF_API_KEY"], []) == hub
+      assert Sidecar.Python.allowed_env(hub ++ ["HF_API_KEY"], []) == hub
     end
 
     @config [stall_timeout: 1_000, stall_floor: 100, load_timeout: 9_000]
@@ -565,7 +567,7 @@ defmodule StarweaveImage.SidecarTest do
     defp running(phase, age, more \\ %{}),
       do: Map.merge(%{id: "r1", phase: phase, step_age_ms: age, step_ms: 0, waits: false}, more)
 
-    defp stuck(beat), do: Sidecar.stuck(beat, @config)
+    defp stuck(beat), do: Sidecar.Health.stuck(beat, @config)
 
     test "a pass of a known kind has ten times its time, and at least the floor" do
       pass = fn age, usual -> %{age_ms: age, usual_ms: usual, known: true} end

@@ -78,6 +78,39 @@ def test_a_signal_drains(ready: Start, tracked: Tracked) -> None:
     assert tracked.gone()
 
 
+def let_it_block(sidecar: Sidecar) -> None:
+    """Make the process answer more than fits into its descriptor 4, which nobody reads from now on."""
+    for index in range(40):
+        sidecar.send({"t": "models", "g": 1, "id": f"models-{index}"})
+    wait_until(sidecar.output_is_full)
+
+
+def test_a_signal_ends_one_whose_answers_nobody_reads(ready: Start, tracked: Tracked) -> None:
+    sidecar = ready()
+    let_it_block(sidecar)
+    sidecar.signal(signal.SIGTERM)
+    assert sidecar.wait(30) == 0
+    assert tracked.gone()
+
+
+def test_a_signal_ends_one_at_work_whose_answers_nobody_reads(ready: Start, tracked: Tracked) -> None:
+    sidecar = ready(**config())
+    sidecar.send({**LONG, "steps": 100})
+    sidecar.expect("progress", id="long", phase="denoising", timeout=180)
+    let_it_block(sidecar)
+    sidecar.signal(signal.SIGINT)
+    assert sidecar.wait(60) == 0
+    assert tracked.gone()
+
+
+def test_a_shutdown_ends_one_whose_last_words_nobody_reads(ready: Start, tracked: Tracked) -> None:
+    sidecar = ready(heartbeat_interval_ms=50)
+    wait_until(sidecar.output_is_full)
+    sidecar.send({"t": "shutdown", "grace_ms": 100})
+    assert sidecar.wait(30) == 0
+    assert tracked.gone()
+
+
 def test_a_sidecar_that_drains_takes_no_more(ready: Start, tracked: Tracked) -> None:
     sidecar = ready(**config())
     sidecar.send({**LONG, "steps": 100})

@@ -53,7 +53,7 @@ defmodule StarweaveImage.TestApplication do
 
     File.write!(path, """
     #!/bin/sh
-    export PYTHONPATH='#{@misbehaviour}':"$PYTHONPATH" STARWEAVE_TEST_MISBEHAVIOUR=hold_interpreter
+    export PYTHONPATH='#{@misbehaviour}'"${PYTHONPATH:+:$PYTHONPATH}" STARWEAVE_TEST_MISBEHAVIOUR=hold_interpreter
     exec '#{python}' "$@"
     """)
 

@@ -119,15 +119,11 @@ defmodule Mix.Tasks.Image.Models do
 
   defp python(python, name, options) do
     # Attached: it ends with this VM, whose end closes its standard input.
-    arguments = ["-m", "starweave_image", "models", name, "--attached" | options]
+    {arguments, env} = Environment.command(["models", name, "--attached" | options])
 
-    env = [
-      {"PYTHONPATH", Environment.pythonpath()},
-      {"PYTHONHOME", nil},
-      {"PYTHONUNBUFFERED", "1"}
-    ]
-
-    {_output, code} = System.cmd(python, arguments, env: env, into: IO.stream(:stdio, :line))
-    code
+    case Environment.run(python, arguments, env: env, into: IO.stream(:stdio, :line)) do
+      {:error, reason} -> Mix.raise("Python cannot be started (#{reason}): run `mix image.setup`")
+      {_output, code} -> code
+    end
   end
 end

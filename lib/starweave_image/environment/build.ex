@@ -73,15 +73,24 @@ defmodule StarweaveImage.Environment.Build do
   exit "$status"
   """
 
-  @doc "The kind of the complete environment that was asked for last, or nil."
-  @spec current() :: Environment.torch() | nil
+  @doc "The kind of the complete environment that was asked for last, or a sentence about why there is none."
+  @spec current() :: {:ok, Environment.torch()} | {:error, String.t()}
   def current do
-    with {:ok, name} <- File.read(Path.join(root(), "current")),
+    with {:ok, root} <- root(),
+         {:ok, name} <- File.read(Path.join(root, "current")),
          kind when kind != nil <- Enum.find(@kinds, &(Atom.to_string(&1) == name)),
          true <- complete?(kind, @any) do
-      kind
+      {:ok, kind}
     else
-      _ -> nil
+      {:error, sentence} when is_binary(sentence) ->
+        {:error, sentence}
+
+      {:error, reason} when reason not in [:enoent, :enotdir] ->
+        {:error, "the Python environment cannot be read (#{:file.format_error(reason)})"}
+
+      _ ->
+        {:error,
+         "the Python environment is not set up: run `mix image.setup` (in a release: StarweaveImage.setup())"}
     end
   end
 
@@ -106,7 +115,8 @@ defmodule StarweaveImage.Environment.Build do
   @spec ensure(Environment.torch(), map, (String.t() -> any)) ::
           {:ok, :found | :made} | {:error, Error.t()}
   def ensure(kind, opts, progress) do
-    with {:ok, chosen} <- if(opts.base_python, do: base([opts.base_python]), else: {:ok, nil}) do
+    with :ok <- known(),
+         {:ok, chosen} <- if(opts.base_python, do: base([opts.base_python]), else: {:ok, nil}) do
       opts = %{opts | base_python: chosen}
 
       if complete?(kind, opts) do
@@ -131,7 +141,7 @@ defmodule StarweaveImage.Environment.Build do
 
     match?(
       {_, 0},
-      System.cmd(interpreter(kind), ["-c", imports], env: @env, stderr_to_stdout: true)
+      Environment.run(interpreter(kind), ["-I", "-c", imports], env: @env, stderr_to_stdout: true)
     )
   end
 
@@ -141,13 +151,33 @@ defmodule StarweaveImage.Environment.Build do
     :ok
   end
 
+  # The only place where the user's cache folder is asked for. Without a home there may be none, and without a
+  # working folder, which may have been removed, a relative name means nothing.
   defp root do
-    cache = variable("STARWEAVE_IMAGE_CACHE") || :filename.basedir(:user_cache, "starweave_image")
-    Path.join(Path.expand(cache), @edition)
+    named = variable("STARWEAVE_IMAGE_CACHE")
+
+    cond do
+      named -> {:ok, Path.join(Path.expand(named), @edition)}
+      variable("XDG_CACHE_HOME") || variable("HOME") -> {:ok, Path.join(user_cache(), @edition)}
+      true -> {:error, no_cache("HOME is not set")}
+    end
+  rescue
+    _ -> {:error, no_cache("STARWEAVE_IMAGE_CACHE is no absolute path")}
   end
 
-  defp folder(kind), do: Path.join(root(), Atom.to_string(kind))
-  defp log, do: Path.join(root(), "setup.log")
+  defp user_cache, do: :user_cache |> :filename.basedir("starweave_image") |> Path.expand()
+
+  defp no_cache(why) do
+    "no folder for the Python environment is known, since #{why}: name one in STARWEAVE_IMAGE_CACHE, " <>
+      "or an interpreter in STARWEAVE_IMAGE_PYTHON"
+  end
+
+  defp known, do: with({:error, sentence} <- root(), do: failed(sentence), else: (_ -> :ok))
+
+  # For what is done in a folder that is known.
+  defp root!, do: root() |> elem(1)
+  defp folder(kind), do: Path.join(root!(), Atom.to_string(kind))
+  defp log, do: Path.join(root!(), "setup.log")
 
   # An environment does not outlive the Python that it was made with.
   defp complete?(kind, %{base_python: chosen} = opts) do
@@ -175,7 +205,7 @@ defmodule StarweaveImage.Environment.Build do
   end
 
   defp publish(kind) do
-    if current() != kind, do: write(Path.join(root(), "current"), Atom.to_string(kind))
+    if current() != {:ok, kind}, do: write(Path.join(root!(), "current"), Atom.to_string(kind))
   end
 
   defp write(path, content) do
@@ -187,7 +217,7 @@ defmodule StarweaveImage.Environment.Build do
   defp nvidia? do
     case System.find_executable("nvidia-smi") do
       nil -> Path.wildcard("/dev/nvidia[0-9]*") != []
-      smi -> match?({"GPU " <> _, 0}, System.cmd(smi, ["-L"], stderr_to_stdout: true))
+      smi -> match?({"GPU " <> _, 0}, Environment.run(smi, ["-L"], stderr_to_stdout: true))
     end
   end
 
@@ -209,7 +239,7 @@ defmodule StarweaveImage.Environment.Build do
 
   defp describe(name) do
     with path when path != nil <- System.find_executable(name),
-         {text, 0} <- System.cmd(path, bootstrap(["describe"]), stderr_to_stdout: true) do
+         {text, 0} <- Environment.run(path, bootstrap(["describe"]), stderr_to_stdout: true) do
       facts =
         for [_, key, value] <- Regex.scan(~r/^(\w+) (.+)$/m, text), into: %{}, do: {key, value}
 
@@ -272,7 +302,7 @@ defmodule StarweaveImage.Environment.Build do
     command =
       if uv = System.find_executable("uv"),
         do: [uv, "venv", "--no-project", "--python", base.path, folder(kind)],
-        else: [base.path, "-m", "venv", folder(kind)]
+        else: [base.path, "-I", "-m", "venv", folder(kind)]
 
     run(command, "the Python environment could not be made", progress)
   end
@@ -355,7 +385,7 @@ defmodule StarweaveImage.Environment.Build do
     command =
       case System.find_executable("uv") do
         nil ->
-          [interpreter(kind), "-m", "pip", "install"]
+          [interpreter(kind), "-I", "-m", "pip", "install"]
 
         uv ->
           [
@@ -461,7 +491,7 @@ defmodule StarweaveImage.Environment.Build do
         :binary,
         {:line, 80},
         :exit_status,
-        args: bootstrap(["lock", Path.join(root(), "lock")])
+        args: bootstrap(["lock", Path.join(root!(), "lock")])
       ])
 
     with :ok <- await_lock(port, progress) do
@@ -488,7 +518,7 @@ defmodule StarweaveImage.Environment.Build do
   end
 
   defp writable do
-    with {:error, reason} <- File.mkdir_p(root()) do
+    with {:error, reason} <- File.mkdir_p(root!()) do
       failed(
         "the cache folder of the Python environment cannot be written (#{:file.format_error(reason)}): " <>
           "name another one with STARWEAVE_IMAGE_CACHE"

@@ -8,6 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
+from . import paths
 from .errors import missing_package
 from .training import cli as training
 
@@ -39,6 +40,7 @@ def main() -> NoReturn:
 
 
 def _main(argv: list[str]) -> int:
+    paths.settle()
     try:
         args = _parser().parse_args(argv)
     except SystemExit as exit:

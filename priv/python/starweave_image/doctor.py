@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import sys
 from typing import Any
 
-from . import __version__
+from . import __version__, paths
 from .errors import ImageError, missing_package
 
 _PACKAGES = (
@@ -41,7 +40,7 @@ def examine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
         "dtype": None,
         "reason": None,
         "models": {},
-        "hub_cache": _hub_cache(),
+        "hub_cache": str(paths.hub_cache()),
         "problems": [
             f"The Python package {name} is missing." for name, version in packages.items() if not version
         ],
@@ -102,10 +101,3 @@ def _ask_engine(report: dict[str, Any], device: str, dtype: str) -> None:
     report["dtype"], report["reason"] = choice.dtype, choice.reason
     cards = Engine(hello.config, lambda message: None, lambda: None).models()
     report["models"] = {card.id: card.state for card in cards}
-
-
-def _hub_cache() -> str:
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface"
-    )
-    return os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")

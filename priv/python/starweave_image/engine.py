@@ -29,8 +29,9 @@ from PIL.Image import Image
 from . import __version__, devices, images, log, schedulers, wire
 from .catalog import ModelCard, Settings, State, rendered_size, settle
 from .errors import ImageError, is_out_of_memory, missing_package
-from .limits import Limits, default_path
+from .limits import Limits
 from .model_cache import Model, ModelCache, release_memory
+from .paths import cache_folder
 from .preview import Previews
 from .request import Lane, Request
 from .tasks import image_to_image, inpaint, text_to_image
@@ -112,7 +113,7 @@ class Engine:
             0 if choice.device.kind == "cpu" else self._config.ram_budget,
             [self._weights.card(name, fetch=False).id for name in self._config.pinned],
         )
-        limits = Limits(default_path(), choice.free_bytes)
+        limits = Limits(cache_folder() / "limits.json", choice.free_bytes)
         self._executor = Executor(choice, limits, cache.make_room, release_memory)
         self._cache = cache
         default = self._weights.card(self._config.default_model)

@@ -102,6 +102,7 @@ class Limits:
         self._lock = threading.Lock()
         self._profiles = _read(path) if path else {}
         self._changed: set[str] = set()
+        self._refused = False
         self._saved = time.monotonic()
 
     def refresh(self) -> None:
@@ -157,7 +158,12 @@ class Limits:
                 fresh.write_bytes(msgspec.json.encode(profiles))
                 fresh.replace(self._path)
             except OSError:
-                _logger.warning("the measured limits could not be kept", exc_info=True)
+                # Said once, not at each try.
+                level = logging.DEBUG if self._refused else logging.WARNING
+                _logger.log(level, "the measured limits could not be kept", exc_info=True)
+                self._refused = True
+            else:
+                self._refused = False
 
 
 def _read(path: Path) -> dict[str, Profile]:
@@ -165,14 +171,3 @@ def _read(path: Path) -> dict[str, Profile]:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Profile])
     except (OSError, msgspec.DecodeError):
         return {}
-
-
-def default_path() -> Path:
-    """In the user's cache folder, or in `STARWEAVE_IMAGE_CACHE`."""
-    own = os.environ.get("STARWEAVE_IMAGE_CACHE")
-    base = (
-        Path(own)
-        if own
-        else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "starweave_image"
-    )
-    return base / "limits.json"

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from .errors import ImageError, is_out_of_memory
-from .limits import default_path
+from .paths import cache_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _compiled(unet: Any, source: Path, name: str) -> Any:
     versions = f"{importlib.metadata.version('openvino')} {torch.__version__} {diffusers.__version__}"
     config = sorted((field, value) for field, value in unet.config.items() if not field.startswith("_"))
     key = hashlib.sha256(f"{name} {versions} {config}".encode()).hexdigest()[:32]
-    folder = default_path().parent / "openvino" / key
+    folder = cache_folder() / "openvino" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     core = openvino.Core()
     # The sidecars of one machine convert one after the other, and the second finds what the first has made.
@@ -173,10 +173,12 @@ def _convert_apart(source: Path, dtype: str, folder: Path) -> None:
     fresh = folder.with_suffix(".new")
     shutil.rmtree(fresh, ignore_errors=True)
     begun = time.monotonic()
-    command = [sys.executable, "-m", __name__, str(source), dtype, str(fresh)]
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+    command = [sys.executable, "-B", "-m", __name__, str(source.absolute()), dtype, str(fresh.absolute())]
+    # `-m` imports from the working folder first, unless told not to: that must be ours and not the application's.
+    ours = Path(__file__).parents[1]
+    paths = [str(ours), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, env=environment)
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, env=environment, cwd=ours)
     if ended.returncode != 0:
         shutil.rmtree(fresh, ignore_errors=True)
         raise RuntimeError(f"the conversion ended with {ended.returncode}")

@@ -31,6 +31,8 @@ INTERNAL = 70
 _CHUNK = 1024 * 1024
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _STOP_GRACE_S = 2.0
+# A write that got no further for so long, once this process is to end: nobody reads any more.
+_UNREAD_S = 1.0
 
 _logger = logging.getLogger(__name__)
 
@@ -43,22 +45,28 @@ class Port:
         self._generation = 0
         self._decoder = wire.FrameDecoder()
         self._write_lock = threading.Lock()
+        self._writing_since: float | None = None
         self._heartbeat = Heartbeat(self._snapshot, self.send)
         self._engine: Engine | None = None
         self._ready = False
         self._draining = False
+        self._drain_lock = threading.Lock()
         self._exit_code: int | None = None
+        self._exit_since: float | None = None
         self._wakeup, self._wake = os.pipe()
-        os.set_blocking(self._wake, False)
+        self._signals, self._signalled = os.pipe()
+        for end in (self._wake, self._signalled):
+            os.set_blocking(end, False)
 
     def run(self) -> int:
         self._heartbeat.start()
         log.install(self.send)
-        # The handlers do nothing: the interpreter writes each signal's number to the wake-up pipe, and the loop
-        # below acts on it at a point where no lock is held.
-        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        # The handlers do nothing: the interpreter writes each signal's number to a pipe, and a thread that never
+        # waits for anything else acts on it, also when this one waits for somebody to read its answer.
+        signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
         for number in _STOP_SIGNALS:
             signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._obey, name="signals", daemon=True).start()
 
         hello_by = time.monotonic() + self._hello_timeout_s
         inputs = select.poll()
@@ -71,8 +79,6 @@ class Port:
             for fd, _ in inputs.poll(None if wait_s is None else wait_s * 1000):
                 if fd == FRAMES_IN:
                     self._read()
-                elif _STOP_SIGNALS & set(os.read(self._wakeup, 4096)):
-                    self._drain(_STOP_GRACE_S)
         return self._exit_code
 
     def send(self, message: wire.Outgoing) -> None:
@@ -82,7 +88,9 @@ class Port:
         try:
             with self._write_lock:
                 while buffers:
+                    self._writing_since = time.monotonic()
                     written = os.writev(FRAMES_OUT, buffers)
+                    self._writing_since = None
                     while buffers and written >= len(buffers[0]):
                         written -= len(buffers.pop(0))
                     if written:
@@ -92,7 +100,7 @@ class Port:
             os._exit(OK)
 
     def _finish(self, code: int) -> None:
-        self._exit_code = code
+        self._exit_code, self._exit_since = code, time.monotonic()
         try:
             os.write(self._wake, b"\0")
         except BlockingIOError:
@@ -209,13 +217,20 @@ class Port:
             self._refuse(None, ImageError("internal", "the image service could not start; see its log"))
             self._finish(INTERNAL)
 
+    def _obey(self) -> None:
+        while True:
+            if _STOP_SIGNALS & set(os.read(self._signals, 4096)):
+                self._drain(_STOP_GRACE_S)
+
     def _drain(self, grace_s: float) -> None:
+        threading.Thread(target=self._leave, args=(grace_s,), name="leave", daemon=True).start()
         engine = self._engine
-        if engine is None or not self._ready or self._draining:
+        with self._drain_lock:
+            again, self._draining = self._draining, True
+        if engine is None or not self._ready or again:
             # Nothing runs yet, or this is asked for the second time.
             self._finish(OK)
             return
-        self._draining = True
         self._heartbeat.beat()
         threading.Thread(target=self._end, args=(engine, grace_s), name="drain", daemon=True).start()
 
@@ -227,3 +242,13 @@ class Port:
             self._finish(INTERNAL)
         else:
             self._finish(OK)
+
+    def _leave(self, grace_s: float) -> None:
+        """End the process after its grace also when it cannot get rid of its last words."""
+        time.sleep(grace_s)
+        while True:
+            now = time.monotonic()
+            for since in (self._writing_since, self._exit_since):
+                if since is not None and now - since > _UNREAD_S:
+                    os._exit(self._exit_code or OK)
+            time.sleep(_UNREAD_S / 4)

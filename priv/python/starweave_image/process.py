@@ -12,11 +12,14 @@ import io
 import os
 import socket
 import sys
+from contextlib import suppress
 
 from . import watchdog
 
 FRAMES_IN = 3
 FRAMES_OUT = 4
+# How an Elixir application calls the folder that it makes for this one socket.
+_SCRATCH = "starweave_image-"
 
 
 class NotAPort(Exception):
@@ -67,6 +70,18 @@ def _redirect(log_socket: str | None) -> None:
                 os.dup2(log.fileno(), 2)
         except OSError as error:
             raise NotAPort(f"the log socket cannot be connected: {error.strerror}") from None
+        finally:
+            _forget(log_socket)
+
+
+def _forget(log_socket: str) -> None:
+    # Of no use any more, and the application that made it may have been killed before it could remove it.
+    folder = os.path.dirname(log_socket)
+    if os.path.basename(folder).startswith(_SCRATCH):
+        with suppress(OSError):
+            os.unlink(log_socket)
+        with suppress(OSError):
+            os.rmdir(folder)
 
 
 def _close_frames() -> None:

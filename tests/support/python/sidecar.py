@@ -8,6 +8,7 @@ import os
 import select
 import struct
 import sys
+import termios
 import time
 
 import msgpack
@@ -87,6 +88,11 @@ class Sidecar:
     def close_output(self):
         os.close(self._from)
         self._from = -1
+
+    def output_is_full(self):
+        """Whether what it wrote and nobody has read is more than half of what the pipe holds in bytes: pages are not all full."""
+        unread = struct.unpack("i", fcntl.ioctl(self._from, termios.FIONREAD, b"\0" * 4))[0]
+        return unread > 0.5 * fcntl.fcntl(self._from, fcntl.F_GETPIPE_SZ)
 
     def signal(self, number):
         os.kill(self.pid, number)

@@ -9,17 +9,14 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from ..paths import cache_folder
+
 
 def _shares(text: str) -> tuple[float, ...]:
     shares = tuple(float(part) for part in text.split(","))
     if len(shares) != 4 or min(shares) < 0 or sum(shares) <= 0:
         raise argparse.ArgumentTypeError("must be four numbers of 0 or more, not all 0")
     return shares
-
-
-def _default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "starweave_image" / "training"
 
 
 def add_commands(subparsers: Any) -> None:
@@ -79,7 +76,7 @@ def add_commands(subparsers: Any) -> None:
 
 
 def _add_machine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cache", type=Path, default=_default_cache(), help="fetched packages")
+    parser.add_argument("--cache", type=Path, default=cache_folder() / "training", help="fetched packages")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of all processes together")
 

@@ -1,0 +1,52 @@
+defmodule StarweaveImage.Sidecar.Health do
+  @moduledoc false
+  # Whether a Python process that is alive gets on with its work, judged by its heartbeats. Pure.
+
+  # Work that has taken so many times what such work takes does not end any more.
+  @patience_times 10
+
+  @doc """
+  Why a heartbeat shows a process that is alive but stuck, or nil.
+
+  Only those are judged who work: the device on its pass, each load, and each request that does not
+  wait for one of these. Who waits may have to wait for long, and is stuck only when nobody works.
+  """
+  @spec stuck(map, keyword) :: String.t() | nil
+  def stuck(%{running: running} = beat, config) do
+    {waiting, working} = Enum.split_with(running, & &1[:waits])
+    {work, loads} = {beat[:device_work], beat[:loads] || []}
+
+    cond do
+      load = Enum.find(loads, &(&1.age_ms > config[:load_timeout])) ->
+        "the load of #{load.model} has taken over #{seconds(config[:load_timeout])} s"
+
+      work && work.age_ms > work_limit(work, config) ->
+        "the device has been at one pass for over #{seconds(work_limit(work, config))} s"
+
+      request = Enum.find(working, &(&1.step_age_ms > step_limit(&1, config))) ->
+        limit = seconds(step_limit(request, config))
+        "request #{request.id} has not moved for over #{limit} s while #{request.phase}"
+
+      waiting != [] and {work, loads, working} == {nil, [], []} and
+          Enum.all?(waiting, &(&1.step_age_ms > config[:stall_timeout])) ->
+        "all requests have waited for over #{seconds(config[:stall_timeout])} s, and nothing is worked on"
+
+      true ->
+        nil
+    end
+  end
+
+  defp work_limit(work, config) do
+    least = if work.known, do: config[:stall_floor], else: config[:stall_timeout]
+    max(least, @patience_times * work.usual_ms)
+  end
+
+  defp step_limit(%{phase: "loading"}, config), do: config[:load_timeout]
+
+  defp step_limit(%{phase: "denoising", step_ms: known}, config) when known > 0,
+    do: max(config[:stall_floor], @patience_times * known)
+
+  defp step_limit(_request, config), do: config[:stall_timeout]
+
+  defp seconds(ms), do: Float.round(ms / 1_000, 1)
+end

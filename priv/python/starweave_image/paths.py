@@ -1,0 +1,47 @@
+"""Where a process stands and what it may write: the home folder, the working folder, the caches. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+
+_NOWHERE = "/nonexistent"
+
+
+def settle() -> None:
+    """Make the process one that has a home, a name and a working folder, as libraries expect when they are imported.
+
+    Some users have neither `HOME` nor an entry in passwd, as in containers. Their home is the cache folder that
+    `STARWEAVE_IMAGE_CACHE` names, or else one that is nowhere: then nothing is kept, and nothing else fails of it.
+    """
+    try:
+        user = pwd.getpwuid(os.getuid())
+    except KeyError:
+        user = None
+    if not os.environ.get("HOME"):
+        os.environ["HOME"] = user.pw_dir if user else os.environ.get("STARWEAVE_IMAGE_CACHE") or _NOWHERE
+    if user is None and not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+        os.environ["USER"] = str(os.getuid())
+    try:
+        os.getcwd()
+    except OSError:
+        # It was removed under us, and native libraries that look for their files would end the process.
+        os.chdir("/")
+
+
+def cache_folder() -> Path:
+    """What this package keeps for itself; it may not be there, nor be writable."""
+    if own := os.environ.get("STARWEAVE_IMAGE_CACHE"):
+        return Path(own)
+    return _user_cache() / "starweave_image"
+
+
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps models, by its own rules, for when that package cannot be asked."""
+    home = os.environ.get("HF_HOME") or _user_cache() / "huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
