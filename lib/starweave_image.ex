@@ -37,9 +37,10 @@ defmodule StarweaveImage do
 
   An accepted request ends with its images or with one `StarweaveImage.Error`, whatever dies.
   `generate/2`, `generate_many/3` and `stream/2` cancel the work when their caller dies; `submit/2` does not. When the
-  Python process dies or hangs, what it was running is sent again with the same seed, at most `:max_attempts`
-  times; with `:standby` a spare process takes over at once. What failed in a way that may pass is tried again. No function here
-  leaves a message in the caller's mailbox, but those that were asked for with `subscribe/1`.
+  Python process dies or hangs, what it was running is sent again with the same seed, until its deadline or until there
+  is evidence that this request, and nothing else, ends the process; with `:standby` a spare takes over at once. What
+  failed in a way that may pass is tried again. No function here leaves a message in the caller's mailbox, but those
+  that were asked for with `subscribe/1`.
 
   In an instance with a `:journal`, what is submitted with `durable: true` outlives the BEAM: it is on disk when `submit/2` returns,
   goes on with the next start, and its result is kept there for `:result_ttl`.

@@ -3,11 +3,11 @@ defmodule StarweaveImage.Job do
   # What the queue knows of one accepted request: who waits for it, how far it has come, and what its sidecar has
   # sent of it. Where it waits or runs, `Schedule` knows.
 
-  alias StarweaveImage.{Error, Image}
+  alias StarweaveImage.{Error, Image, Verdict}
 
   # `serial` tells it from an earlier one of the same id, and is a new one when it has ended. `owners` are the processes that wait for it; when
   # all are gone it is cancelled, unless it was also submitted. `status`: `:journaling` until it is on disk,
-  # `:open`, `:ending` until its end is on disk, `:finished`.
+  # `:open`, `:ending` until its end is on disk, `:finished`. `ends`: lives of the application that ended while it ran.
   defstruct [
     :request,
     :serial,
@@ -17,6 +17,7 @@ defmodule StarweaveImage.Job do
     :model,
     :accepted,
     :first_step,
+    :loaded_at,
     :result,
     :told,
     status: :open,
@@ -33,7 +34,7 @@ defmodule StarweaveImage.Job do
     previews: %{},
     notices: [],
     retries: 0,
-    dispatches: 0,
+    ends: 0,
     fallbacks: nil
   ]
 
@@ -79,8 +80,7 @@ defmodule StarweaveImage.Job do
   @doc "An attempt begins at `now`, or is over: of an earlier one nothing counts."
   @spec begin(t, integer) :: t
   def begin(job, now) do
-    dispatches = job.dispatches + 1
-    job = %{job | dispatched_at: now, dispatches: dispatches, accepted: nil, first_step: nil}
+    job = %{job | dispatched_at: now, accepted: nil, first_step: nil, loaded_at: nil}
     reset(%{job | told: nil})
   end
 
@@ -98,6 +98,9 @@ defmodule StarweaveImage.Job do
         do: %{job | first_step: {done, now}},
         else: job
 
+    loaded? = job.loaded_at == nil and progress.phase != :loading
+    job = if loaded?, do: %{job | loaded_at: now}, else: job
+
     eta =
       with {first, at} when done > first <- job.first_step,
            left = num_images * progress.steps - done,
@@ -111,6 +114,11 @@ defmodule StarweaveImage.Job do
 
     {%{job | progress: Map.put(job.progress, event.image, event)}, event}
   end
+
+  @doc "How far an attempt has come at `now`, for `Verdict`."
+  @spec point(t, integer) :: Verdict.point()
+  def point(%{dispatched_at: sent, loaded_at: nil}, now), do: {now - sent, {:load, now - sent}}
+  def point(job, now), do: {now - job.dispatched_at, {:work, now - job.loaded_at}}
 
   @doc "A `preview` message of the wire, and its event."
   @spec preview(t, map) :: {t, map}

@@ -3,14 +3,13 @@ defmodule StarweaveImage.Queue do
   # Owns every accepted request until it has its one answer. Sidecars come and go; a request that was
   # running on one that died goes back to its place and is sent again, with the same seed.
   #
-  # Who goes when and where is decided by `Schedule`, how the sidecars are is known by `Fleet`, both pure; here are the
-  # processes, clocks and messages. Validation is done in the caller, msgpack in the sidecar's owner.
+  # Who goes when and where is decided by `Schedule`, what follows from the end of an attempt by `Verdict`, how the sidecars are is known by `Fleet`,
+  # all pure; here are the processes, clocks and messages. Validation is done in the caller, msgpack in the sidecar's owner.
 
   use GenServer
   require Logger
 
   alias StarweaveImage.{
-    Backoff,
     Error,
     Fleet,
     Job,
@@ -20,7 +19,8 @@ defmodule StarweaveImage.Queue do
     RequestLog,
     Schedule,
     Sidecar,
-    Telemetry
+    Telemetry,
+    Verdict
   }
 
   defstruct [
@@ -29,26 +29,19 @@ defmodule StarweaveImage.Queue do
     :schedule,
     :fleet,
     :rates,
+    :verdict,
     jobs: %{},
     monitors: %{},
     serial: 0,
     finished: :gb_sets.new(),
     result_bytes: 0,
-    quarantine: %{},
     operations: %{},
     awaiting_start: [],
     drains: %{},
     telling_positions?: false
   ]
 
-  @retryable ~w(model_load_failed out_of_memory unavailable overloaded)a
-  @replaceable ~w(model_load_failed model_not_found out_of_memory)a
-  # Between two tries of a request that failed in a way that may pass, in ms.
-  @retry_pause {500, 30_000}
   @positions_ms 1_000
-  # A request of the journal may be begun so many times `max_attempts` in all lives of the application together.
-  @lives 10
-  @most_quarantined 1_000
   # How many of those that wait are in the status.
   @next 20
 
@@ -79,7 +72,8 @@ defmodule StarweaveImage.Queue do
       config: config,
       journal: journal(config),
       schedule: Schedule.new(config),
-      rates: RateLimit.new(config[:rate_limit], config[:user_rate_limit])
+      rates: RateLimit.new(config[:rate_limit], config[:user_rate_limit]),
+      verdict: Verdict.new(config)
     }
 
     fleet = Fleet.new(config[:enabled], config[:layout])
@@ -95,7 +89,7 @@ defmodule StarweaveImage.Queue do
     error = unavailable("its instance stops")
 
     for {id, %{status: :open} = job} <- state.jobs do
-      if is_integer(Schedule.place(state.schedule, id)), do: not_its_fault(state, job)
+      if is_integer(Schedule.place(state.schedule, id)), do: outlived(state, job)
       Job.deliver(job, {:error, error})
     end
 
@@ -280,7 +274,20 @@ defmodule StarweaveImage.Queue do
 
   defp timer(state, :deadline, %{request: request}) do
     message = "the request was not done within its timeout of #{request.timeout} ms"
-    abandon(state, request.id, Error.new(:timeout, message))
+
+    died =
+      case Verdict.deaths(state.verdict, request.id) do
+        0 ->
+          ""
+
+        1 ->
+          "; the Python process ended under it once"
+
+        n ->
+          "; the Python process ended under it #{n} times, which is not shown to be its own doing"
+      end
+
+    abandon(state, request.id, Error.new(:timeout, message <> died))
   end
 
   defp timer(state, :queue, %{request: request, dispatched_at: nil}) do
@@ -294,6 +301,9 @@ defmodule StarweaveImage.Queue do
   end
 
   defp timer(state, :retry, job), do: resume(state, job)
+
+  defp timer(state, :rest, %{request: %{id: id}}),
+    do: %{state | schedule: Schedule.rested(state.schedule, id)}
 
   defp timer(state, _kind, _job), do: state
 
@@ -322,7 +332,7 @@ defmodule StarweaveImage.Queue do
 
     with :ok <- durable(state, request, owner),
          nil <- closed(state),
-         :ok <- quarantined(state, request),
+         :ok <- Verdict.admit(state.verdict, request, now()),
          :ok <- room(state, bytes),
          {:ok, rates} <- RateLimit.take(state.rates, request.user_id, now()) do
       state = %{state | rates: rates}
@@ -368,14 +378,14 @@ defmodule StarweaveImage.Queue do
       status: if(request.durable, do: :journaling, else: :open)
     }
 
-    state = open(state, job, request.timeout, bytes, 0)
+    state = open(state, job, request.timeout, bytes)
     state = if owner, do: own(state, request.id, owner), else: state
     if request.durable, do: Journal.accept(state.journal, request.id, record(request))
     state
   end
 
   # A new job, or one of the journal, with `left` ms until its deadline.
-  defp open(state, %{request: request} = job, left, bytes, attempts) do
+  defp open(state, %{request: request} = job, left, bytes) do
     serial = state.serial + 1
     now = now()
 
@@ -401,7 +411,7 @@ defmodule StarweaveImage.Queue do
         user: request.user_id,
         model: canonical(state, job.model),
         bytes: bytes,
-        attempts: attempts
+        company: Verdict.company(state.verdict, request.id)
       )
 
     put_job(%{state | serial: serial, schedule: schedule}, job)
@@ -482,23 +492,21 @@ defmodule StarweaveImage.Queue do
   # What was asked for meanwhile goes before what was asked for in an earlier life.
   defp recover_unfinished(state, %{id: id}) when is_map_key(state.jobs, id), do: state
 
-  defp recover_unfinished(state, %{id: id, job: record, attempts: dispatches}) do
-    most = state.config[:max_attempts]
-
+  defp recover_unfinished(state, %{id: id, job: record, attempts: ends}) do
     case Request.restore(record["request"], state.config[:name]) do
       {:ok, request} ->
         elapsed = System.system_time(:millisecond) - record["submitted_at"]
         # The clock may have been set back meanwhile.
         left = request.timeout - min(max(elapsed, 0), request.timeout)
-        job = %Job{request: request, model: request.model, submitted?: true}
-        # Whether it is to blame for the end of the BEAM is not known: alone it harms nobody else.
-        attempts = min(dispatches, most - 1)
-        job = %{job | dispatches: dispatches}
-        state = open(state, job, left, Request.bytes(request), attempts)
+        job = %Job{request: request, model: request.model, submitted?: true, ends: ends}
 
-        if dispatches < @lives * most,
-          do: state,
-          else: finish(state, id, {:error, fatal(dispatches)})
+        case Verdict.recovered(state.verdict, id, ends) do
+          {:go_on, verdict} ->
+            open(%{state | verdict: verdict}, job, left, Request.bytes(request))
+
+          {:give_up, error} ->
+            state |> open(job, left, Request.bytes(request)) |> finish(id, {:error, error})
+        end
 
       {:error, error} ->
         Logger.error("a request of the journal is not resumed: #{error.message}", request_id: id)
@@ -510,13 +518,6 @@ defmodule StarweaveImage.Queue do
 
   # What was asked for is not known, so nothing is the same as it.
   defp unreadable(id), do: %Request{id: id, durable: true, prompt: "", seed: 0}
-
-  defp fatal(dispatches) do
-    message =
-      "the application ended while this request ran, at the last of #{dispatches} attempts"
-
-    Error.new(:sidecar_crashed, message)
-  end
 
   defp recover_finished(state, %{id: id}) when is_map_key(state.jobs, id), do: state
 
@@ -600,6 +601,9 @@ defmodule StarweaveImage.Queue do
       {:run, id, index, schedule} ->
         run(%{state | schedule: schedule}, state.jobs[id], index) |> dispatch()
 
+      {:rest, id, _index, schedule} ->
+        rest(%{state | schedule: schedule}, state.jobs[id]) |> dispatch()
+
       {:yield, id, index, schedule} ->
         send_to(Fleet.get(state.fleet, index), %{t: "cancel", id: id})
         dispatch(%{state | schedule: schedule})
@@ -609,10 +613,17 @@ defmodule StarweaveImage.Queue do
     end
   end
 
+  # Its sidecar is free for it, and rests before it begins.
+  defp rest(state, %{request: %{id: id}} = job) do
+    {pause, verdict} = Verdict.stake(state.verdict, id, job.deadline - now())
+    job = job |> Job.stop_timer(:rest) |> Job.start_timer(:rest, pause)
+    put_job(%{state | verdict: verdict}, job)
+  end
+
   defp run(state, %{request: %{id: id} = request} = job, index) do
     now = now()
-    # An attempt is counted before it is sent: a request that kills its sidecar must not be free.
-    if request.durable, do: Journal.attempt(state.journal, id, job.dispatches + 1)
+    # Counted before it is sent: a request that ends the whole application must not be free.
+    if request.durable, do: Journal.attempt(state.journal, id, job.ends + 1)
 
     left = max(job.deadline - now, 1)
     left = if request.run_timeout, do: min(left, request.run_timeout), else: left
@@ -684,7 +695,8 @@ defmodule StarweaveImage.Queue do
   defp reseat(state, index) do
     seat = Fleet.get(state.fleet, index)
     resident = if seat.heartbeat, do: seat.heartbeat.resident, else: []
-    news = [open?: Fleet.open?(seat), capacity: seat.capacity, resident: resident]
+    device = seat.ready && seat.ready.device
+    news = [open?: Fleet.open?(seat), capacity: seat.capacity, device: device, resident: resident]
     %{state | schedule: Schedule.sidecar(state.schedule, index, news)}
   end
 
@@ -712,12 +724,22 @@ defmodule StarweaveImage.Queue do
   defp sidecar_event(state, index, :stopping), do: seat(state, index, stopping?: true)
 
   defp sidecar_event(state, index, {:ended, phase, sentence}) do
-    stopped? = Fleet.get(state.fleet, index).stopping?
+    seat = Fleet.get(state.fleet, index)
+    taken = Schedule.taken(state.schedule, index)
+    resting = Schedule.resting(state.schedule, index)
     {running, schedule} = Schedule.lost(state.schedule, index)
     fleet = Fleet.ended(state.fleet, index, phase, sentence)
     state = %{state | schedule: schedule} |> put_fleet(fleet) |> reseat(index) |> relieve()
-    lost = if stopped?, do: &stopped(&2, &1), else: &replay(&2, &1, sentence)
-    state = Enum.reduce(running, state, lost)
+
+    state =
+      if seat.stopping? do
+        Enum.reduce(running, state, &stopped(&2, &1))
+      else
+        death = death(state, seat, taken, running, resting)
+        state = %{state | verdict: Verdict.died(state.verdict, death)}
+        Enum.reduce(running, state, &replay(&2, &1, sentence))
+      end
+
     state = Enum.reduce(state.operations, state, &operation_lost(&2, &1, index, sentence))
     state = drained(state, index)
     if Fleet.down?(state.fleet), do: fail_all(state), else: state
@@ -863,20 +885,51 @@ defmodule StarweaveImage.Queue do
 
   ## What did not work
 
+  # What there is to know of the death of a sidecar. Requests that had ended on our side, operations, and loads that no
+  # request waits for are work, and company, like any other.
+  defp death(state, seat, taken, running, resting) do
+    now = now()
+    models = for id <- running, do: canonical(state, state.jobs[id].model)
+    loads = for %{model: model} <- (seat.heartbeat && seat.heartbeat[:loads]) || [], do: model
+    asked? = Enum.any?(state.operations, fn {_, %{left: left}} -> left && seat.index in left end)
+    also? = asked? or loads -- models != []
+
+    %{
+      ran: for(id <- running, do: {id, Job.point(state.jobs[id], now)}),
+      alone?: length(taken) == 1 and not also?,
+      held: List.wrap(resting),
+      at_work?: taken != [] or also?
+    }
+  end
+
   # The sidecar is gone under it. The same seed goes out again: it was drawn before the first attempt.
   defp replay(state, id, reason) do
     job = Job.stop_timer(state.jobs[id], :run)
-    attempts = Schedule.attempts(state.schedule, id)
 
-    if attempts < state.config[:max_attempts] do
-      again(state, job, :waiting, :died)
-    else
-      message = "the Python process ended under this request #{attempts} times: #{reason}"
+    case Verdict.judge(state.verdict, job.request, reason, now()) do
+      {:again, company} ->
+        state = %{state | schedule: Schedule.company(state.schedule, id, company)}
+        again(state, job, :waiting, :died)
 
-      state
-      |> put_job(job)
-      |> quarantine(job.request)
-      |> finish(id, {:error, Error.new(:sidecar_crashed, message)})
+      {:give_up, error, verdict} ->
+        Logger.warning("a request is given up: #{error.message}", request_id: id)
+
+        %{state | verdict: verdict}
+        |> put_job(job)
+        |> finish(id, {:error, error})
+        |> suspect(job.request.content)
+    end
+  end
+
+  # Others of the content of one that was given up are no worse for it, but the rest is spared their company.
+  defp suspect(state, content) do
+    for {id, %{status: :open, request: %{content: ^content}}} <- state.jobs,
+        Verdict.company(state.verdict, id) == :any,
+        reduce: state do
+      state ->
+        verdict = Verdict.suspect(state.verdict, id)
+        schedule = Schedule.company(state.schedule, id, :alone)
+        %{state | verdict: verdict, schedule: schedule}
     end
   end
 
@@ -888,30 +941,42 @@ defmodule StarweaveImage.Queue do
 
   defp failed(state, job, error) do
     job = Job.stop_timer(job, :run)
+    fallbacks = fallbacks(state, job)
+    facts = %{retries: job.retries, left: job.deadline - now(), fallbacks: fallbacks}
 
-    cond do
-      pause = retry_pause(state, job, error) ->
+    case Verdict.failed(state.verdict, error, facts) do
+      {:retry, pause} ->
         job = Job.start_timer(%{job | retries: job.retries + 1}, :retry, pause)
         again(state, job, :aside, :failed)
 
-      next = fallback(state, job, error) ->
-        {model, rest} = next
+      {:fallback, model, rest} ->
         named = if job.model, do: "Model #{job.model}", else: "The default model"
         note = "#{named} could not be used (#{error.message}): #{model} drew this instead."
         job = %{job | model: model, fallbacks: rest, retries: 0, notices: job.notices ++ [note]}
         state = %{state | schedule: Schedule.use_model(state.schedule, job.request.id, model)}
         again(state, job, :waiting, :failed)
 
-      true ->
+      :give_up ->
         state |> put_job(job) |> finish(job.request.id, {:error, error})
     end
   end
 
+  # What is left of the list in the card of the model that was asked for.
+  defp fallbacks(_state, %{request: %{fallback: false}}), do: []
+  defp fallbacks(_state, %{fallbacks: [_ | _] = rest}), do: rest
+  defp fallbacks(_state, %{fallbacks: []}), do: []
+
+  defp fallbacks(state, job) do
+    card = Fleet.card(state.fleet, canonical(state, job.model))
+    (card && card.fallbacks) || []
+  end
+
   defp again(state, job, place, reason) do
     id = job.request.id
-    job = if reason == :died, do: job, else: not_its_fault(state, job)
-    state = put_job(state, Job.reset(job))
-    state = %{state | schedule: Schedule.return(state.schedule, id, place, reason)}
+    state = state |> put_job(Job.reset(job)) |> outlived(job)
+    verdict = if reason == :died, do: state.verdict, else: Verdict.call_off(state.verdict, id)
+    schedule = Schedule.return(state.schedule, id, place, reason)
+    state = %{state | verdict: verdict, schedule: schedule}
 
     Telemetry.execute([:request, :again], %{attempts: Schedule.attempts(state.schedule, id)}, %{
       instance: state.config[:name],
@@ -922,58 +987,19 @@ defmodule StarweaveImage.Queue do
     tell_queued(state, id)
   end
 
-  # What was begun and ended in order is none of the attempts that may have cost a life.
-  defp not_its_fault(state, %{request: %{id: id, durable: durable?}} = job) do
-    if durable?, do: Journal.attempt(state.journal, id, job.dispatches - 1)
-    %{job | dispatches: job.dispatches - 1}
+  # The application has seen the end of the attempt, so it did not end with it.
+  defp outlived(state, %{request: %{id: id, durable: true}, ends: ends}) do
+    Journal.attempt(state.journal, id, ends)
+    state
   end
 
-  defp retry_pause(state, job, error) do
-    pause = Backoff.pause(job.retries + 1, @retry_pause)
-
-    if error.kind in @retryable and error.retryable? and job.retries < state.config[:max_retries] and
-         now() + pause < job.deadline,
-       do: pause
-  end
-
-  # The next of the list in the card of the model that was asked for.
-  defp fallback(state, %{request: %{fallback: true}} = job, %{kind: kind})
-       when kind in @replaceable do
-    card = Fleet.card(state.fleet, canonical(state, job.model))
-
-    case job.fallbacks || (card && card.fallbacks) || [] do
-      [model | rest] -> {model, rest}
-      [] -> nil
-    end
-  end
-
-  defp fallback(_state, _job, _error), do: nil
+  defp outlived(state, _job), do: state
 
   defp fail_all(state) do
     error = unavailable(Fleet.reason(state.fleet))
     # What is on disk can wait for better times, until its deadline.
     ids = for {id, %{status: :open, request: %{durable: false}}} <- state.jobs, do: id
     Enum.reduce(ids, state, &finish(&2, &1, {:error, error}))
-  end
-
-  defp quarantine(state, request) do
-    now = now()
-    kept = Map.filter(state.quarantine, fn {_, until} -> until > now end)
-    kept = if map_size(kept) < @most_quarantined, do: kept, else: %{}
-    %{state | quarantine: Map.put(kept, request.content, now + state.config[:quarantine])}
-  end
-
-  defp quarantined(state, request) do
-    left = Map.get(state.quarantine, request.content, now()) - now()
-
-    if left > 0 do
-      message =
-        "this request ended its Python process again and again, and is refused for another #{ceil(left / 1000)} s"
-
-      {:error, Error.new(:sidecar_crashed, message, %{retry_after_ms: left})}
-    else
-      :ok
-    end
   end
 
   ## The end of a request
@@ -986,7 +1012,13 @@ defmodule StarweaveImage.Queue do
       job ->
         load_ms = Map.get(done.timings || %{}, "load", 0)
         run_ms = now() - job.dispatched_at
-        state = %{state | schedule: Schedule.measure(state.schedule, index, run_ms, load_ms)}
+
+        state = %{
+          state
+          | schedule: Schedule.measure(state.schedule, index, run_ms, load_ms),
+            verdict: Verdict.done(state.verdict, job.request, now())
+        }
+
         finish(state, id, Job.result(job, done, Schedule.attempts(state.schedule, id)))
     end
   end
@@ -1007,7 +1039,8 @@ defmodule StarweaveImage.Queue do
         state = disown(state, job.owners)
         # First, so that whoever has the answer finds the event already emitted.
         measure(state, job, result)
-        state = %{state | schedule: Schedule.drop(state.schedule, id)}
+        verdict = Verdict.drop(state.verdict, id)
+        state = %{state | schedule: Schedule.drop(state.schedule, id), verdict: verdict}
         job = %{job | owners: [], result: result, status: :ending, images: [], previews: %{}}
 
         if job.request.durable do

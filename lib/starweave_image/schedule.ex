@@ -11,21 +11,29 @@ defmodule StarweaveImage.Schedule do
   # A request keeps its place in the order until it ends: what comes back from a sidecar that died goes to
   # the head. The slot of a request at a sidecar is taken from its dispatch until the sidecar says that it is free,
   # also when the request itself has ended or waits again meanwhile.
+  #
+  # A request that must run alone reserves a sidecar, which takes no other until it has run there. Then comes a full load of
+  # the others, if any wait, then the next that must run alone: neither kind keeps the other waiting for ever. Of those that must run
+  # alone, whoever has done so less often goes first.
 
   alias StarweaveImage.RankedSet
 
   defmodule Entry do
     @moduledoc false
     # `place`: `:waiting`, `:aside` (must not go yet), the index of its sidecar, or nil once it has ended. `attempts` counts
-    # dispatches that ended with the sidecar's death, or may yet.
+    # dispatches that ended with the sidecar's death, or may yet. `company`: with whom it may run, `:any`, `:alone`, or on `:trial`:
+    # alone at a sidecar that has rested, while the others of the device rest too. `home`: the sidecar that it has reserved.
     defstruct [
       :id,
       :key,
       :user,
       :model,
       :place,
+      :home,
       bytes: 0,
       attempts: 0,
+      company: :any,
+      resting?: false,
       yields: 0,
       yielding?: false
     ]
@@ -34,15 +42,24 @@ defmodule StarweaveImage.Schedule do
   defmodule Slots do
     @moduledoc false
     # A sidecar as seen from here. `open?`: it is ready, active and not draining. `taken`: id → whether
-    # that request must be alone. `sick`: deaths that later successes have not made up for.
-    defstruct open?: false, capacity: 0, taken: %{}, resident: [], run_ms: nil, sick: 0
+    # that request must be alone. `sick`: deaths that later successes have not made up for. `shared`: how many it took that
+    # need not be alone, since the last one that had to be.
+    defstruct open?: false,
+              capacity: 0,
+              device: nil,
+              taken: %{},
+              resident: [],
+              run_ms: nil,
+              sick: 0,
+              shared: :any
   end
 
   defstruct [
     :max_queue,
     :max_queue_bytes,
-    :max_attempts,
     waiting: RankedSet.new(),
+    loners: RankedSet.new(),
+    reserved: %{},
     entries: %{},
     turns: %{},
     served: %{},
@@ -55,7 +72,9 @@ defmodule StarweaveImage.Schedule do
     load_ms: 5_000
   ]
 
+  # `waiting` holds those that may run in company, `loners` the others that wait; `reserved` is index → id.
   @type id :: String.t()
+  @type company :: :any | :alone | :trial
   @type index :: pos_integer
   @type t :: %__MODULE__{}
 
@@ -66,7 +85,7 @@ defmodule StarweaveImage.Schedule do
 
   @spec new(keyword) :: t
   def new(config),
-    do: struct!(__MODULE__, Keyword.take(config, [:max_queue, :max_queue_bytes, :max_attempts]))
+    do: struct!(__MODULE__, Keyword.take(config, [:max_queue, :max_queue_bytes]))
 
   ## Requests
 
@@ -78,13 +97,13 @@ defmodule StarweaveImage.Schedule do
       else: {:overloaded, max(wait_ms(schedule, schedule.held + 1) || schedule.run_ms, 100)}
   end
 
-  @doc "Takes a request in, `:waiting` or `:aside`. Options: `:priority :user :model :bytes :attempts`."
+  @doc "Takes a request in, `:waiting` or `:aside`. Options: `:priority :user :model :bytes :company`."
   @spec push(t, id, :waiting | :aside, keyword) :: t
   def push(schedule, id, place, options) do
     {priority, options} = Keyword.pop(options, :priority, :normal)
     class = @classes[priority]
     {turn, schedule} = turn(schedule, {class, options[:user]})
-    key = {class, turn, schedule.sequence, id}
+    key = {class, {0, turn}, schedule.sequence, id}
     entry = struct!(Entry, [id: id, key: key] ++ options)
 
     put(
@@ -132,7 +151,15 @@ defmodule StarweaveImage.Schedule do
         :yielded -> %{entry | attempts: entry.attempts - 1, yields: entry.yields + 1}
       end
 
-    schedule |> settled(entry) |> move(id, place)
+    schedule |> settled(entry) |> release(id) |> move(id, place)
+  end
+
+  @doc "With whom the request may run from its next attempt on."
+  @spec company(t, id, company) :: t
+  def company(schedule, id, company) do
+    %{place: place} = entry = schedule.entries[id]
+    schedule = if place == :waiting, do: unqueue(schedule, entry), else: schedule
+    put(schedule, %{entry | company: company}, place)
   end
 
   @doc "The model that the request needs is another one now."
@@ -144,7 +171,7 @@ defmodule StarweaveImage.Schedule do
   def drop(schedule, id) do
     case schedule.entries do
       %{^id => entry} ->
-        schedule = schedule |> settled(entry) |> move(id, nil)
+        schedule = schedule |> settled(entry) |> release(id) |> move(id, nil)
 
         %{
           schedule
@@ -172,29 +199,53 @@ defmodule StarweaveImage.Schedule do
   end
 
   defp put(schedule, entry, place) do
-    waiting =
-      if place == :waiting, do: RankedSet.put(schedule.waiting, entry.key), else: schedule.waiting
+    schedule = put_in(schedule.entries[entry.id], %{entry | place: place})
 
-    %{
-      schedule
-      | waiting: waiting,
-        entries: Map.put(schedule.entries, entry.id, %{entry | place: place})
-    }
+    if place == :waiting,
+      do: Map.update!(schedule, line(entry), &RankedSet.put(&1, entry.key)),
+      else: schedule
   end
 
   defp unqueue(schedule, entry),
-    do: %{schedule | waiting: RankedSet.delete(schedule.waiting, entry.key)}
+    do: Map.update!(schedule, line(entry), &RankedSet.delete(&1, entry.key))
+
+  defp line(%{company: :any}), do: :waiting
+  defp line(_loner), do: :loners
 
   defp held(place) when place in [:waiting, :aside], do: 1
   defp held(_place), do: 0
 
   ## Sidecars
 
-  @doc "What is new of a sidecar: `:open? :capacity :resident`."
+  @doc "What is new of a sidecar: `:open? :capacity :device :resident`."
   @spec sidecar(t, index, keyword) :: t
   def sidecar(schedule, index, news) do
-    slots = Map.get(schedule.slots, index, %Slots{})
-    put_in(schedule.slots[index], struct!(slots, news))
+    slots = struct!(Map.get(schedule.slots, index, %Slots{}), news)
+    schedule = put_in(schedule.slots[index], slots)
+    if slots.open?, do: schedule, else: disappoint(schedule, index)
+  end
+
+  # Who was to run alone there, and does not yet, waits for another one.
+  defp disappoint(schedule, index) do
+    case schedule.reserved do
+      %{^index => id} ->
+        case schedule.entries[id] do
+          %{home: ^index, place: :aside} -> schedule |> release(id) |> move(id, :waiting)
+          _ -> schedule
+        end
+
+      _ ->
+        schedule
+    end
+  end
+
+  @doc "The request for which the sidecar rests, if it does for one."
+  @spec resting(t, index) :: id | nil
+  def resting(schedule, index) do
+    with id when id != nil <- schedule.reserved[index],
+         %{home: ^index, resting?: true} <- schedule.entries[id],
+         do: id,
+         else: (_ -> nil)
   end
 
   @doc "The sidecar's process is gone: gives the requests that ran there, the oldest first. They are still placed there."
@@ -211,8 +262,11 @@ defmodule StarweaveImage.Schedule do
               do: entry
 
         ids = running |> Enum.sort_by(& &1.key) |> Enum.map(& &1.id)
+        # A load of those that need not be alone was cut short: that was their turn.
+        shared = if is_map_key(schedule.reserved, index), do: slots.shared, else: :any
         gone = %{slots | open?: false, capacity: 0, taken: %{}, resident: [], sick: sick}
-        {ids, put_in(schedule.slots[index], gone)}
+        gone = %{gone | shared: shared}
+        {ids, disappoint(put_in(schedule.slots[index], gone), index)}
 
       _ ->
         {[], schedule}
@@ -220,7 +274,11 @@ defmodule StarweaveImage.Schedule do
   end
 
   @spec remove_sidecar(t, index) :: t
-  def remove_sidecar(schedule, index), do: %{schedule | slots: Map.delete(schedule.slots, index)}
+  def remove_sidecar(schedule, index) do
+    schedule = disappoint(schedule, index)
+    reserved = Map.delete(schedule.reserved, index)
+    %{schedule | slots: Map.delete(schedule.slots, index), reserved: reserved}
+  end
 
   @doc "The sidecar has nothing to do with the request any more."
   @spec free(t, index, id) :: t
@@ -264,36 +322,131 @@ defmodule StarweaveImage.Schedule do
   ## Decisions
 
   @doc """
-  What to do now: run a request at a sidecar, where its slot is taken and an attempt counted with this answer; make a
-  background request step back for an interactive one that finds no room; or nothing.
+  What to do now: run a request at a sidecar, where its slot is taken and an attempt counted with this answer; let the sidecar
+  rest until `rested/2`, for one that is on trial there; make a background request step back for an interactive one that finds no room; or nothing.
   """
-  @spec next(t) :: {:run, id, index, t} | {:yield, id, index, t} | :nothing
+  @spec next(t) ::
+          {:run, id, index, t} | {:rest, id, index, t} | {:yield, id, index, t} | :nothing
   def next(schedule) do
-    case RankedSet.first(schedule.waiting) do
+    case prepared(schedule) do
+      {%{company: :trial} = entry, index} ->
+        {:rest, entry.id, index, put_in(schedule.entries[entry.id], %{entry | resting?: true})}
+
+      {entry, index} ->
+        run(schedule, entry, index)
+
       nil ->
-        :nothing
+        {first, loner} = {RankedSet.first(schedule.waiting), RankedSet.first(schedule.loners)}
+        due? = loner != nil and (first == nil or elem(loner, 0) <= elem(first, 0))
 
-      {class, _, _, id} ->
-        entry = schedule.entries[id]
-
-        case best(schedule, entry) do
-          nil when class == 0 -> step_back(schedule, entry)
-          nil -> :nothing
-          index -> run(schedule, entry, index)
+        case if(due?, do: reserve(schedule, loner)) do
+          nil -> next(schedule, first)
+          schedule -> next(schedule)
         end
     end
   end
 
-  defp run(schedule, %{id: id, key: {class, turn, _, _}} = entry, index) do
-    alone? = last_attempt?(schedule, entry.attempts + 1)
+  defp next(_schedule, nil), do: :nothing
+
+  defp next(schedule, {class, _, _, id}) do
+    entry = schedule.entries[id]
+
+    case best(schedule, entry, &room?(schedule, &1, &2, entry)) do
+      nil when class == 0 -> step_back(schedule, entry)
+      nil -> :nothing
+      index -> run(schedule, entry, index)
+    end
+  end
+
+  # Who has all that it reserved for itself.
+  defp prepared(schedule) do
+    Enum.find_value(schedule.reserved, fn {index, id} ->
+      case schedule.entries[id] do
+        %{home: ^index, place: :aside, resting?: false} = entry ->
+          if Enum.all?(reserved(schedule, id), &(map_size(schedule.slots[&1].taken) == 0)),
+            do: {entry, index}
+
+        _ ->
+          nil
+      end
+    end)
+  end
+
+  defp reserved(schedule, id), do: for({index, ^id} <- schedule.reserved, do: index)
+
+  defp reserve(schedule, {class, {times, turn}, sequence, id}) do
+    entry = schedule.entries[id]
+    alone? = RankedSet.size(schedule.waiting) == 0
+
+    free? = fn index, slots ->
+      slots.open? and slots.capacity > 0 and not is_map_key(schedule.reserved, index) and
+        not lone?(slots) and (alone? or slots.shared >= slots.capacity)
+    end
+
+    with home when home != nil <- best(schedule, entry, free?),
+         indices = if(entry.company == :trial, do: peers(schedule, home), else: [home]),
+         false <- Enum.any?(indices, &is_map_key(schedule.reserved, &1)) do
+      schedule = %{move(schedule, id, :aside) | reserved: mark(schedule.reserved, indices, id)}
+      key = {class, {times + 1, turn}, sequence, id}
+      update_in(schedule.entries[id], &%{&1 | home: home, key: key})
+    else
+      _ -> nil
+    end
+  end
+
+  defp mark(reserved, indices, id), do: for(index <- indices, into: reserved, do: {index, id})
+
+  # Those that share its device, and its memory, with it.
+  defp peers(schedule, home) do
+    %{device: device} = schedule.slots[home]
+    for {index, %{open?: true, device: ^device}} <- schedule.slots, do: index
+  end
+
+  # What it had reserved is free again, and the others' turn there has come.
+  defp release(schedule, id) do
+    case schedule.entries[id] do
+      %{home: nil} ->
+        schedule
+
+      entry ->
+        slots =
+          for index <- reserved(schedule, id), reduce: schedule.slots do
+            slots -> Map.update!(slots, index, &%{&1 | shared: 0})
+          end
+
+        reserved = Map.reject(schedule.reserved, fn {_, by} -> by == id end)
+        entries = Map.put(schedule.entries, id, %{entry | home: nil, resting?: false})
+        %{schedule | slots: slots, reserved: reserved, entries: entries}
+    end
+  end
+
+  @doc "The sidecar has rested for the request: it is the next to run there."
+  @spec rested(t, id) :: t
+  def rested(schedule, id) do
+    case schedule.entries do
+      %{^id => %{resting?: true} = entry} ->
+        put_in(schedule.entries[id], %{entry | resting?: false, company: :alone})
+
+      _ ->
+        schedule
+    end
+  end
+
+  defp run(schedule, %{id: id, key: {class, {_, turn}, _, _}} = entry, index) do
+    alone? = entry.company != :any
 
     schedule =
       schedule
       |> put_in([Access.key(:entries), id], %{entry | attempts: entry.attempts + 1})
       |> move(id, index)
-      |> update_in([Access.key(:slots), index], &%{&1 | taken: Map.put(&1.taken, id, alone?)})
+      |> update_in([Access.key(:slots), index], &take(&1, id, alone?))
 
     {:run, id, index, turn_over(schedule, class, turn)}
+  end
+
+  defp take(slots, id, alone?) do
+    shared = if alone? or slots.shared == :any, do: slots.shared, else: slots.shared + 1
+    %{slots | taken: Map.put(slots.taken, id, alone?), shared: shared}
   end
 
   # Whoever had no later turn than the one that is served now starts with it next time, and need not be remembered.
@@ -306,26 +459,23 @@ defmodule StarweaveImage.Schedule do
     end
   end
 
-  defp best(schedule, entry) do
+  defp best(schedule, entry, fits?) do
     schedule.slots
-    |> Enum.filter(fn {_, slots} -> room?(schedule, slots, entry) end)
+    |> Enum.filter(fn {index, slots} -> fits?.(index, slots) end)
     |> Enum.min_by(fn {index, slots} -> {expected_ms(schedule, slots, entry), index} end, fn ->
       nil
     end)
     |> then(&(&1 && elem(&1, 0)))
   end
 
-  # The last of several attempts runs alone: nobody is given up for a crash that another one caused.
-  # And the slot of an id that was cancelled is not free for the same id before the sidecar says so.
-  defp room?(schedule, slots, entry) do
-    limit = if last_attempt?(schedule, entry.attempts + 1), do: 1, else: slots.capacity
-
-    slots.open? and map_size(slots.taken) < min(limit, slots.capacity) and
-      not is_map_key(slots.taken, entry.id) and
-      not Enum.any?(slots.taken, fn {_, alone?} -> alone? end)
+  # The slot of an id that was cancelled is not free for the same id before the sidecar says so.
+  defp room?(schedule, index, slots, entry) do
+    slots.open? and map_size(slots.taken) < slots.capacity and
+      not is_map_key(schedule.reserved, index) and not is_map_key(slots.taken, entry.id) and
+      not lone?(slots)
   end
 
-  defp last_attempt?(schedule, attempt), do: attempt > 1 and attempt >= schedule.max_attempts
+  defp lone?(slots), do: Enum.any?(slots.taken, fn {_, alone?} -> alone? end)
 
   # When it would be done there: by the pace of that sidecar and the work it has, a load where the model is not
   # in its memory, and twice that for each time it died lately.
@@ -337,11 +487,13 @@ defmodule StarweaveImage.Schedule do
 
   # As many as there are interactive requests without room, the youngest of the background first: they lose least.
   defp step_back(schedule, waiting) do
-    wanted = RankedSet.rank(schedule.waiting, {0, :infinity, 0, ""})
+    wanted = RankedSet.rank(schedule.waiting, {0, {:infinity, 0}, 0, ""})
 
     candidates =
       for {index, %{open?: true} = slots} <- schedule.slots,
-          # Alone somewhere, for its last attempt, a request is not asked to make room: it has waited for that.
+          # Nobody else could use the room there.
+          not is_map_key(schedule.reserved, index),
+          # Alone somewhere, a request is not asked to make room: it has waited for that.
           {id, false} <- slots.taken,
           id != waiting.id,
           %{key: {2, _, _, _}, place: ^index, yielding?: false} = entry <- [schedule.entries[id]],
@@ -376,17 +528,21 @@ defmodule StarweaveImage.Schedule do
   @spec order(t, non_neg_integer | :all) :: [id]
   def order(schedule, count \\ :all)
 
-  def order(%{waiting: waiting}, :all),
-    do: for({_, _, _, id} <- RankedSet.to_list(waiting), do: id)
+  def order(schedule, :all), do: order(schedule, &RankedSet.to_list/1)
 
-  def order(%{waiting: waiting}, count),
-    do: for({_, _, _, id} <- RankedSet.take(waiting, count), do: id)
+  def order(schedule, count) when is_integer(count),
+    do: schedule |> order(&RankedSet.take(&1, count)) |> Enum.take(count)
+
+  def order(%{waiting: waiting, loners: loners}, keys) when is_function(keys) do
+    keys = :lists.merge(keys.(waiting), keys.(loners))
+    for {_, _, _, id} <- keys, do: id
+  end
 
   @doc "The place of a request among those that wait, from 1; of one that is aside, as if it waited."
   @spec position(t, id) :: pos_integer
   def position(schedule, id) do
     %{key: key, place: place} = schedule.entries[id]
-    rank = RankedSet.rank(schedule.waiting, key)
+    rank = RankedSet.rank(schedule.waiting, key) + RankedSet.rank(schedule.loners, key)
     if place == :waiting, do: rank, else: rank + 1
   end
 

@@ -158,10 +158,12 @@ defmodule StarweaveImage.Supervisor do
     user_rate_limit:
       {{:custom, "{requests, milliseconds}", &__MODULE__.rate/1}, nil,
        "The same for each `:user_id`."},
-    max_attempts: {{:integer, 1, 100}, 3, "Times that a request may see its Python process die."},
+    max_attempts:
+      {{:integer, 1, 100}, 3,
+       "Deaths of the Python process under a request that runs alone before it may be given up for them, at least; it is only on evidence that it, and nothing else, ends the process."},
     quarantine:
       {{:integer, 0, @day}, 600_000,
-       "ms for which a request that did so, whatever its id and seed, is refused when it comes again."},
+       "ms for which a request that was given up so is refused when it comes again, under any id, and under any seed unless it was drawn with another."},
     max_retries:
       {{:integer, 0, 100}, 3,
        "Times that a request is tried again after a failure that may pass (a broken download, memory that others hold), with growing pauses."},

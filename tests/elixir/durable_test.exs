@@ -222,6 +222,29 @@ defmodule StarweaveImage.DurableTest do
       assert {:ok, %Image{attempts: 1}} = StarweaveImage.await(id, 20_000, instance)
     end
 
+    test "is not blamed for the ends of sidecars that its application outlived", %{
+      journal: journal
+    } do
+      instance = start_ready("honest", journal: journal)
+      id = held(instance)
+
+      for attempt <- 1..2 do
+        pid = os_pid(instance)
+        signal(pid, "KILL")
+        assert await(fn -> sidecar(instance).os_pid not in [nil, pid] end)
+        await_running(instance, id)
+        assert :sys.get_state(instance).schedule.entries[id].attempts == attempt + 1
+      end
+
+      queue = Process.whereis(instance)
+      Process.exit(queue, :kill)
+      assert await(fn -> Process.whereis(instance) not in [nil, queue] end)
+      await_running(instance, id)
+      # It ran when the queue ended, once.
+      assert :sys.get_state(instance).jobs[id].ends == 1
+      assert :ok = StarweaveImage.cancel(id, instance)
+    end
+
     test "that was running at the end of too many lives is given up", %{journal: journal} do
       instance = start_ready("honest", journal: journal, max_attempts: 2)
       ids = for dispatches <- [19, 20], do: {held(instance), dispatches}

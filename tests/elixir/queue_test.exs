@@ -554,15 +554,16 @@ defmodule StarweaveImage.QueueTest do
   end
 
   describe "a poison request" do
-    test "does not take others down with it: the last attempt runs alone" do
-      instance = start_ready("crashes_on_poison", max_attempts: 2)
+    test "does not take others down with it: it runs alone in the end" do
+      instance = start_ready("crashes_on_poison")
       others = for n <- 1..4, do: submit_running(instance, "hold", seed: n)
       :ok = StarweaveImage.subscribe(hd(others), instance)
       caller = call(fn -> generate(instance, "poison", id: "poison", priority: :interactive) end)
       assert {:error, %Error{kind: :sidecar_crashed}} = result(caller)
 
       for id <- others do
-        assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance)
+        assert {:ok, %Image{attempts: attempts}} = StarweaveImage.await(id, 20_000, instance)
+        assert attempts in 2..3
       end
     end
   end

@@ -4,7 +4,7 @@ defmodule StarweaveImage.ScheduleTest do
 
   alias StarweaveImage.{RankedSet, RateLimit, Schedule}
 
-  @limits [max_queue: 1_000, max_queue_bytes: 1_000_000, max_attempts: 3]
+  @limits [max_queue: 1_000, max_queue_bytes: 1_000_000]
 
   defp schedule(sidecars, limits \\ []) do
     for {index, news} <- sidecars, reduce: Schedule.new(Keyword.merge(@limits, limits)) do
@@ -168,26 +168,121 @@ defmodule StarweaveImage.ScheduleTest do
       assert Schedule.next(schedule) == :nothing
       assert {:run, "r", 1, _} = schedule |> Schedule.free(1, "r") |> Schedule.next()
     end
+  end
 
-    test "lets the last of several attempts run alone" do
-      schedule = schedule(%{1 => [capacity: 4]})
+  describe "a request that must run alone" do
+    defp alone(schedule, id, company \\ :alone, options \\ []),
+      do: push(schedule, id, [company: company] ++ options)
 
-      schedule =
-        for _ <- 1..2, reduce: push(schedule, "poison") do
-          schedule ->
-            {[{"poison", 1}], schedule} = go(schedule)
-            {["poison"], schedule} = Schedule.lost(schedule, 1)
+    defp over(schedule, index, id), do: schedule |> Schedule.free(index, id) |> Schedule.drop(id)
 
-            schedule
-            |> Schedule.return("poison", :waiting, :died)
-            |> Schedule.sidecar(1, open?: true, capacity: 4)
+    test "has its sidecar to itself, and others go on at another one" do
+      schedule = schedule(%{1 => [capacity: 2], 2 => [capacity: 2]})
+      {[{"a", 1}, {"b", 2}], schedule} = schedule |> push("a") |> push("b") |> go()
+      # It has one of them reserved, which is not free yet.
+      {[{"c", other}], schedule} = schedule |> alone("lone") |> push("c") |> push("d") |> go()
+      home = 3 - other
+      held = if home == 1, do: "a", else: "b"
+      assert Schedule.order(schedule) == ["d"]
+      assert Schedule.place(schedule, "lone") == :aside
+      {[{"lone", ^home}], schedule} = schedule |> over(home, held) |> go()
+      # Neither does anybody join it.
+      {[], schedule} = go(schedule)
+      assert {[{"d", ^home}], _} = schedule |> over(home, "lone") |> go()
+    end
+
+    test "and the others take turns at one sidecar, a full load of these at a time" do
+      schedule = schedule(%{1 => [capacity: 3]})
+      schedule = for n <- 1..4, reduce: schedule, do: (s -> alone(s, "lone#{n}"))
+      schedule = for n <- 1..9, reduce: schedule, do: (s -> push(s, "r#{n}"))
+
+      {turns, _} =
+        for _ <- 1..7, reduce: {[], schedule} do
+          {turns, schedule} ->
+            {gone, schedule} = go(schedule)
+            ids = for {id, 1} <- gone, do: id
+            {[ids | turns], Enum.reduce(ids, schedule, &over(&2, 1, &1))}
         end
 
-      {[{"poison", 1}], schedule} = schedule |> push("good") |> go()
-      assert Schedule.attempts(schedule, "poison") == 3
+      assert Enum.reverse(turns) ==
+               [~w(lone1), ~w(r1 r2 r3), ~w(lone2), ~w(r4 r5 r6), ~w(lone3), ~w(r7 r8 r9)] ++
+                 [~w(lone4)]
+    end
 
-      {[{"good", 1}], _} =
-        schedule |> Schedule.free(1, "poison") |> Schedule.drop("poison") |> go()
+    test "goes behind others of its kind once it has had its turn" do
+      schedule = schedule(%{1 => []}) |> alone("a") |> alone("b")
+      {[{"a", 1}], schedule} = go(schedule)
+      {["a"], schedule} = Schedule.lost(schedule, 1)
+
+      schedule =
+        schedule
+        |> Schedule.return("a", :waiting, :died)
+        |> Schedule.sidecar(1, open?: true, capacity: 1)
+
+      assert Schedule.order(schedule) == ["b", "a"]
+      assert {[{"b", 1}], _} = go(schedule)
+    end
+
+    test "goes first at a sidecar that died under a load of the others" do
+      schedule = schedule(%{1 => [capacity: 2]}) |> alone("lone1") |> alone("lone2")
+      schedule = for n <- 1..4, reduce: schedule, do: (s -> push(s, "r#{n}"))
+      {[{"lone1", 1}], schedule} = go(schedule)
+      {[{"r1", 1}, {"r2", 1}], schedule} = schedule |> over(1, "lone1") |> go()
+      {ids, schedule} = Schedule.lost(schedule, 1)
+      schedule = Enum.reduce(ids, schedule, &Schedule.return(&2, &1, :waiting, :died))
+
+      assert {[{"lone2", 1}], _} =
+               schedule |> Schedule.sidecar(1, open?: true, capacity: 2) |> go()
+    end
+
+    test "comes after those of a better priority, and before those of a worse one" do
+      schedule = schedule(%{1 => []})
+
+      schedule =
+        schedule
+        |> push("b", priority: :background)
+        |> alone("n")
+        |> push("i", priority: :interactive)
+
+      assert serve_all(schedule) == ~w(i n b)
+    end
+
+    test "on trial lets its sidecar rest first, and all those that share its device" do
+      device = fn device -> [capacity: 2, device: device] end
+      schedule = schedule(%{1 => device.("cpu"), 2 => device.("cpu"), 3 => device.("cuda:0")})
+      schedule = schedule |> Schedule.measure(3, 60_000, 0) |> alone("tried", :trial)
+      {:rest, "tried", home, schedule} = Schedule.next(schedule)
+      assert home in 1..2
+      assert Schedule.resting(schedule, home) == "tried"
+      assert Schedule.resting(schedule, 3 - home) == nil
+      {gone, schedule} = for(n <- 1..3, reduce: schedule, do: (s -> push(s, "r#{n}"))) |> go()
+      assert gone == [{"r1", 3}, {"r2", 3}]
+      # It is told when the rest is over.
+      schedule = Schedule.rested(schedule, "tried")
+      {[{"tried", ^home}], schedule} = go(schedule)
+      assert {[{"r3", _}], _} = schedule |> over(home, "tried") |> go()
+    end
+
+    test "waits for another one when its sidecar closes or dies before it begins" do
+      for ending <- [
+            &Schedule.sidecar(&1, 1, open?: false),
+            &elem(Schedule.lost(&1, 1), 1),
+            &Schedule.remove_sidecar(&1, 1)
+          ] do
+        {:rest, "tried", 1, schedule} =
+          schedule(%{1 => []}) |> alone("tried", :trial) |> Schedule.next()
+
+        schedule = ending.(schedule)
+        assert Schedule.resting(schedule, 1) == nil
+        assert Schedule.order(schedule) == ["tried"]
+        # The end of a rest that was broken off means nothing.
+        schedule = Schedule.rested(schedule, "tried")
+        schedule = Schedule.sidecar(schedule, 2, open?: true, capacity: 1)
+        assert {:rest, "tried", 2, schedule} = Schedule.next(schedule)
+        schedule = Schedule.drop(schedule, "tried")
+        assert schedule.reserved == %{}
+        assert {[{"r", 2}], _} = schedule |> push("r") |> go()
+      end
     end
   end
 
@@ -245,7 +340,7 @@ defmodule StarweaveImage.ScheduleTest do
         final =
           for n <- 1..600, reduce: schedule do
             schedule ->
-              schedule = step(schedule, :rand.uniform(14), n)
+              schedule = step(schedule, :rand.uniform(16), n)
               check(schedule)
               schedule
           end
@@ -257,9 +352,14 @@ defmodule StarweaveImage.ScheduleTest do
               do: (s -> Schedule.sidecar(s, index, open?: true, capacity: 4))
 
         final =
-          for {id, %{place: :aside}} <- final.entries,
+          for {id, %{place: :aside, home: nil}} <- final.entries,
               reduce: final,
               do: (s -> Schedule.resume(s, id))
+
+        final =
+          for {id, %{resting?: true}} <- final.entries,
+              reduce: final,
+              do: (s -> Schedule.rested(s, id))
 
         emptied = empty(final)
         assert emptied.entries == %{}
@@ -279,7 +379,8 @@ defmodule StarweaveImage.ScheduleTest do
           priority: Enum.random([:interactive, :normal, :background]),
           user: Enum.random(["ann", "bob", nil]),
           model: Enum.random(["m", "n"]),
-          bytes: bytes
+          bytes: bytes,
+          company: Enum.random([:any, :any, :any, :alone, :trial])
         )
 
       {:overloaded, ms} ->
@@ -292,9 +393,24 @@ defmodule StarweaveImage.ScheduleTest do
   defp step(schedule, operation, _) when operation <= 8 do
     case Schedule.next(schedule) do
       {:run, id, index, after_it} ->
-        # Nobody of a better priority waits, and of its own nobody was to go first.
-        assert [^id | _] = Schedule.order(schedule)
-        assert map_size(schedule.slots[index].taken) < schedule.slots[index].capacity
+        %{key: {class, _, _, _}, company: company} = schedule.entries[id]
+        taken = schedule.slots[index].taken
+        # Nobody of a better priority waits, and of its own kind nobody was to go first.
+        if company == :any do
+          classes = for other <- Schedule.order(schedule), do: schedule.entries[other]
+          assert Enum.all?(classes, &(elem(&1.key, 0) >= class or &1.company != :any))
+          assert %{id: ^id} = Enum.find(classes, &(&1.company == :any))
+          assert schedule.reserved[index] == nil
+          assert map_size(taken) < schedule.slots[index].capacity
+        else
+          assert taken == %{} and after_it.reserved[index] == id
+        end
+
+        after_it
+
+      {:rest, id, index, after_it} ->
+        assert schedule.slots[index].taken == %{} and after_it.reserved[index] == id
+        assert Schedule.resting(after_it, index) == id
         after_it
 
       {:yield, id, index, after_it} ->
@@ -334,7 +450,13 @@ defmodule StarweaveImage.ScheduleTest do
     end
   end
 
-  defp step(schedule, 11, _), do: with_random(schedule, :aside, &Schedule.resume(schedule, &1.id))
+  # One that is aside because it has a sidecar reserved is none that its owner put there.
+  defp step(schedule, 11, _) do
+    with_random(schedule, :aside, fn
+      %{home: nil, id: id} -> Schedule.resume(schedule, id)
+      _reserving -> schedule
+    end)
+  end
 
   defp step(schedule, 12, _) do
     {ids, schedule} = Schedule.lost(schedule, :rand.uniform(2))
@@ -342,10 +464,18 @@ defmodule StarweaveImage.ScheduleTest do
     for id <- ids, reduce: schedule do
       schedule ->
         if Schedule.attempts(schedule, id) < 3,
-          do: Schedule.return(schedule, id, :waiting, :died),
+          do:
+            schedule
+            |> Schedule.company(id, Enum.random([:any, :alone, :trial]))
+            |> Schedule.return(id, :waiting, :died),
           else: Schedule.drop(schedule, id)
     end
   end
+
+  defp step(schedule, 13, _), do: with_random(schedule, &Schedule.rested(schedule, &1.id))
+
+  defp step(schedule, 14, _),
+    do: with_random(schedule, :waiting, &Schedule.company(schedule, &1.id, :alone))
 
   defp step(schedule, _, _) do
     news = [
@@ -377,6 +507,17 @@ defmodule StarweaveImage.ScheduleTest do
       assert entry.attempts in 1..3
     end
 
+    # What is reserved is so for one that waits to run alone, or does.
+    for {index, id} <- schedule.reserved do
+      assert %{home: home, company: company} = schedule.entries[id]
+      assert home != nil and company != :any
+      assert is_map_key(schedule.slots, index)
+    end
+
+    for {id, %{home: home}} <- schedule.entries,
+        home != nil,
+        do: assert(schedule.reserved[home] == id)
+
     for {_, %{taken: taken}} <- schedule.slots,
         Enum.any?(taken, fn {_, alone?} -> alone? end),
         do: assert(map_size(taken) == 1)
@@ -389,6 +530,9 @@ defmodule StarweaveImage.ScheduleTest do
 
       {:yield, id, index, schedule} ->
         schedule |> Schedule.free(index, id) |> Schedule.drop(id) |> empty()
+
+      {:rest, id, _index, schedule} ->
+        schedule |> Schedule.rested(id) |> empty()
 
       :nothing ->
         case for {index, slots} <- schedule.slots, {id, _} <- slots.taken, do: {index, id} do
