@@ -1,12 +1,12 @@
 defmodule Chaos.Poison do
-  # One request whose every attempt ends its sidecar, among fifty that are good.
+  # One request whose every attempt ends its sidecar, among good ones.
 
   @poison "poison that ends its process"
   @opts [steps: 2, width: 64, height: 64, timeout: 600_000]
 
   def run(_options) do
     mark = Chaos.mark()
-    instance = Chaos.start([])
+    instance = Chaos.start(backoff_min: 500, backoff_max: 30_000)
 
     ask = fn prompt, opts ->
       StarweaveImage.generate(prompt, [instance: instance] ++ Keyword.merge(@opts, opts))
@@ -26,7 +26,7 @@ defmodule Chaos.Poison do
 
     [
       {"the poison ends with", inspect(error.kind), error.kind == :sidecar_crashed},
-      {"deaths of sidecars (max_attempts 3)", deaths, deaths == 3},
+      {"deaths of sidecars", deaths, deaths in 4..10},
       {"good requests done", "#{length(images)} of 50", length(images) == 50},
       {"most attempts of a good one", images |> Enum.map(& &1.attempts) |> Enum.max(), nil},
       {"asked again, with another seed, it is refused with",
