@@ -46,7 +46,7 @@ def main() -> None:
         recipe = Recipe(seed=args.seed)
         if args.steps:
             recipe = replace(recipe, denoiser=replace(recipe.denoiser, steps=args.steps))
-        train(recipe, args.out, args.work, args.cache, torch.device(args.device))
+        train(recipe, args.out, args.work, args.cache, torch.device(args.device), args.threads)
     else:
         studio = open_studio(args.cache)
         kinds = args.kinds.split(",")

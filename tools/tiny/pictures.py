@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -90,24 +90,28 @@ def pair_held_out(key: str, colour: str) -> bool:
     return zlib.crc32(f"{colour}/{key}".encode()) % 16 == 5
 
 
-@dataclass
+class Choice:
+    """Things to draw one of, each as often as its weight says."""
+
+    def __init__(self, things: Iterable[Thing]) -> None:
+        self.things = tuple(things)
+        self._sums = list(accumulate(thing.weight for thing in self.things))
+
+    def draw(self, rng: random.Random) -> Thing:
+        return rng.choices(self.things, cum_weights=self._sums)[0]
+
+
 class Studio:
-    """Draws samples: `MAKERS` by kind of picture."""
+    """Icons and things, and what samples are drawn with."""
 
-    icons: Icons
-    things: Sequence[Thing]
-
-    def __post_init__(self) -> None:
+    def __init__(self, icons: Icons, things: Sequence[Thing]) -> None:
+        self.icons, self.things = icons, things
         self._body = lru_cache(4096)(self._find_body)
-        self._countable = [t for t in self.things if countable(t.names[0])]
+        self.any = Choice(things)
+        self.countable = Choice(t for t in things if countable(t.names[0]))
         # Where things stand on the ground or on one another, what is itself a place or weather looks odd.
-        self._solid = [t for t in self._countable if not _UNSOLID.intersection(t.names[0].split())]
-        self._seats = [t for t in self._solid if t.names[0] in _SEATS]
-        lists = (self.things, self._countable, self._solid, self._seats)
-        self._sums = {id(found): list(accumulate(t.weight for t in found)) for found in lists}
-
-    def _weights(self, among: Sequence[Thing]) -> list[int]:
-        return self._sums[id(among)]
+        self.solid = Choice(t for t in self.countable.things if not _UNSOLID.intersection(t.names[0].split()))
+        self.seats = Choice(t for t in self.solid.things if t.names[0] in _SEATS)
 
     def phrases(self) -> Iterator[str]:
         """All names, plurals and tags, and all words for colours and shapes."""
@@ -149,7 +153,7 @@ class Studio:
         self,
         rng: random.Random,
         style: str,
-        among: Sequence[Thing],
+        among: Choice,
         coloured: float,
         avoid: str = "",
         pairs: bool = False,
@@ -159,7 +163,7 @@ class Studio:
         `avoid` is the background. With `pairs` its colour and thing are a pair that training never shows.
         """
         while True:
-            thing = rng.choices(among, cum_weights=self._weights(among))[0]
+            thing = among.draw(rng)
             if thing.key(style) is None:
                 continue
             colour = ""
@@ -259,7 +263,7 @@ def one(studio: Studio, rng: random.Random, pairs: bool = False) -> Sample:
     style = PLAIN if rng.random() < 0.7 else "flat"
     background = "" if rng.random() < 0.75 else rng.choice(tuple(COLOURS))
     coloured = 1.0 if pairs else 0.42
-    subject = studio.pick(rng, style, studio.things, coloured, background, pairs)
+    subject = studio.pick(rng, style, studio.any, coloured, background, pairs)
     return _alone(studio, rng, subject, style, background, "one")
 
 
@@ -317,7 +321,7 @@ def several(studio: Studio, rng: random.Random) -> Sample:
             background = ""
         style = PLAIN
     else:
-        subject = studio.pick(rng, style, studio._countable, 0.35, background)
+        subject = studio.pick(rng, style, studio.countable, 0.35, background)
     places = rng.choices(_ROWS[count], (0.4, 0.6) if count == 3 else None)[0]
     room = 0.29 if count == 3 and places[0][1] == places[1][1] else 0.42
     size = rng.uniform(0.88, 1.0) * room * EDGE
@@ -351,8 +355,8 @@ def related(studio: Studio, rng: random.Random) -> Sample:
             second = studio.pick_shape(rng, background or "white", 1.0)
     else:
         seated = relation in ("on", "under", "front", "behind") and rng.random() < 0.6
-        low_things = studio._seats if seated else studio._solid
-        first = studio.pick(rng, style, studio._solid, 0.3, background)
+        low_things = studio.seats if seated else studio.solid
+        first = studio.pick(rng, style, studio.solid, 0.3, background)
         second = studio.pick(rng, style, low_things, 0.3, background)
         while second.thing is first.thing:
             second = studio.pick(rng, style, low_things, 0.3, background)
@@ -414,7 +418,7 @@ def _place(rng: random.Random, stage: _Stage, a: Pixels, b: Pixels, relation: st
 def placed(studio: Studio, rng: random.Random) -> Sample:
     """One thing, or two of it, somewhere: in the forest, at night, under water."""
     style = PLAIN if rng.random() < 0.8 else "flat"
-    subject = studio.pick(rng, style, studio._solid, 0.3)
+    subject = studio.pick(rng, style, studio.solid, 0.3)
     scene = draw_scene(rng, rng.choice(tuple(GROUNDS)), things=False)
     count = 2 if rng.random() < 0.1 else 1
     kind = GROUNDS[scene.ground]

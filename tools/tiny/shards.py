@@ -6,6 +6,9 @@ Shard `n` is a function of the seed, `n` and the autoencoder alone, so shards ar
 from __future__ import annotations
 
 import json
+import multiprocessing
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,23 +16,44 @@ from typing import Any
 import numpy as np
 import torch
 
+from .icons import Pixels
 from .loop import log
-from .pictures import Studio, draw
+from .pictures import Studio, draw, open_studio
 from .vae import encode, halved
 
 SIZE = 4096
 """Pictures of a shard; an eighth of them is there at half its size besides."""
 
 _SMALL = SIZE // 8
+_PIECE = 32
 
 Latents = np.ndarray[Any, np.dtype[np.float16]]
 
 
+_studio: list[Studio] = []
+
+
+def _start_worker(cache: Path) -> None:
+    _studio[:] = [open_studio(cache)]
+
+
+def _draw_piece(piece: tuple[str, int]) -> tuple[Pixels, list[str]]:
+    seed, start = piece
+    studio = _studio[0]
+    samples = [draw(studio, f"{seed}/{k}") for k in range(start, start + _PIECE)]
+    return np.stack([np.asarray(sample.image) for sample in samples]), [sample.caption for sample in samples]
+
+
 @dataclass
 class Shards:
-    """The shards in `folder`; `full` (SIZE, C, 16, 16) and `small` (SIZE / 8, C, 8, 8) latents each, unscaled."""
+    """The shards in `folder`, made with the icons of `cache` by so many `workers`.
+
+    Each has `full` (SIZE, C, 16, 16) and `small` (SIZE / 8, C, 8, 8) latents, unscaled.
+    """
 
     folder: Path
+    cache: Path
+    workers: int = 1
     full: list[Latents] = field(default_factory=list)
     small: list[Latents] = field(default_factory=list)
     captions: list[list[str]] = field(default_factory=list)
@@ -40,27 +64,38 @@ class Shards:
     def _path(self, number: int, kind: str) -> Path:
         return self.folder / f"{number:03d}.{kind}"
 
-    def extend(self, upto: int, studio: Studio, vae: Any, seed: int, device: torch.device) -> None:
+    def extend(self, upto: int, vae: Any, seed: int, device: torch.device) -> None:
         """Opens or makes shards until there are `upto`."""
         for number in range(len(self), upto):
             if not self._path(number, "json").exists():
-                self._make(number, studio, vae, seed, device)
+                self._make(number, vae, seed, device)
             self.captions.append(json.loads(self._path(number, "json").read_text()))
             self.full.append(np.load(self._path(number, "npy"), mmap_mode="r"))
             self.small.append(np.load(self._path(number, "small.npy"), mmap_mode="r"))
 
-    def _make(self, number: int, studio: Studio, vae: Any, seed: int, device: torch.device) -> None:
+    def _make(self, number: int, vae: Any, seed: int, device: torch.device) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         captions: list[str] = []
         full, small = [], []
-        for start in range(0, SIZE, 32):
-            samples = [draw(studio, f"train/{seed}/{number}/{k}") for k in range(start, start + 32)]
-            captions += [sample.caption for sample in samples]
-            pictures = np.stack([np.asarray(sample.image) for sample in samples])
-            full.append(encode(vae, pictures, device).numpy())
-            if start < _SMALL:
-                halves = np.stack([halved(picture) for picture in pictures])
-                small.append(encode(vae, halves, device).numpy())
+        pieces = [(f"train/{seed}/{number}", start) for start in range(0, SIZE, _PIECE)]
+        with ExitStack() as stack:
+            drawn: Iterable[tuple[Pixels, list[str]]]
+            if self.workers > 1:
+                # Spawned, because a fork would inherit whatever threads torch has started.
+                context = multiprocessing.get_context("spawn")
+                pool = stack.enter_context(context.Pool(self.workers, _start_worker, (self.cache,)))
+                drawn = pool.imap(_draw_piece, pieces)
+            else:
+                if not _studio:
+                    _start_worker(self.cache)
+                drawn = map(_draw_piece, pieces)
+            for pictures, words in drawn:
+                if len(captions) < _SMALL:
+                    small.append(
+                        encode(vae, np.stack([halved(picture) for picture in pictures]), device).numpy()
+                    )
+                captions += words
+                full.append(encode(vae, pictures, device).numpy())
         np.save(self._path(number, "npy"), np.concatenate(full))
         np.save(self._path(number, "small.npy"), np.concatenate(small))
         # The captions are written last: they are what says that the shard is whole.

@@ -57,11 +57,12 @@ def reconstructions(studio: Studio, vae: Any, device: torch.device) -> Image.Ima
     return sheet([Image.fromarray(a) for a in array], [""] * len(array))
 
 
-def train(recipe: Recipe, out: Path, work: Path, cache: Path, device: torch.device) -> None:
+def train(recipe: Recipe, out: Path, work: Path, cache: Path, device: torch.device, workers: int = 1) -> None:
     """Trains the embedded model and writes its checkpoint to `out`.
 
     `work` keeps the checkpoints of all stages, the latents, the sample sheets and train.log; a run with the same recipe
-    goes on where the last one stopped. `cache` keeps fetched packages and rendered icons.
+    goes on where the last one stopped. `cache` keeps fetched packages and rendered icons. So many
+    `workers` draw the pictures of shards.
     """
     work.mkdir(parents=True, exist_ok=True)
     studio = open_studio(cache)
@@ -71,7 +72,7 @@ def train(recipe: Recipe, out: Path, work: Path, cache: Path, device: torch.devi
     log(work, f"{len(words)} words, {len(tokenizer)} tokens")
     vae = train_vae(studio, recipe.vae, recipe.seed, work, device)
     reconstructions(studio, vae, device).save(work / "vae.png")
-    shards = Shards(work / "shards")
+    shards = Shards(work / "shards", cache, workers)
 
     def draw_sheet(average: Denoiser, step: int) -> None:
         pipeline = assemble(vae, average, tokenizer)
@@ -82,7 +83,7 @@ def train(recipe: Recipe, out: Path, work: Path, cache: Path, device: torch.devi
     subjects = sorted({thing.names[0] for thing in studio.things} | set(SHAPES) | set(GROUNDS))
     average = train_denoiser(
         shards,
-        lambda count: shards.extend(count, studio, vae, recipe.seed, device),
+        lambda count: shards.extend(count, vae, recipe.seed, device),
         vae,
         tokenizer,
         recipe.denoiser,

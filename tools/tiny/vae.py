@@ -18,6 +18,7 @@ from .loop import generator, learning_rate, load_state, log, progress, save_stat
 from .pictures import MAKERS, Studio, draw
 
 _STAGE = 1
+_FLAT = 0.4
 FACTOR = 8
 """How many pixels of an edge one latent stands for."""
 
@@ -29,7 +30,7 @@ class VaeRecipe:
     It learns on `crop` x `crop` pieces: of the pictures, or of pictures at half their size with the chance `halves`, since
     the denoiser knows both sizes. `noise` is added to the latents, whose spread is 1, before they are decoded: it makes
     the decoder forgive what the denoiser leaves behind, at the cost of some of the finest detail. `fresh` pictures are
-    drawn for each step, and the last `kept` ones are cropped from.
+    drawn for each step, and the last `kept` ones are cropped from. `steps` may be changed until the rate falls.
     """
 
     width: int = 48
@@ -124,7 +125,9 @@ def train_vae(studio: Studio, recipe: VaeRecipe, seed: int, folder: Path, device
     torch.manual_seed(seed)
     model = build_vae(recipe).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.98))
-    key = {"seed": seed, **asdict(recipe)}
+    key: dict[str, Any] = {"seed": seed, **asdict(recipe)}
+    for free in ("steps", "checkpoint_every"):
+        del key[free]
     path = folder / "vae.pt"
     first = 0
     if state := load_state(path, key):
@@ -143,7 +146,7 @@ def train_vae(studio: Studio, recipe: VaeRecipe, seed: int, folder: Path, device
             decoded = model.decode(latents + recipe.noise * noise).sample
         loss = vae_loss(pixels, decoded.float(), latents.float())
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe.steps, recipe.rate, 100, 0.3)
+            group["lr"] = learning_rate(step, recipe.steps, recipe.rate, 100, _FLAT)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
