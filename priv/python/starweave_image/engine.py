@@ -17,6 +17,7 @@ import platform
 import secrets
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,7 +27,7 @@ import msgspec
 from PIL import ImageOps
 from PIL.Image import Image
 
-from . import __version__, devices, images, log, schedulers, wire
+from . import __version__, devices, images, log, reading, schedulers, wire
 from .catalog import ModelCard, Settings, State, rendered_size, settle
 from .errors import ImageError, is_out_of_memory, missing_package
 from .limits import Limits
@@ -695,14 +696,26 @@ class Job:
             self.note("No previews: the model does not fit on its device as a whole.")
         elif message.preview:
             self.previews = Previews(message.id, model.pipeline, rendered, size, send)
-        if unknown := text_to_image.unknown_words(model.folder, message.prompt):
-            words = ", ".join(f'"{word[:40]}"' for word in unknown[:5]) + (" …" if len(unknown) > 5 else "")
-            self.note(
-                f"{card.name} does not know {words}. {card.description} For anything else choose a larger model, such "
-                "as stable-diffusion-v1-5/stable-diffusion-v1-5: with `mix image.gen --model`, or in the option `models`."
-            )
-
+        known = reading.vocabulary(model.folder)
+        self._said = self._read("prompt", self.prompt, known)
+        self._unwanted = self._read("negative_prompt", message.negative_prompt, known)
         self._image, self._mask = image, mask
+
+    def _read(self, field: str, typed: str, known: reading.Vocabulary | None) -> str:
+        """What the model is given of a text. The record keeps what was typed."""
+        # Letters and their marks as one, as in what models were trained on.
+        text = unicodedata.normalize("NFC", typed)
+        if known is None or not text.strip():
+            return text
+        read = reading.read(text, known)
+        first, *others = read.notices(self.card.name, field) or [""]
+        if field == "prompt" and (read.dropped or read.is_empty):
+            first = (
+                f"{first} {self.card.description} For anything else choose a larger model, such as "
+                "stable-diffusion-v1-5/stable-diffusion-v1-5: with `mix image.gen --model`, or in the option `models`."
+            )
+        self.note(*filter(None, [first, *others]))
+        return read.text
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -727,8 +740,8 @@ class Job:
     def prepare(self, pipeline: Any) -> tuple[Any, text_to_image.Call]:
         """The pipeline of this task, over the parts of `pipeline`, and its call."""
         text = text_to_image.Text(
-            self.prompt,
-            self.message.negative_prompt,
+            self._said,
+            self._unwanted,
             self.width,
             self.height,
             self.settings.steps,

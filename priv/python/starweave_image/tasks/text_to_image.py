@@ -7,12 +7,12 @@ the caller in a notice.
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+_MOST_QUOTED = 120
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,11 @@ def prepare(pipeline: Any, text: Text) -> Call:
         notices.append(f"negative_prompt has no effect {why if contrasted else 'on this model'}.")
 
     for name, said in (("prompt", prompt), ("negative_prompt", arguments.get("negative_prompt", ""))):
-        if cut := _words_cut(pipeline, said, takes):
-            notices.append(
-                f"{name} is longer than this model reads: the last part, about {cut} tokens, was not used."
-            )
+        if unread := _unread(pipeline, said, takes):
+            shown = unread if len(unread) <= _MOST_QUOTED else f"{unread[:_MOST_QUOTED]}…"
+            notices.append(f'{name} is longer than this model reads: "{shown}" was not used.')
+        if said.strip() and _is_noise(pipeline, said):
+            notices.append(f"This model understood nothing of {name}: it knows none of its characters.")
     return Call(arguments, notices)
 
 
@@ -92,27 +93,49 @@ def _is_told(pipeline: Any) -> bool:
     return any(getattr(denoiser, "config", {}).get(name) for name in told)
 
 
-def _words_cut(pipeline: Any, text: str, takes: Any) -> int:
-    """Tokens of `text` beyond what the most patient of the pipeline's tokenizers keeps."""
-    lost = []
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"):
-        tokenizer = getattr(pipeline, name, None)
-        limit = getattr(tokenizer, "model_max_length", None)
-        if not isinstance(limit, int) or not callable(tokenizer):
-            continue
+def _unread(pipeline: Any, text: str, takes: Any) -> str:
+    """The end of `text` that the most patient of the pipeline's tokenizers cuts off, from its first word on."""
+    ends = []
+    for tokenizer in _tokenizers(pipeline):
+        limit = tokenizer.model_max_length
         if "max_sequence_length" in takes and not type(tokenizer).__name__.startswith("CLIP"):
             limit = takes["max_sequence_length"].default
-        lost.append(max(0, len(tokenizer(text, truncation=False, verbose=False)["input_ids"]) - limit))
-    return min(lost, default=0)
+        if not isinstance(limit, int):
+            continue
+        ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        if len(ids) <= limit:
+            return ""
+        ends.append(_end(tokenizer, text, limit - tokenizer.num_special_tokens_to_add()))
+    return min(ends, key=len, default="")
 
 
-def unknown_words(folder: Path, prompt: str) -> list[str]:
-    """Words of the prompt outside a model's `vocabulary.json`, in order; none where it has no such file."""
-    try:
-        listed = json.loads((folder / "vocabulary.json").read_bytes())
-    except (OSError, ValueError):
-        return []
-    words = listed.get("words", []) if isinstance(listed, dict) else listed
-    known = {word.lower() for word in words if isinstance(word, str)}
-    asked = re.findall(r"[^\W\d_]+", prompt.lower())
-    return [word for word in dict.fromkeys(asked) if word not in known] if known else []
+def _end(tokenizer: Any, text: str, kept: int) -> str:
+    """What `text` goes on with after `kept` tokens, markers not counted."""
+    plain = {"add_special_tokens": False, "truncation": False, "verbose": False}
+    if not tokenizer.is_fast:
+        return str(tokenizer.decode(tokenizer(text, **plain)["input_ids"][kept:])).strip()
+    offsets = tokenizer(text, return_offsets_mapping=True, **plain)["offset_mapping"]
+    if kept >= len(offsets):
+        return ""
+    at: int = offsets[kept][0]
+    # A word of which it reads a part is not read as that word.
+    begun = re.search(r"[A-Za-z]+$", text[:at]) if text[at : at + 1].isalpha() else None
+    return text[begun.start() if begun else at :].strip()
+
+
+def _is_noise(pipeline: Any, text: str) -> bool:
+    """Whether each of the pipeline's tokenizers makes nothing but markers of `text`."""
+    read = [
+        set(tokenizer(text, truncation=False, verbose=False)["input_ids"]) <= set(tokenizer.all_special_ids)
+        for tokenizer in _tokenizers(pipeline)
+    ]
+    return bool(read) and all(read)
+
+
+def _tokenizers(pipeline: Any) -> list[Any]:
+    found = (
+        getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")
+    )
+    return [
+        tokenizer for tokenizer in found if callable(tokenizer) and hasattr(tokenizer, "model_max_length")
+    ]
