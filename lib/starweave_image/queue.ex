@@ -14,6 +14,7 @@ defmodule StarweaveImage.Queue do
     Fleet,
     Job,
     Journal,
+    Operations,
     RateLimit,
     Request,
     RequestLog,
@@ -35,15 +36,13 @@ defmodule StarweaveImage.Queue do
     serial: 0,
     finished: :gb_sets.new(),
     result_bytes: 0,
-    operations: %{},
+    operations: Operations.new(),
     awaiting_start: [],
     drains: %{},
     telling_positions?: false
   ]
 
   @positions_ms 1_000
-  # How many of those that wait are in the status.
-  @next 20
 
   def start_link(config), do: GenServer.start_link(__MODULE__, config, name: config[:name])
 
@@ -178,8 +177,8 @@ defmodule StarweaveImage.Queue do
       nil ->
         id = "#{type}-#{System.unique_integer([:positive])}"
         message = %{t: type, id: id, model: model}
-        operation = %{from: from, message: message, left: nil, error: nil}
-        {:noreply, start_operations(put_in(state.operations[id], operation))}
+        operations = Operations.add(state.operations, id, message, from)
+        {:noreply, start_operations(%{state | operations: operations})}
 
       error ->
         {:reply, {:error, error}, state}
@@ -740,9 +739,11 @@ defmodule StarweaveImage.Queue do
         Enum.reduce(running, state, &replay(&2, &1, sentence))
       end
 
-    state = Enum.reduce(state.operations, state, &operation_lost(&2, &1, index, sentence))
+    error = Error.new(:unavailable, sentence)
+    down? = Fleet.down?(state.fleet)
+    state = state.operations |> Operations.lost(index, down?, error) |> answer_operations(state)
     state = drained(state, index)
-    if Fleet.down?(state.fleet), do: fail_all(state), else: state
+    if down?, do: fail_all(state), else: state
   end
 
   defp sidecar_event(state, index, {:message, %{t: :accepted, id: id} = accepted}) do
@@ -793,7 +794,7 @@ defmodule StarweaveImage.Queue do
 
   defp sidecar_event(state, index, {:message, %{t: :done, id: id} = done}) do
     cond do
-      is_map_key(state.operations, id) -> operation_done(state, id, index, nil)
+      Operations.known?(state.operations, id) -> operation_done(state, id, index, nil)
       slot?(state, index, id) -> state |> finish_done(index, id, done) |> free(index, id)
       true -> stray(state, id)
     end
@@ -801,7 +802,7 @@ defmodule StarweaveImage.Queue do
 
   defp sidecar_event(state, index, {:message, %{t: :error, id: id} = error}) do
     cond do
-      is_map_key(state.operations, id) ->
+      Operations.known?(state.operations, id) ->
         operation_done(state, id, index, wire_error(error))
 
       slot?(state, index, id) ->
@@ -891,8 +892,7 @@ defmodule StarweaveImage.Queue do
     now = now()
     models = for id <- running, do: canonical(state, state.jobs[id].model)
     loads = for %{model: model} <- (seat.heartbeat && seat.heartbeat[:loads]) || [], do: model
-    asked? = Enum.any?(state.operations, fn {_, %{left: left}} -> left && seat.index in left end)
-    also? = asked? or loads -- models != []
+    also? = Operations.busy?(state.operations, seat.index) or loads -- models != []
 
     %{
       ran: for(id <- running, do: {id, Job.point(state.jobs[id], now)}),
@@ -1012,14 +1012,15 @@ defmodule StarweaveImage.Queue do
       job ->
         load_ms = Map.get(done.timings || %{}, "load", 0)
         run_ms = now() - job.dispatched_at
+        result = Job.result(job, done, Schedule.attempts(state.schedule, id))
 
-        state = %{
-          state
-          | schedule: Schedule.measure(state.schedule, index, run_ms, load_ms),
-            verdict: Verdict.done(state.verdict, job.request, now())
-        }
+        verdict =
+          if match?({:ok, _}, result),
+            do: Verdict.done(state.verdict, job.request, now()),
+            else: state.verdict
 
-        finish(state, id, Job.result(job, done, Schedule.attempts(state.schedule, id)))
+        state = %{state | schedule: Schedule.measure(state.schedule, index, run_ms, load_ms)}
+        finish(%{state | verdict: verdict}, id, result)
     end
   end
 
@@ -1280,90 +1281,42 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  ## Operations on models: sent to every sidecar at work, answered when all have answered
+  ## Operations on models
 
   defp start_operations(state) do
     at_work = Fleet.at_work(state.fleet)
-
-    operations =
-      Map.new(state.operations, fn
-        {id, %{left: nil} = operation} when at_work != [] ->
-          Enum.each(at_work, &send_to(&1, operation.message))
-          {id, %{operation | left: MapSet.new(at_work, & &1.index)}}
-
-        other ->
-          other
-      end)
-
+    {messages, operations} = Operations.begin(state.operations, Enum.map(at_work, & &1.index))
+    for message <- messages, seat <- at_work, do: send_to(seat, message)
     %{state | operations: operations}
   end
 
-  defp operation_done(state, id, index, error) do
-    operation = state.operations[id]
-    left = MapSet.delete(operation.left || MapSet.new(), index)
-    error = operation.error || error
+  defp operation_done(state, id, index, error),
+    do: state.operations |> Operations.done(id, index, error) |> answer_operations(state)
 
-    if MapSet.size(left) == 0 do
-      GenServer.reply(operation.from, if(error, do: {:error, error}, else: :ok))
-      %{state | operations: Map.delete(state.operations, id)}
-    else
-      put_in(state.operations[id], %{operation | left: left, error: error})
-    end
-  end
-
-  defp operation_lost(state, {id, %{left: left}}, index, sentence) do
-    waits? = left == nil and Fleet.down?(state.fleet)
-
-    if waits? or (left != nil and MapSet.member?(left, index)),
-      do: operation_done(state, id, index, Error.new(:unavailable, sentence)),
-      else: state
+  defp answer_operations({answers, operations}, state) do
+    for {from, answer} <- answers, do: GenServer.reply(from, answer)
+    %{state | operations: operations}
   end
 
   ## Status
 
   defp status(state) do
-    taken = taken(state)
-    waiting = Schedule.waiting(state.schedule)
+    taken = Schedule.taken(state.schedule)
 
     %{
       state: Fleet.state(state.fleet, taken),
       error: Fleet.error(state.fleet),
       default_model: state.config[:default_model],
       sidecars: Fleet.statuses(state.fleet, taken),
-      queue: %{
-        queued: waiting,
-        running: taken |> Map.values() |> Enum.map(&length/1) |> Enum.sum(),
-        limit: state.config[:max_queue],
-        bytes: Schedule.bytes(state.schedule),
-        max_bytes: state.config[:max_queue_bytes],
-        estimated_start_ms: Schedule.wait_ms(state.schedule, waiting + 1),
-        next: next(state)
-      }
+      queue: Schedule.status(state.schedule)
     }
-  end
-
-  # More would be no status any more: who watches a request is told by its events.
-  defp next(state) do
-    for {id, position} <- state.schedule |> Schedule.order(@next) |> Enum.with_index(1) do
-      %{
-        id: id,
-        position: position,
-        estimated_start_ms: Schedule.wait_ms(state.schedule, position)
-      }
-    end
-  end
-
-  defp taken(state) do
-    for {index, _} <- state.fleet.seats,
-        into: %{},
-        do: {index, Schedule.taken(state.schedule, index)}
   end
 
   # Answers those who wait for the outcome of a start, once there is one.
   defp settle(%{awaiting_start: []} = state), do: state
 
   defp settle(state) do
-    case Fleet.state(state.fleet, taken(state)) do
+    case Fleet.state(state.fleet, Schedule.taken(state.schedule)) do
       undecided when undecided in [:starting, :stalled] -> state
       closed when closed in [:disabled, :down] -> settle(state, {:error, closed(state)})
       _up -> settle(state, :ok)

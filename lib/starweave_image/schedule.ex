@@ -82,6 +82,8 @@ defmodule StarweaveImage.Schedule do
   # A background request that had to step back so often stays where it is the next time.
   @most_yields 3
   @most_sick 5
+  # How many of those that wait are in the status.
+  @next 20
 
   @spec new(keyword) :: t
   def new(config),
@@ -294,6 +296,11 @@ defmodule StarweaveImage.Schedule do
 
   @spec taken(t, index) :: [id]
   def taken(schedule, index), do: Map.keys(Map.get(schedule.slots, index, %Slots{}).taken)
+
+  @doc "The same of all sidecars."
+  @spec taken(t) :: %{index => [id]}
+  def taken(schedule),
+    do: Map.new(schedule.slots, fn {index, slots} -> {index, Map.keys(slots.taken)} end)
 
   @doc "A request was done by this sidecar within `run_ms` ms, of which a model's load took `load_ms`."
   @spec measure(t, index, non_neg_integer, non_neg_integer) :: t
@@ -523,6 +530,25 @@ defmodule StarweaveImage.Schedule do
 
   @spec bytes(t) :: non_neg_integer
   def bytes(schedule), do: schedule.bytes
+
+  @doc "The queue as `StarweaveImage.status/1` tells of it."
+  @spec status(t) :: map
+  def status(schedule) do
+    next =
+      for {id, position} <- schedule |> order(@next) |> Enum.with_index(1),
+          do: %{id: id, position: position, estimated_start_ms: wait_ms(schedule, position)}
+
+    %{
+      queued: schedule.held,
+      running: Enum.sum(for {_, slots} <- schedule.slots, do: map_size(slots.taken)),
+      limit: schedule.max_queue,
+      bytes: schedule.bytes,
+      max_bytes: schedule.max_queue_bytes,
+      estimated_start_ms: wait_ms(schedule, schedule.held + 1),
+      # More would be no status any more: who watches a request is told by its events.
+      next: next
+    }
+  end
 
   @doc "Waiting requests in the order in which they will go, all or the first few."
   @spec order(t, non_neg_integer | :all) :: [id]
