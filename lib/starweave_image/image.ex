@@ -53,7 +53,11 @@ defmodule StarweaveImage.Image do
   ]
 
   @doc """
-  Writes the image to `path`: first beside it, then renamed, so that a reader never sees half a file.
+  Writes the image to `path`.
+
+  A file that is there is replaced as a whole and keeps its mode and owner: a reader never sees half a picture, and where
+  there is no room for the new one the old one stays. A link stays and leads to the new picture. A device or a pipe is
+  written into; a pipe waits for its reader.
 
       iex> image = %StarweaveImage.Image{id: "a", data: "file", format: :png, width: 8, height: 8, sha256: ""}
       iex> path = Path.join(System.tmp_dir!(), "starweave_image_doctest.png")
@@ -62,18 +66,8 @@ defmodule StarweaveImage.Image do
       {"file", :ok}
   """
   @spec save(t, Path.t()) :: :ok | {:error, File.posix()}
-  def save(%__MODULE__{data: data}, path) do
-    part = "#{path}.#{System.unique_integer([:positive])}.part"
-
-    with :ok <- File.write(part, data, [:sync]),
-         :ok <- File.rename(part, path) do
-      :ok
-    else
-      {:error, reason} ->
-        _ = File.rm(part)
-        {:error, reason}
-    end
-  end
+  def save(%__MODULE__{data: data}, path),
+    do: path |> IO.chardata_to_string() |> StarweaveImage.Output.write(data)
 
   @doc """
   The image as a `data:` URI, for an HTML page.

@@ -1,4 +1,4 @@
-"""Writes requests.jsonl and frames.jsonl; with --check only says whether they are up to date.
+"""Writes requests.jsonl, frames.jsonl and outputs.jsonl; with --check only says whether they are up to date.
 
 The cases stand here because here they can be read in rows; the suites read the files alone.
 """
@@ -1075,9 +1075,169 @@ for name, value, expect in [
     to_application(name, value, expect)
 
 
+# outputs.jsonl
+
+outputs: list[dict[str, Json]] = []
+
+ENDINGS = "must end in .png, .jpg, .jpeg or .webp, got "
+
+for out, wanted in {
+    "apple.png": "png",
+    "a/b.c/apple": "png",
+    ".png": "png",
+    "a.jpg/x": "png",
+    "apple.JPG": "jpeg",
+    "apple.Jpeg": "jpeg",
+    "two words.été.webp": "webp",
+    "-x.webp": "webp",
+    "..png": "png",
+    "apple.gif": ENDINGS + ".gif",
+    "apple.": ENDINGS + ".",
+    "apple.png.bak": ENDINGS + ".bak",
+    "apple v1.5": ENDINGS + ".5",
+}.items():
+    outputs.append({"name": f"format: {out}", "out": out, "format": wanted})
+
+
+def written(
+    name: str,
+    out: str = "x.png",
+    before: dict[str, Json] | None = None,
+    after: dict[str, Json] | None = None,
+    refusal: str | None = None,
+    **more: Json,
+) -> None:
+    """The entries of a folder before and after an image was written there; `after` says what differs then."""
+    before = before or {}
+    after = before if refusal else before | ({"x.png": "new"} if after is None else after)
+    outputs.append(
+        {"name": f"file: {name}", "out": out, "before": before, "after": after, "refusal": refusal} | more
+    )
+
+
+def link(to: str) -> Json:
+    return {"link": to}
+
+
+def text(content: str, mode: str) -> Json:
+    return {"text": content, "mode": mode}
+
+
+NO_FOLDER = "must be in a folder that exists, got FOLDER/"
+written("a new one")
+written("an older one is replaced", before={"x.png": "old"})
+written("its mode stays", before={"x.png": text("old", "604")}, after={"x.png": text("new", "604")})
+written("what has the same inode keeps what it had", before={"x.png": "old", "other": {"same": "x.png"}})
+written(
+    "a link stays, and what it leads to is written",
+    before={"to.png": "old", "x.png": link("to.png")},
+    after={"to.png": "new"},
+)
+written(
+    "links to links, in folders",
+    before={"a": {"folder": "755"}, "a/to": "old", "a/y": link("to"), "x.png": link("a/y")},
+    after={"a/to": "new"},
+)
+written("a link to nothing makes that", before={"x.png": link("to.png")}, after={"to.png": "new"})
+written(
+    "a link through a linked folder",
+    out="b/x.png",
+    before={"a": {"folder": "755"}, "b": link("a"), "a/x.png": link("y"), "a/y": "old"},
+    after={"a/y": "new"},
+)
+written("a name of 255 bytes", out="FULL.png", after={"FULL.png": "new"})
+written("several", count=3, after={f"x-{number}.png": "new" for number in (1, 2, 3)})
+written(
+    "several without an ending",
+    out="a.b/x",
+    count=2,
+    before={"a.b": {"folder": "755"}},
+    after={"a.b/x-1": "new", "a.b/x-2": "new"},
+)
+written("several of a hidden name", out=".png", count=2, after={".png-1": "new", ".png-2": "new"})
+written("a device is written into", out="/dev/null", after={})
+written("a link to a device", before={"x.png": link("/dev/null")}, after={})
+written("a pipe is written into", before={"x.png": "pipe"}, after={"x.png": "pipe"}, read="new")
+written("no folder", out="a/x.png", refusal=NO_FOLDER + "a/x.png")
+written("a file for a folder", out="a/x.png", before={"a": "old"}, refusal=NO_FOLDER + "a/x.png")
+written("a link into no folder", before={"x.png": link("a/y")}, refusal=NO_FOLDER + "x.png")
+written("a folder", before={"x.png": {"folder": "755"}}, refusal="must be a file, FOLDER/x.png is a folder")
+written("a folder to be", out="x/", refusal=NO_FOLDER + "x/")
+written(
+    "a circle of links",
+    before={"x.png": link("y"), "y": link("x.png")},
+    refusal="cannot be written, too many levels of symbolic links: FOLDER/x.png",
+)
+written(
+    "a name of 256 bytes", out="nFULL.png", refusal="cannot be written, file name too long: FOLDER/nFULL.png"
+)
+written(
+    "a name that is too long with its number",
+    out="FULL.png",
+    count=2,
+    refusal="cannot be written, file name too long: FOLDER/FULL-1.png",
+)
+written(
+    "a preview whose name is too long",
+    out="FULL.png",
+    preview=True,
+    refusal="cannot be written, file name too long: FOLDER/FULL.preview.jpg",
+)
+written(
+    "several into a device",
+    out="/dev/null",
+    count=2,
+    refusal="must be a file for several images or a preview, got /dev/null",
+)
+written(
+    "a preview beside a device",
+    out="/dev/null",
+    preview=True,
+    refusal="must be a file for several images or a preview, got /dev/null",
+)
+written("no name", out="-", refusal="must name a file, not -")
+
+# As a user without privileges.
+DENIED = "cannot be written, permission denied: FOLDER/"
+written(
+    "a closed folder",
+    out="a/x.png",
+    before={"a": {"folder": "555"}},
+    refusal=DENIED + "a/x.png",
+    plain_user=True,
+)
+written(
+    "an open file in a closed folder is overwritten",
+    out="a/x.png",
+    before={"a": {"folder": "555"}, "a/x.png": text("a longer old one", "644")},
+    after={"a/x.png": text("new", "644")},
+    plain_user=True,
+)
+written("a closed file", before={"x.png": text("old", "444")}, refusal=DENIED + "x.png", plain_user=True)
+
+# Where a file has room for so many bytes.
+LARGE = "cannot be written, file too large: FOLDER/x.png"
+written("no room for a new one", refusal=LARGE, room=1000)
+written("no room instead of an older one", before={"x.png": "old"}, refusal=LARGE, room=1000)
+written("a full device", out="/dev/full", after={}, error="enospc")
+written("no room, and nobody could know", after={}, room=100_000, error="efbig")
+written(
+    "no room instead of an older one, and nobody could know",
+    before={"x.png": "old"},
+    after={},
+    room=100_000,
+    error="efbig",
+)
+written(
+    "a socket",
+    before={"x.png": "socket"},
+    refusal="cannot be written, no such device or address: FOLDER/x.png",
+)
+
+
 def main() -> int:
     stale = []
-    for name, cases in (("requests.jsonl", requests), ("frames.jsonl", frames)):
+    for name, cases in (("requests.jsonl", requests), ("frames.jsonl", frames), ("outputs.jsonl", outputs)):
         names = [case["name"] for case in cases]
         assert len(set(names)) == len(names), [name for name in names if names.count(name) > 1]
         text = "".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,11 @@ from PIL import Image
 from starweave_image import images
 
 
-def run(tracked: Tracked, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(
+    tracked: Tracked, command: str, *arguments: str, cwd: Path, options: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "starweave_image", *arguments],
+        [sys.executable, "-m", "starweave_image", command, *options, *arguments],
         env=tracked.env,
         cwd=cwd,
         stdin=subprocess.DEVNULL,
@@ -70,14 +75,81 @@ def test_several_images_are_numbered(tracked: Tracked, tmp_path: Path) -> None:
         (["--device", "abacus"], 'device must be one of auto, cpu, cuda, cuda:N, mps, xpu, got "abacus"'),
         (["--image", "nothing.png"], "image cannot be read: No such file or directory"),
         (["--out", "nowhere/image.png"], "out must be in a folder that exists, got nowhere/image.png"),
+        (["--out", "x.gif"], "out must end in .png, .jpg, .jpeg or .webp, got .gif"),
+        (["--out", "x.PNG.tmp"], "out must end in .png, .jpg, .jpeg or .webp, got .tmp"),
+        (["--out", "-"], "out must name a file, not -"),
+        (["--out", "."], "out must be a file, . is a folder"),
+        (["--format", "gif"], 'format must be one of png, jpeg, webp, got "gif"'),
+        (["--model", "./nowhere"], "model must be a model's id or a folder that exists, got ./nowhere"),
+        (["--image", "/dev/zero"], "image must be a PNG, JPEG or WebP file of at most 12 MiB"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(
     tracked: Tracked, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     result = run(tracked, "generate", "a red apple", *arguments, cwd=tmp_path)
-    assert (result.returncode, result.stderr) == (2, f"starweave-image: {message}\n")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert result.stderr.startswith(f"starweave-image: {message}")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["my model", "模型", b"latin \xe9"])
+def test_a_folder_of_any_name_is_a_model(tracked: Tracked, tmp_path: Path, name: str | bytes) -> None:
+    folder = tmp_path / os.fsdecode(name)
+    shutil.copytree(PACKAGE.parent / "models" / "starweave-tiny", folder)
+    arguments = [f"--model={folder}", "--out", "x.png", "--steps", "1"]
+    result = run(tracked, "generate", "--", "-a red apple", cwd=tmp_path, options=arguments)
+    if isinstance(name, bytes):
+        # What reads weights takes no other.
+        said = "starweave-image: model must be a folder whose path is UTF-8\n"
+        assert (result.returncode, result.stderr) == (2, said)
+    else:
+        assert (result.returncode, result.stdout) == (0, "x.png\n"), result.stderr
+
+
+LOST = ("| true", "> /dev/full", ">&-", "2>&-", "<&- >&- 2>&-", "2> /dev/full")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lost"),
+    [
+        *(("generate 'a red apple' --steps 1", lost) for lost in LOST),
+        *(("models list", lost) for lost in LOST),
+        *(
+            (command, "> /dev/full")
+            for command in ("models --json", "doctor --device cpu", "generate --help")
+        ),
+    ],
+)
+def test_a_lost_stream_is_no_failure(tracked: Tracked, tmp_path: Path, arguments: str, lost: str) -> None:
+    line = f'"$0" -m starweave_image {arguments} {lost}; echo "${{PIPESTATUS[0]}}" >> code'
+    result = subprocess.run(
+        ["bash", "-c", line, sys.executable],
+        env=tracked.env,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (tmp_path / "code").read_text() == "0\n", result.stderr
+    assert (tmp_path / "image.png").exists() == ("apple" in arguments)
+    assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+    told = "what was printed is lost: No space left on device" in result.stderr
+    assert told == (lost == "> /dev/full")
+
+
+def test_a_picture_goes_to_the_standard_output(tracked: Tracked, tmp_path: Path) -> None:
+    arguments = ["generate", "a red apple", "--steps", "1", "--out", "/dev/stdout", "--format", "jpeg"]
+    command = [sys.executable, "-m", "starweave_image", *arguments]
+    for stdout in (subprocess.PIPE, (tmp_path / "x.jpg").open("wb")):
+        result = subprocess.run(
+            command, env=tracked.env, cwd=tmp_path, stdout=stdout, stderr=subprocess.PIPE, timeout=300
+        )
+        assert result.returncode == 0, result.stderr
+        data = result.stdout if stdout == subprocess.PIPE else (tmp_path / "x.jpg").read_bytes()
+        assert (data[:3], data[-2:]) == (b"\xff\xd8\xff", b"\xff\xd9")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jpg"]
 
 
 def test_models_lists_the_embedded_one(tracked: Tracked, tmp_path: Path) -> None:

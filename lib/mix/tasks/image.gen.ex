@@ -80,7 +80,7 @@ defmodule Mix.Tasks.Image.Gen do
 
   use Mix.Task
 
-  alias StarweaveImage.{Client, Error, Image, Request}
+  alias StarweaveImage.{Client, Error, Image, Output, Request}
 
   @failed 1
   @usage 2
@@ -95,7 +95,6 @@ defmodule Mix.Tasks.Image.Gen do
   # How long the end of the VM waits for ours, which stops Python first.
   @signal_grace_ms 9_000
 
-  @formats %{".png" => :png, ".jpg" => :jpeg, ".jpeg" => :jpeg, ".webp" => :webp}
   @not_in_request [
     :prompt,
     :out,
@@ -108,6 +107,8 @@ defmodule Mix.Tasks.Image.Gen do
     :device,
     :dtype
   ]
+  # One byte more than a picture may have, so that a larger one is seen to be too large.
+  @most_read 12 * 1024 * 1024 + 1
   @default_timeout_s 3_600
   @start_timeout_ms 600_000
   @tick_ms 200
@@ -199,15 +200,16 @@ defmodule Mix.Tasks.Image.Gen do
 
     with {:ok, prompt} <- prompt(opts),
          {:ok, format} <- format(opts, out),
-         :ok <- writable(out),
          {:ok, instance} <- instance_options(opts),
          {:ok, timeout} <- timeout(opts),
          {:ok, opts} <- variations(opts),
          {:ok, files} <- files(opts),
          request = opts |> Map.drop(@not_in_request) |> Map.merge(files),
          request = Map.merge(request, %{format: format, timeout: timeout, model: instance.model}),
-         {:ok, _} <- Request.new(prompt, request) do
-      {:ok, %{prompt: prompt, request: request, out: out, instance: instance}}
+         {:ok, _} <- Request.new(prompt, request),
+         count = Map.get(request, :num_images, 1),
+         {:ok, files} <- of_out(Output.plan(out, count, opts[:preview] == true)) do
+      {:ok, %{prompt: prompt, request: request, files: files, instance: instance}}
     end
   end
 
@@ -219,13 +221,10 @@ defmodule Mix.Tasks.Image.Gen do
 
   defp format(%{format: format}, _out), do: {:ok, format}
 
-  defp format(_opts, out) do
-    case out |> Path.extname() |> String.downcase() do
-      "" -> {:ok, :png}
-      ending when is_map_key(@formats, ending) -> {:ok, @formats[ending]}
-      ending -> usage("--out must end in .png, .jpg, .jpeg or .webp, got #{ending}")
-    end
-  end
+  defp format(_opts, out), do: of_out(Output.format(out))
+
+  defp of_out({:error, sentence}), do: usage("--out " <> sentence)
+  defp of_out(result), do: result
 
   defp variations(%{variations: _, num_images: _}),
     do: usage("--variations and --num-images are the same thing: name one of them")
@@ -239,7 +238,7 @@ defmodule Mix.Tasks.Image.Gen do
   defp files(opts) do
     Enum.reduce_while([:image, :mask], {:ok, %{}}, fn name, {:ok, files} ->
       with path when path != nil <- opts[name],
-           {:ok, bytes} <- File.read(path) do
+           {:ok, bytes} <- read(path) do
         {:cont, {:ok, Map.put(files, name, bytes)}}
       else
         nil ->
@@ -251,20 +250,29 @@ defmodule Mix.Tasks.Image.Gen do
     end)
   end
 
+  # Also of what has no end, such as a device; a pipe gives what it has, piece by piece.
+  defp read(path) do
+    with {:ok, file} <- :file.open(path, [:read, :raw, :binary]) do
+      result = read(file, @most_read, "")
+      _ = :file.close(file)
+      result
+    end
+  end
+
+  defp read(_file, 0, bytes), do: {:ok, bytes}
+
+  defp read(file, left, bytes) do
+    case :file.read(file, left) do
+      {:ok, more} -> read(file, left - byte_size(more), bytes <> more)
+      :eof -> {:ok, bytes}
+      error -> error
+    end
+  end
+
   defp timeout(opts) do
     case Map.get(opts, :timeout, @default_timeout_s) do
       seconds when seconds in 1..86_400 -> {:ok, seconds * 1_000}
       other -> usage("--timeout must be from 1 to 86400 seconds, got #{other}")
-    end
-  end
-
-  defp writable(out) do
-    case File.stat(Path.dirname(out)) do
-      {:ok, %{type: :directory, access: access}} when access in [:write, :read_write] ->
-        if File.dir?(out), do: usage("--out must be a file, #{out} is a folder"), else: :ok
-
-      _ ->
-        usage("--out must be in a folder that exists and can be written to, got #{out}")
     end
   end
 
@@ -294,7 +302,8 @@ defmodule Mix.Tasks.Image.Gen do
       File.dir?(name) ->
         folder = Path.expand(name)
         base = folder |> Path.basename() |> String.replace(~r/[^A-Za-z0-9._-]/, "-")
-        id = "local/" <> String.trim_leading(base, ".")
+        base = base |> String.trim_leading(".") |> String.slice(0, 200)
+        id = "local/" <> if(base == "", do: "model", else: base)
         {:ok, id, [{id, path: folder}], true}
 
       String.starts_with?(name, [".", "/", "~"]) ->
@@ -420,8 +429,8 @@ defmodule Mix.Tasks.Image.Gen do
           do: "Starting Python",
           else: "Waiting"
 
-      images = max(Map.get(job.request, :num_images, 1), 1)
-      preview = Path.rootname(job.out) <> ".preview.jpg"
+      images = length(job.files.paths)
+      preview = job.files.preview
       bar = show(%{new_bar(opts) | preview: preview}, {:phase, phase})
 
       try do
@@ -485,7 +494,7 @@ defmodule Mix.Tasks.Image.Gen do
   defp save(images, job, opts) do
     saved =
       images
-      |> Enum.zip(paths(job.out, length(images)))
+      |> Enum.zip(job.files.paths)
       |> Enum.reduce_while(:ok, fn {image, path}, :ok ->
         case Image.save(image, path) do
           :ok ->
@@ -502,13 +511,6 @@ defmodule Mix.Tasks.Image.Gen do
       Enum.each(images, &say(opts, "Metadata: #{inspect(Client.metadata(&1), limit: :infinity)}"))
       images |> Enum.flat_map(& &1.notices) |> Enum.uniq() |> Enum.each(&say(opts, "Note: #{&1}"))
     end
-  end
-
-  defp paths(out, 1), do: [out]
-
-  defp paths(out, count) do
-    ending = Path.extname(out)
-    for number <- 1..count, do: "#{Path.rootname(out, ending)}-#{number}#{ending}"
   end
 
   defp table(models) do
@@ -579,15 +581,10 @@ defmodule Mix.Tasks.Image.Gen do
     do: change(bar, phase |> Atom.to_string() |> String.capitalize(), nil)
 
   defp show(bar, {:preview, preview}) do
-    part = bar.preview <> ".part"
-
     # One that cannot be written is no reason to stop: the image may yet be.
-    with :ok <- File.write(part, preview.data), :ok <- File.rename(part, bar.preview) do
-      announce_preview(bar)
-    else
-      {:error, _reason} ->
-        _ = File.rm(part)
-        bar
+    case Output.write(bar.preview, preview.data) do
+      :ok -> announce_preview(bar)
+      {:error, _reason} -> bar
     end
   end
 

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import NoReturn
 
-from . import paths
+from . import paths, streams
 from .errors import missing_package
 from .training import cli as training
 
@@ -29,13 +29,13 @@ exit codes:
 
 
 def main() -> NoReturn:
-    code = _main(sys.argv[1:])
+    argv = sys.argv[1:]
+    # A sidecar has descriptors of its own.
+    if argv[:1] != ["port"]:
+        streams.prepare()
+    code = _main(argv)
+    streams.finish()
     # Finalisation would wait for, or crash in, native threads of the engine.
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            pass
     os._exit(code)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 import queue
+import re
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from . import wire
+from . import output, wire
 from .errors import ImageError, Kind
 
 FAILED = 1
@@ -25,7 +25,8 @@ _EXIT_CODES: dict[Kind, int] = {
     "model_not_found": USAGE,
     "unavailable": UNAVAILABLE,
 }
-_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+# One byte more than a picture may have, so that a larger one is seen to be too large.
+_MOST_READ = 12 * 1024 * 1024 + 1
 _REQUEST_ID = "command-line"
 _REQUEST_FIELDS = (
     "prompt",
@@ -54,14 +55,17 @@ def exit_code(error: ImageError) -> int:
 
 def generate(args: argparse.Namespace) -> int:
     """Make the images, write them and print where they are; returns the exit code."""
-    out: Path = Path(args.out)
+    path = args.out
     try:
-        request, config = _request(args, out), _config(args)
-        images, done = _run(request, config, out.with_name(f"{out.stem}.preview.jpg"))
+        config, request = _config(args), _request(args)
+        plan = output.plan(path, request.num_images, bool(request.preview))
+        # What is printed would stand in the picture.
+        said = sys.stderr if output.is_stdout(path) else sys.stdout
+        images, done = _run(request, config, plan.preview)
         assert done.parameters is not None
-        for path, data, seed in zip(_paths(out, len(images)), images, done.parameters["seeds"], strict=True):
-            _write(path, data)
-            print(path, flush=True)
+        for path, data, seed in zip(plan.paths, images, done.parameters["seeds"], strict=True):
+            output.write(path, data)
+            print(path, file=said, flush=True)
             print(f"seed {seed}", file=sys.stderr)
         for notice in done.notices:
             print(f"Note: {notice}", file=sys.stderr)
@@ -69,7 +73,7 @@ def generate(args: argparse.Namespace) -> int:
         print(f"starweave-image: {error.message}", file=sys.stderr)
         return exit_code(error)
     except OSError as error:
-        print(f"starweave-image: {out} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"starweave-image: {path} cannot be written: {error.strerror}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -93,22 +97,23 @@ def models(args: argparse.Namespace) -> int:
     return 0
 
 
-def _request(args: argparse.Namespace, out: Path) -> wire.Generate:
+def _request(args: argparse.Namespace) -> wire.Generate:
     fields: dict[str, Any] = {name: getattr(args, name) for name in _REQUEST_FIELDS}
-    fields["format"] = args.format or _FORMATS.get(out.suffix.lower())
+    fields["format"] = output.format_of(args.out) if args.format is None else args.format
     if args.model and os.path.isdir(args.model):
         fields["model"] = _local_id(args.model)
     fields["image"], fields["mask"] = _file(args.image, "image"), _file(args.mask, "mask")
     request = wire.parse({"t": "generate", "id": _REQUEST_ID, **fields})
     assert isinstance(request, wire.Generate)
-    if not out.parent.is_dir():
-        raise ImageError("invalid_request", f"out must be in a folder that exists, got {out}", "out")
     return request
 
 
 def _file(path: str | None, field: str) -> bytes | None:
+    if path is None:
+        return None
     try:
-        return Path(path).read_bytes() if path else None
+        with open(path, "rb") as file:
+            return file.read(_MOST_READ)
     except OSError as error:
         raise ImageError("invalid_request", f"{field} cannot be read: {error.strerror}", field) from None
 
@@ -118,7 +123,13 @@ def _config(args: argparse.Namespace) -> wire.Config:
     models = []
     model = getattr(args, "model", None)
     if model and os.path.isdir(model):
+        if any("\ud800" <= letter <= "\udfff" for letter in os.path.abspath(model)):
+            raise ImageError("invalid_request", "model must be a folder whose path is UTF-8", "model")
         models = [{"id": _local_id(model), "path": os.path.abspath(model)}]
+    elif model and model.startswith((".", "/", "~")):
+        raise ImageError(
+            "invalid_request", f"model must be a model's id or a folder that exists, got {model}", "model"
+        )
     elif model:
         models = [{"id": model}]
     config = {"models": models, "device": args.device, "dtype": args.dtype, "capacity": 1}
@@ -131,10 +142,12 @@ def _config(args: argparse.Namespace) -> wire.Config:
 
 
 def _local_id(folder: str) -> str:
-    return "local/" + os.path.basename(os.path.abspath(folder)).lstrip(".")
+    # As `mix image.gen` names it: what is in no id, byte by byte, becomes a hyphen.
+    name = re.sub(rb"[^A-Za-z0-9._-]", b"-", os.fsencode(os.path.basename(os.path.abspath(folder))))
+    return "local/" + (name.decode().lstrip(".")[:200] or "model")
 
 
-def _run(request: wire.Generate, config: wire.Config, preview: Path) -> tuple[list[bytes], wire.Done]:
+def _run(request: wire.Generate, config: wire.Config, preview: str) -> tuple[list[bytes], wire.Done]:
     """The images; while they are made, the file `preview` shows the latest preview if that was asked for."""
     from .engine import Engine
 
@@ -152,7 +165,7 @@ def _run(request: wire.Generate, config: wire.Config, preview: Path) -> tuple[li
                 case wire.Preview() as latest:
                     # One that cannot be written is no reason to stop: the image may yet be.
                     with suppress(OSError):
-                        _write(preview, latest.data)
+                        output.write(preview, latest.data)
                     if not previewed:
                         print_over("")
                         print(f"Preview in {preview}, until the end", file=sys.stderr)
@@ -166,7 +179,8 @@ def _run(request: wire.Generate, config: wire.Config, preview: Path) -> tuple[li
     finally:
         print_over("")
         if previewed:
-            preview.unlink(missing_ok=True)
+            with suppress(OSError):
+                os.unlink(preview)
 
 
 def _show(progress: wire.Progress) -> None:
@@ -178,19 +192,3 @@ def print_over(line: str) -> None:
     """Write over the one progress line of a terminal; nothing elsewhere."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-
-
-def _paths(out: Path, count: int) -> list[Path]:
-    if count == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(1, count + 1)]
-
-
-def _write(path: Path, data: bytes | memoryview) -> None:
-    # Beside its place and renamed: whoever looks sees the whole file or none.
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
