@@ -28,6 +28,52 @@ defmodule StarweaveImage.HostsTest do
     assert png?(Path.join(tmp_dir, "apple.png"))
   end
 
+  test "a client of the host's own name, by its script and by its task, whether the application runs or not",
+       %{
+         tmp_dir: tmp_dir
+       } do
+    host(
+      tmp_dir,
+      "path: #{inspect(@root)}",
+      "{Host.Images.Client, host: \"localhost\", port: 50051}"
+    )
+
+    File.mkdir_p!(Path.join(tmp_dir, "lib/host/images"))
+
+    File.write!(Path.join(tmp_dir, "lib/host/images/client.ex"), """
+    defmodule Host.Images.Client do
+      use StarweaveImage.Client
+    end
+    """)
+
+    File.write!(Path.join(tmp_dir, "draw.exs"), """
+    alias Host.Images.Client
+    # By the application's tree, or else of the script's own.
+    started = Process.whereis(Host.Images.Client)
+    unless started, do: {:ok, _pid} = Client.start_link(host: "localhost", port: 50051, enabled: true)
+    IO.puts("started: \#{is_pid(started)}, available: \#{Client.available?()}")
+    opts = [width: 128, height: 64, steps: 2, guidance_scale: 7.5, model: "runwayml/stable-diffusion-v1-5"]
+    {:ok, data, %{model: "starweave/tiny"}} = Client.generate_image("a sunset over a lake", opts)
+    {:ok, [_ | _]} = Client.list_models()
+    File.write!("out.png", data)
+    """)
+
+    mix(tmp_dir, ["image.setup", "--if-missing"])
+
+    for {arguments, started} <- [{[], true}, {["--no-start"], false}] do
+      File.rm(Path.join(tmp_dir, "out.png"))
+      out = mix(tmp_dir, ["run"] ++ arguments ++ ["draw.exs"])
+      assert out =~ "started: #{started}, available: true"
+      assert png?(Path.join(tmp_dir, "out.png"))
+    end
+
+    task =
+      ~w(image.gen --out task.png --width 128 --height 64 --steps 2 --guidance_scale 7.5 --prompt)
+
+    assert mix(tmp_dir, task ++ ["a cabin"]) =~ "[image.gen] Saved to task.png"
+    assert png?(Path.join(tmp_dir, "task.png"))
+  end
+
   test "a git dependency", %{tmp_dir: tmp_dir} do
     repository = Path.join(tmp_dir, "library")
     File.mkdir!(repository)
@@ -89,7 +135,7 @@ defmodule StarweaveImage.HostsTest do
     assert png?(Path.join(tmp_dir, "out.png"))
   end
 
-  defp host(folder, dependency) do
+  defp host(folder, dependency, child \\ "{StarweaveImage, name: StarweaveImage}") do
     File.mkdir_p!(Path.join(folder, "lib"))
 
     File.write!(Path.join(folder, "mix.exs"), """
@@ -110,7 +156,7 @@ defmodule StarweaveImage.HostsTest do
 
       @impl true
       def start(_type, _args) do
-        Supervisor.start_link([{StarweaveImage, name: StarweaveImage}], strategy: :one_for_one)
+        Supervisor.start_link([#{child}], strategy: :one_for_one)
       end
     end
     """)
