@@ -30,7 +30,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from starweave_image import devices, wire
 from starweave_image.engine import Engine
-from starweave_image.weights import embedded_folder, quiet_libraries
+from starweave_image.loading import quiet_libraries
+from starweave_image.weights import embedded_folder
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -166,6 +166,16 @@ def stable_diffusion(folder: Path, **unet: Any) -> Path:
     return folder
 
 
+def inpainting(folder: Path) -> Path:
+    """Its UNet is given the masked image and the mask beside the latents."""
+    return stable_diffusion(folder, in_channels=9)
+
+
+def instructed(folder: Path) -> Path:
+    """Its UNet is given the image beside the latents, as InstructPix2Pix has it."""
+    return stable_diffusion(folder, in_channels=8)
+
+
 def stable_diffusion_2(folder: Path) -> Path:
     """What the second generation changed: v-prediction, linear projections, heads of a fixed size."""
     diffusers.StableDiffusionPipeline(

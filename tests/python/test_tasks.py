@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import struct
 import zlib
@@ -11,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
-import diffusers
 import numpy as np
 import pytest
-from diffusers.pipelines import auto_pipeline
 from engines import Bench, picture_of
 from PIL import Image
 from starweave_image import images, wire
@@ -85,18 +82,6 @@ def test_every_family_starts_from_an_image(
     steps = [p for p in progress if p.phase == "denoising" and p.step]
     assert [(p.step, p.steps) for p in steps] == [(1, 2), (2, 2)]
     assert progress[-2].phase == "decoding"
-
-
-def test_the_families_that_start_from_images_are_those_of_diffusers() -> None:
-    for card in shipped():
-        kind = getattr(diffusers, card.pipeline)
-        for task, mapping in (
-            ("image_to_image", auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING),
-            ("inpaint", auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING),
-        ):
-            derived = auto_pipeline._get_task_class(mapping, kind.__name__, throw_error_if_not_exist=False)
-            takes = derived is not None and "strength" in inspect.signature(derived.__call__).parameters
-            assert (task in card.tasks) == takes, (card.id, task)
 
 
 def test_strength_is_how_far_the_picture_is_left(tiny: Bench) -> None:

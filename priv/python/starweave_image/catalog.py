@@ -16,21 +16,9 @@ import msgspec
 
 from . import wire
 from .errors import ImageError
+from .tasks.offered import Task
 
 State = Literal["loaded", "loading", "available", "remote", "absent", "failed"]
-Task = Literal["text_to_image", "image_to_image", "inpaint"]
-
-# The families whose stock pipelines also start from an image, by how far it may be left (`strength`).
-_FROM_IMAGES = frozenset(
-    {
-        "StableDiffusionPipeline",
-        "StableDiffusionXLPipeline",
-        "StableDiffusion3Pipeline",
-        "FluxPipeline",
-        "QwenImagePipeline",
-        "ZImagePipeline",
-    }
-)
 
 
 class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -48,6 +36,7 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     description: str
     aliases: tuple[str, ...] = ()
     pipeline: str
+    tasks: tuple[Task, ...]
     source: str
     revision: str | None = None
     licence: str
@@ -56,12 +45,6 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     memory_bytes: int
     native: int | None = None
     fallbacks: tuple[str, ...] = ()
-
-    @property
-    def tasks(self) -> tuple[Task, ...]:
-        if self.pipeline in _FROM_IMAGES:
-            return "text_to_image", "image_to_image", "inpaint"
-        return ("text_to_image",)
 
     @property
     def most_pixels(self) -> int:
@@ -125,15 +108,7 @@ def settle(request: wire.Generate, card: ModelCard, image_size: tuple[int, int] 
 
     `image_size` is the size of the request's image, which is then what it is made in unless it says otherwise.
     """
-    task: Task = "text_to_image"
-    wanted: tuple[tuple[str, Task], ...] = (("image", "image_to_image"), ("mask", "inpaint"))
-    for field, needed in wanted:
-        if getattr(request, field) is not None:
-            task = needed
-            if needed not in card.tasks:
-                raise ImageError(
-                    "invalid_request", f"{card.id} takes no {field}: it draws from text alone", field
-                )
+    task = _task(request, card)
     defaults, limits = card.defaults, card.limits
     width, height = (defaults.width, defaults.height) if image_size is None else fitted(image_size, limits)
     settings = Settings(
@@ -173,7 +148,7 @@ def settle(request: wire.Generate, card: ModelCard, image_size: tuple[int, int] 
             f"got {settings.guidance_scale!r}",
             "guidance_scale",
         )
-    if task != "text_to_image" and int(settings.steps * request.strength) < 1:
+    if task in ("image_to_image", "inpaint") and int(settings.steps * request.strength) < 1:
         # Rounded up: what is told is accepted.
         least = math.ceil(1000 / settings.steps) / 1000
         raise ImageError(
@@ -182,6 +157,32 @@ def settle(request: wire.Generate, card: ModelCard, image_size: tuple[int, int] 
             "strength",
         )
     return settings
+
+
+_SAID: dict[Task, str] = {
+    "text_to_image": "from text alone",
+    "image_to_image": "from an image",
+    "edit": "from an image",
+    "inpaint": "from an image with a mask",
+}
+
+
+def _task(request: wire.Generate, card: ModelCard) -> Task:
+    """What is given decides the task; raises `invalid_request` where the model does not do it."""
+    asked: tuple[Task, ...] = ("text_to_image",)
+    if request.mask is not None:
+        asked = ("inpaint",)
+    elif request.image is not None:
+        # A model that is for edits changes an image; one that is not leaves it as far as the strength says.
+        asked = ("image_to_image", "edit")
+    for task in asked:
+        if task in card.tasks:
+            return task
+    field = "mask" if request.mask is not None else "image"
+    draws = f"it draws {' or '.join(dict.fromkeys(_SAID[task] for task in card.tasks))}"
+    if getattr(request, field) is not None:
+        raise ImageError("invalid_request", f"{card.id} takes no {field}: {draws}", field)
+    raise ImageError("invalid_request", f"{card.id} needs an image: {draws}", field)
 
 
 def fitted(size: tuple[int, int], limits: wire.Limits) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from . import lease
+from . import lease, outside
 from .catalog import ModelCard, shipped
 from .errors import ImageError
 from .hub import cache_folder, content_name, stated_licence
@@ -84,7 +84,7 @@ def snapshots(model: str | None = None, revision: str | None = None) -> list[Sna
         _read(folder)
         for folder in cache_folder().glob("models--*/snapshots/*")
         # Its first file, which even a broken download leaves.
-        if (folder / INDEX).is_symlink() or (folder / INDEX).exists()
+        if os.path.lexists(folder / INDEX)
     ]
     return sorted(
         (
@@ -112,7 +112,7 @@ def verify(snapshot: Snapshot) -> list[Damage]:
     for file in _files(snapshot.folder):
         name = file.relative_to(snapshot.folder).as_posix()
         blob = _blob(file)
-        if not file.exists():
+        if not os.path.isfile(file):
             found.append(Damage(name, "missing"))
         elif len(blob.name) not in (40, 64):
             found.append(Damage(name, "unchecked"))
@@ -135,7 +135,7 @@ def remove(snapshot: Snapshot) -> None:
                 raise InUse(id)
             # A link to nothing would hide the whole repository from the scan.
             for file in _files(snapshot.folder):
-                if not file.exists():
+                if not os.path.exists(file):
                     file.unlink()
             info = scan_cache_dir(cache_folder())
             # Of this repository only: one that was renamed has the same revisions under both names.
@@ -150,10 +150,11 @@ def remove(snapshot: Snapshot) -> None:
 
 def licence_in(folder: Path) -> str:
     """As the model's own card states it, else `unknown`."""
-    from huggingface_hub import metadata_load
+    from huggingface_hub import ModelCard as Readme
 
     try:
-        return stated_licence(metadata_load(folder / "README.md"))
+        text = outside.read_bytes(folder / "README.md").decode("utf-8", "replace")
+        return stated_licence(Readme(text, ignore_metadata_errors=True).data)
     except Exception:
         # There is none, or somebody wrote it by hand.
         return "unknown"
@@ -213,13 +214,13 @@ def taken(of: Iterable[Snapshot]) -> int:
 def _read(folder: Path) -> Snapshot:
     repository = folder.parents[1].name.removeprefix("models--").replace("--", "/")
     files = _files(folder)
-    blobs = {_blob(file): file.stat() for file in files if file.exists()}
+    blobs = {_blob(file): file.stat() for file in files if os.path.isfile(file)}
     used = lease.last_used(folder)
     if used is None:
         used = max((stat.st_mtime for stat in blobs.values()), default=0.0)
     try:
         check_complete(folder, read_layout(folder, repository), repository)
-        complete = len(blobs) > 0 and all(file.exists() for file in files)
+        complete = len(blobs) > 0 and all(map(os.path.isfile, files))
     except ImageError:
         complete = False
     return Snapshot(
@@ -228,7 +229,8 @@ def _read(folder: Path) -> Snapshot:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    places = ((place, name) for place, _, names in os.walk(folder) for name in names)
+    return sorted(Path(place, name) for place, name in places)
 
 
 def _blob(file: Path) -> Path:

@@ -21,7 +21,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import msgspec
 from PIL import ImageOps
@@ -29,14 +29,17 @@ from PIL.Image import Image
 
 from . import __version__, devices, images, log, reading, schedulers, wire
 from .catalog import ModelCard, Settings, State, rendered_size, settle
-from .errors import ImageError, is_out_of_memory, missing_package
+from .errors import ImageError, is_device_lost, is_out_of_memory, missing_package
+from .integrity import Check
+from .layout import unfit
 from .limits import Limits
+from .loading import divide, import_libraries, load_pipeline, quiet_libraries
 from .model_cache import Model, ModelCache, release_memory
 from .paths import cache_folder
 from .preview import Previews
 from .request import Lane, Request
-from .tasks import image_to_image, inpaint, text_to_image
-from .weights import Weights, checksum, divide, import_libraries, load_pipeline, quiet_libraries
+from .tasks import edit, image_to_image, inpaint, offered, text_to_image
+from .weights import Weights
 
 if TYPE_CHECKING:
     from .executor import Executor
@@ -119,7 +122,8 @@ class Engine:
         self._cache = cache
         default = self._weights.card(self._config.default_model)
         # A sidecar whose requests would all fail is better not started: so its application learns of it now.
-        self._weights.check_folder(default)
+        if default.source in ("local", "embedded"):
+            self._weights.require(default)
         for entry in self._config.models:
             for name in entry.fallbacks or ():
                 self._weights.card(name, fetch=False)
@@ -383,9 +387,11 @@ class Engine:
             ):
                 try:
                     result = pipeline(**call.arguments, generator=noise, output_type="pil")
+                except ImageError:
+                    raise
                 except Exception as error:
                     if not is_out_of_memory(error):
-                        raise
+                        self._blame(job, error)
                 job.note(*job.model.notices)
             # Outside of `except`: an error that remembered the other one would keep all its tensors.
             if result is None:
@@ -397,7 +403,17 @@ class Engine:
                 )
         if any(getattr(result, "nsfw_content_detected", None) or []):
             raise ImageError("unsafe_content", "the model's safety checker withheld the picture")
+        job.model.proven.add(job.settings.task)
         return result.images[0], scheduler
+
+    def _blame(self, job: Job, error: Exception) -> NoReturn:
+        """Raise what an error of a stock pipeline is for the request: a model that has never done this task does not do it,
+        since its parts do not fit together; one that has is not to blame."""
+        if is_device_lost(error) or job.settings.task in job.model.proven:
+            raise error
+        _logger.error("%s failed at its first %s", job.card.id, job.settings.task, exc_info=error)
+        why = f"cannot do {job.settings.task}: its parts do not fit together; the log has the details"
+        raise unfit(job.card.id, why) from None
 
     @contextmanager
     def _hooked(self, lane: Lane, pipeline: Any, noise: Any) -> Iterator[None]:
@@ -479,14 +495,13 @@ class Engine:
     def _load(self, card: ModelCard, room: Callable[[int], AbstractContextManager[None]]) -> Model:
         assert self._choice is not None and self._cache is not None
         source = self._weights.obtain(card)
+        check = Check(card.id, source.screened.weights, self._weights.pins(card))
         assert self._executor is not None
         config, executor = self._config, self._executor
         compiled = config.compile == "blocks"
         load = functools.partial(
             load_pipeline, source, card.id, self._choice, executor.alone, config.offload, compiled
         )
-        # A hub revision names its files; a folder on this machine may have been changed.
-        digest = checksum(source.folder) if source.revision is None else None
         with room(card.memory_bytes or source.bytes):
             begun = time.monotonic()
             pipeline = None
@@ -498,11 +513,17 @@ class Engine:
             if pipeline is None:
                 self._cache.make_room()
                 pipeline = load()
+            # Nothing that is not what it should be has drawn anything by now.
+            whole = check.wait()
+            # A hub revision names its files; a folder on this machine may have been changed.
+            digest = whole if source.revision is None else None
             model = Model(card, pipeline, source.folder, source.revision, digest, self._choice)
             model.divided = divide(
                 pipeline, config.attention, config.vae, self._choice.device, model.bytes, card.most_pixels
             )
         model.load_s = time.monotonic() - begun
+        cache = self._cache
+        check.again(lambda sentence: cache.condemn(card.id, sentence))
         _logger.info("%s loaded in %.1f s, %d MB", card.id, time.monotonic() - begun, model.bytes // 10**6)
         return model
 
@@ -526,7 +547,9 @@ class Engine:
 
     def _state(self, card: ModelCard) -> tuple[State, str | None]:
         state, error = self._cache.state(card.id) if self._cache else (None, None)
-        return cast(State, state or self._weights.presence(card)), error
+        if state is None:
+            return self._weights.state(card)
+        return cast(State, state), error
 
     def _loaded_fields(self, card: ModelCard) -> dict[str, Any]:
         report = self._cache.report(card.id) if self._cache else None
@@ -748,13 +771,17 @@ class Job:
             self.settings.guidance_scale,
             self.message.guidance_scale is not None,
         )
-        if self._image is None:
+        task, strength = self.settings.task, self.message.strength
+        pipeline = offered.derive(pipeline, task)
+        if task == "text_to_image":
             return pipeline, text_to_image.prepare(pipeline, text)
-        image, strength = images.resize(self._image, self.width, self.height), self.message.strength
-        if self._mask is None:
-            pipeline = image_to_image.derive(pipeline)
+        assert self._image is not None
+        image = images.resize(self._image, self.width, self.height)
+        if task == "edit":
+            return pipeline, edit.prepare(pipeline, text, image, strength != wire.STRENGTH)
+        if task == "image_to_image":
             return pipeline, image_to_image.prepare(pipeline, text, image, strength)
-        pipeline = inpaint.derive(pipeline)
+        assert self._mask is not None
         mask = images.resize(self._mask, self.width, self.height)
         return pipeline, inpaint.prepare(pipeline, text, image, mask, strength)
 

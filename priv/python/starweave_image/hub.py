@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import ImageError
-from .layout import INDEX, check_files, check_names, read_layout, unfit
+from .layout import INDEX, check_names, parts_of, read_layout, unfit, wanted
 from .lease import take
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def missing(self) -> list[File]:
-        return [file for file in self.files if not (self.folder / file.name).exists()]
+        return [file for file in self.files if not os.path.isfile(self.folder / file.name)]
 
     @property
     def bytes_missing(self) -> int:
@@ -81,7 +81,7 @@ class Plan:
     def bytes_here(self, file: File) -> int:
         blob = self.blob(file)
         for path in (blob, partial(blob)):
-            if file.blob and path.exists():
+            if file.blob and os.path.isfile(path):
                 return min(path.stat().st_size, file.size)
         return 0
 
@@ -125,7 +125,8 @@ def plan(repository: str, revision: str | None = None) -> Plan:
         raise hub_error(repository, error) from None
     siblings = info.siblings or []
     check_names(layout, repository)
-    check_files(layout, [sibling.rfilename for sibling in siblings], repository)
+    names = [sibling.rfilename for sibling in siblings]
+    needed = wanted(layout, parts_of(layout, names, repository), names)
     files = [
         File(
             sibling.rfilename,
@@ -133,7 +134,7 @@ def plan(repository: str, revision: str | None = None) -> Plan:
             (sibling.lfs.sha256 if sibling.lfs else sibling.blob_id) or "",
         )
         for sibling in siblings
-        if layout.uses(sibling.rfilename)
+        if sibling.rfilename in needed
     ]
     return Plan(
         repository, revision, info.sha, stated_licence(info.card_data), bool(info.gated), tuple(files)
@@ -144,7 +145,10 @@ def stated_licence(card: Any) -> str:
     """The licence by the metadata of a model's card, a mapping or None; else `unknown`."""
     stated = card or {}
     licence = stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
-    return str(licence or "unknown")
+    words = licence if isinstance(licence, list) else [licence]
+    # Anybody writes them, in YAML, which may say anything.
+    said = ", ".join(word for word in words if isinstance(word, str) and word.isprintable())
+    return said[:200] or "unknown"
 
 
 def fetch(

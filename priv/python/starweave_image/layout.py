@@ -1,56 +1,70 @@
-"""The layout of a diffusers model in a folder, and what of it may be loaded.
+"""The layout of a diffusers model, and which of its files are wanted: safetensors and the configuration beside them.
 
-Only safetensors are read, and only classes of diffusers and transformers are made: a folder with pickled weights or
-code of its own is refused before anything in it is opened.
+What is told here needs names and sizes alone, no contents and no torch: it holds for a model on the hub as for a folder.
+What the libraries may be given of a folder is screening.py's.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import outside
 from .errors import ImageError
+from .outside import Unreadable
 
 INDEX = "model_index.json"
 
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+_CODE = (".py", ".pyc", ".pyd", ".so", ".dylib")
 _CONFIGURATION = (".json", ".txt", ".model", ".jinja")
-# Without the name of a variant in it, which would have to be asked for.
-_WEIGHTS = re.compile(r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors")
-_SHARDS = re.compile(r"(diffusion_pytorch_)?model\.safetensors\.index\.json")
+# A variant, such as fp16, stands before or behind the number of a shard.
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_)?model(?:\.(?P<first>\w+))?(?P<shard>-\d+-of-\d+)?(?:\.(?P<last>\w+))?\.safetensors"
+)
+_SHARDS = re.compile(r"(?:diffusion_pytorch_)?model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
+# The best first; any other comes behind these.
+_VARIANTS = (None, "fp16", "bf16")
+# Nobody's network has more files, and a folder without end is not read to its end.
+_MOST_FILES = 10_000
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What `model_index.json` says: the pipeline class, and the library and class of each component."""
+    """What `model_index.json` says: the pipeline class, the library and class of each component, and what else the
+    pipeline is made with."""
 
     pipeline: str
     components: dict[str, tuple[str, str]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
-    def uses(self, name: str) -> bool:
-        """Whether a file of the repository is needed: safetensors and configuration, and what states the licence."""
-        folder, _, file = name.rpartition("/")
-        if not folder:
-            return file in (INDEX, "README.md") or file.upper().startswith("LICENSE")
-        if folder not in self.components:
-            return False
-        if file.endswith(".safetensors"):
-            return _WEIGHTS.fullmatch(file) is not None
-        if ".index." in file:
-            return _SHARDS.fullmatch(file) is not None
-        return file.endswith(_CONFIGURATION)
+
+@dataclass(frozen=True)
+class Part:
+    """The files of a component that are wanted: its weights in one file or in shards with their index, of a `variant`
+    where there are no plain ones; and its configuration."""
+
+    weights: tuple[str, ...]
+    index: str | None
+    variant: str | None
+    configuration: tuple[str, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*self.weights, *((self.index,) if self.index else ()), *self.configuration)
 
 
 def read_layout(folder: Path, id: str) -> Layout:
     """The layout of a folder; raises `model_load_failed` where it is none of diffusers or brings code."""
-    index = read_json(folder / INDEX)
-    if index is None:
-        raise unfit(id, f"has no readable {INDEX}, so it is not a model in diffusers layout")
+    try:
+        index = outside.read_json(folder / INDEX, dict[str, Any])
+    except Unreadable as error:
+        raise unfit(id, f"is not a model in diffusers layout: its {INDEX} {error}") from None
     return _parse_layout(index, id)
 
 
@@ -60,60 +74,54 @@ def _parse_layout(index: dict[str, Any], id: str) -> Layout:
         # A list of two names is diffusers' form for a pipeline with code of its own.
         raise unfit(id, "needs a pipeline with code of its own, which is never run")
     components: dict[str, tuple[str, str]] = {}
+    options: dict[str, Any] = {}
     for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list) or value[:2] == [None, None]:
+        if name.startswith("_"):
             continue
-        if (
-            not all(isinstance(word, str) and word.isidentifier() for word in (name, *value))
-            or len(value) != 2
+        # Some pipelines are made with lists of numbers, or of options.
+        if not isinstance(value, list) or not any(isinstance(word, str) for word in value):
+            if not (isinstance(value, list) and value[:2] == [None, None]):
+                options[name] = value
+        elif len(value) != 2 or not all(
+            isinstance(word, str) and word.isidentifier() for word in (name, *value)
         ):
-            raise unfit(id, f"has a {name} with code of its own, which is never run")
-        components[name] = (value[0], value[1])
-    return Layout(pipeline, components)
+            raise unfit(id, f"has a {_shown(name)} with code of its own, which is never run")
+        elif value[1].endswith("Pipeline"):
+            raise unfit(id, f"has a pipeline of its own as its {_shown(name)}, which is not loaded")
+        else:
+            components[name] = (value[0], value[1])
+    return Layout(pipeline, components, options)
 
 
-def inspect(folder: Path, id: str) -> None:
-    """Refuse what may not be loaded or is not all there; raises `model_load_failed`. Imports diffusers."""
-    layout = read_layout(folder, id)
-    check_classes(layout, id)
-    check_complete(folder, layout, id)
-
-
-def check_classes(layout: Layout, id: str) -> None:
-    """Raise `model_load_failed` for a class that is none of diffusers or transformers, both of which it imports."""
-    import diffusers
-
-    pipeline = _class("diffusers", layout.pipeline)
-    _check(
-        layout, id, isinstance(pipeline, type) and issubclass(pipeline, diffusers.DiffusionPipeline), _class
-    )
+def spellings(kind: str) -> Iterator[str]:
+    """A class of transformers under this and the other names that it had or has by now."""
+    yield kind
+    slow = kind.removesuffix("Fast")
+    yield slow
+    if slow.endswith("FeatureExtractor"):
+        yield slow.removesuffix("FeatureExtractor") + "ImageProcessor"
+    if slow.endswith("Tokenizer"):
+        yield f"{slow}Fast"
 
 
 def check_names(layout: Layout, id: str) -> None:
-    """Raise what `check_classes` would for a name that the libraries do not know. Imports transformers, but no torch,
+    """Raise `model_load_failed` for a class that the libraries do not know by name. Imports transformers, but no torch,
     which takes seconds."""
-    _check(layout, id, _knows("diffusers", layout.pipeline), _knows)
-
-
-def _check(layout: Layout, id: str, pipeline: bool, has: Callable[[str, str], Any]) -> None:
-    if not pipeline:
-        raise unfit(id, f"needs the pipeline {layout.pipeline}, which the installed diffusers does not have")
+    if not _knows("diffusers", layout.pipeline):
+        raise no_pipeline(layout, id)
     for name, (library, kind) in layout.components.items():
-        if not has(library, kind):
-            raise unfit(id, f"has a {name} that is no class of diffusers or transformers, and is never run")
+        if not _knows(library, kind):
+            raise no_class(layout, name, id)
 
 
-def _class(library: str, kind: str) -> type | None:
-    import diffusers
-    import diffusers.pipelines
-    import transformers
+def no_pipeline(layout: Layout, id: str) -> ImageError:
+    return unfit(id, f"needs the pipeline {layout.pipeline}, which the installed diffusers does not have")
 
-    # Parts that belong to one pipeline family, such as its safety checker, name that family's module.
-    home = {"diffusers": diffusers, "transformers": transformers}.get(library) or getattr(
-        diffusers.pipelines, library, None
-    )
-    found = getattr(home, kind, None)
-    return found if isinstance(found, type) else None
+
+def no_class(layout: Layout, name: str, id: str) -> ImageError:
+    library, kind = layout.components[name]
+    why = f"has a {name} that is no class of diffusers or transformers, and is never run"
+    return unfit(id, f"{why}: {library}.{kind}"[:300])
 
 
 def _knows(library: str, kind: str) -> bool:
@@ -121,7 +129,8 @@ def _knows(library: str, kind: str) -> bool:
         import transformers
 
         # To ask for what is listed would import it, and torch with it; what is not may be another name of a tokenizer.
-        return kind in dir(transformers) or hasattr(transformers, kind)
+        names = set(dir(transformers))
+        return any(name in names for name in spellings(kind)) or hasattr(transformers, kind)
     # diffusers imports torch with itself, but its sources name what it has.
     spec = importlib.util.find_spec("diffusers")
     if spec is None or spec.origin is None:
@@ -134,41 +143,119 @@ def _knows(library: str, kind: str) -> bool:
     return any(word.search(source.read_text(encoding="utf-8")) for source in sources)
 
 
-def check_files(layout: Layout, files: Collection[str], id: str) -> None:
-    """Raise `model_load_failed` where a component has pickled weights only, or no weights; `files` are all that the
-    model has, as `component/file`."""
-    parts = {name: [file for file in files if file.startswith(f"{name}/")] for name in layout.components}
-    for name, part in parts.items():
-        safe = any(file.endswith(".safetensors") for file in part)
-        if not safe and any(file.endswith(_PICKLES) for file in part):
-            raise unfit(id, f"has its {name} as pickled weights only; only safetensors are loaded")
-    for name, part in parts.items():
-        names = {file.removeprefix(f"{name}/") for file in part}
-        # What has a config.json is a network, and needs weights; the rest are tokenizers, schedulers and the like.
-        if not names or ("config.json" in names and not any(map(_WEIGHTS.fullmatch, names))):
-            raise _incomplete(id, name)
+def parts_of(layout: Layout, files: Collection[str], id: str) -> dict[str, Part]:
+    """What is wanted of each component, given all files that the model has, as `component/file`.
+
+    Raises `model_load_failed` where a component brings code or a model of its own, has pickled weights only, or lacks
+    weights.
+    """
+    within: dict[str, list[str]] = {name: [] for name in layout.components}
+    for file in files:
+        folder, _, rest = file.partition("/")
+        if folder in within:
+            within[folder].append(rest)
+    return {name: _part(name, names, id) for name, names in within.items()}
 
 
-def check_complete(folder: Path, layout: Layout, id: str) -> None:
-    """As `check_files` for a folder, of whose networks every part must be there."""
-    parts = {
-        name: {file.name for file in (folder / name).glob("*") if file.exists()} for name in layout.components
-    }
-    check_files(layout, [f"{name}/{file}" for name, files in parts.items() for file in files], id)
-    for name, files in parts.items():
-        shards = {
-            str(shard)
-            for index in files
-            if index.endswith(".safetensors.index.json")
-            for shard in (read_json(folder / name / index) or {}).get("weight_map", {}).values()
-        }
-        if not shards <= files:
-            raise _incomplete(id, name)
-        if not all(shard.endswith(".safetensors") for shard in shards):
-            raise unfit(id, f"has its {name} in files that are not safetensors")
+def _part(name: str, files: list[str], id: str) -> Part:
+    if any(file.lower().endswith(_CODE) for file in files):
+        raise unfit(id, f"has a {name} with code of its own, which is never run")
+    # What begins with a dot is what systems leave behind; what lies deeper is for nobody.
+    names = sorted(file for file in files if "/" not in file and not file.startswith("."))
+    for file, what in ((INDEX, "a pipeline"), ("adapter_config.json", "an adapter")):
+        if file in names:
+            raise unfit(id, f"has {what} of its own in its {name}, which is not loaded")
+    weights, index, variant = _weights_among(names)
+    none = not weights and index is None
+    if none and any(file.lower().endswith(_PICKLES) for file in names):
+        raise unfit(id, f"has its {name} as pickled weights only; only safetensors are loaded")
+    # What has a config.json is a network, and needs weights; the rest are tokenizers, schedulers and the like.
+    if not names or ("config.json" in names and none):
+        raise incomplete(id, name)
+    configuration = [
+        file for file in names if file.endswith(_CONFIGURATION) and ".safetensors.index." not in file
+    ]
+    return Part(weights, index, variant, tuple(configuration))
 
 
-def _incomplete(id: str, name: str) -> ImageError:
+def _weights_among(names: Iterable[str]) -> tuple[tuple[str, ...], str | None, str | None]:
+    """The plain weights, else those of the best variant: their files, the index of shards, and the variant."""
+    whole: dict[str | None, str] = {}
+    shards: dict[str | None, list[str]] = {}
+    indexes: dict[str | None, str] = {}
+    for name in names:
+        if found := _WEIGHTS.fullmatch(name):
+            variant = found["first"] or found["last"]
+            if found["shard"]:
+                shards.setdefault(variant, []).append(name)
+            else:
+                whole.setdefault(variant, name)
+        elif found := _SHARDS.fullmatch(name):
+            indexes.setdefault(found["variant"], name)
+
+    def rank(variant: str | None) -> tuple[int, str]:
+        return (_VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS), variant or "")
+
+    # An index may name its shards as it likes: what it names is looked for when it is read.
+    for variant in sorted({*whole, *indexes}, key=rank):
+        # Where both are there, the libraries go by the index too.
+        if variant in indexes:
+            return tuple(shards.get(variant, [])), indexes[variant], variant
+        return (whole[variant],), None, variant
+    return (), None, None
+
+
+def wanted(layout: Layout, parts: dict[str, Part], files: Iterable[str]) -> set[str]:
+    """Those of a repository's files that are needed: weights and configuration, and what states the licence."""
+    own = {file for file in files if file in (INDEX, "README.md") or _is_licence(file)}
+    return own | {f"{name}/{file}" for name, part in parts.items() for file in part.files}
+
+
+def _is_licence(file: str) -> bool:
+    return "/" not in file and file.upper().startswith("LICENSE")
+
+
+def files_in(folder: Path, layout: Layout) -> list[str]:
+    """The files of the components in a folder, as `component/file`; what is no regular file is none."""
+    found: list[str] = []
+    for name in layout.components:
+        for place, folders, files in os.walk(folder / name):
+            folders[:] = [each for each in folders if not each.startswith(".")]
+            within = os.path.relpath(place, folder)
+            found += [f"{within}/{file}" for file in files if os.path.isfile(os.path.join(place, file))]
+            if len(found) > _MOST_FILES:
+                break
+    return found
+
+
+def check_complete(folder: Path, layout: Layout, id: str) -> dict[str, Part]:
+    """The parts of a folder, all of whose files are there; raises as `parts_of`, and where a shard is missing or is named
+    as what is not loaded."""
+    parts = parts_of(layout, files_in(folder, layout), id)
+    return {name: _with_shards(folder, name, part, id) for name, part in parts.items()}
+
+
+def _with_shards(folder: Path, name: str, part: Part, id: str) -> Part:
+    if part.index is None:
+        return part
+    try:
+        index = outside.read_json(folder / name / part.index, dict[str, Any], outside.LARGE)
+    except Unreadable as error:
+        raise unfit(id, f"cannot be loaded: its {name}/{part.index} {error}") from None
+    placed = index.get("weight_map")
+    if not isinstance(placed, dict) or not placed or not all(isinstance(s, str) for s in placed.values()):
+        raise unfit(id, f"cannot be loaded: its {name}/{part.index} does not say where the weights are")
+    shards = sorted(set(placed.values()))
+    if not all(shard.endswith(".safetensors") for shard in shards):
+        raise unfit(id, f"has its {name} in files that are not safetensors")
+    if any("/" in shard or shard.startswith(".") for shard in shards):
+        raise unfit(id, f"has its {name} in files of another folder")
+    if not all(os.path.isfile(folder / name / shard) for shard in shards):
+        raise incomplete(id, name)
+    return Part(tuple(shards), part.index, part.variant, part.configuration)
+
+
+def incomplete(id: str, name: str) -> ImageError:
     return unfit(id, f"is incomplete: its {name} is missing or lacks files")
 
 
@@ -176,9 +263,6 @@ def unfit(id: str, why: str) -> ImageError:
     return ImageError("model_load_failed", f"{id} {why}")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+def _shown(name: str) -> str:
+    """A name from outside, short and printable."""
+    return name[:60] if name.isprintable() else ascii(name)[:60]

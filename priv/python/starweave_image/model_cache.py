@@ -46,6 +46,8 @@ class Model:
         self.checksum = checksum
         self.bytes = _weight_bytes(pipeline)
         self.load_s = 0.0
+        # The tasks of which it has made a picture.
+        self.proven: set[str] = set()
         # Which networks work part by part, for want of memory.
         self.divided: dict[str, str] = {}
         self._home = choice.device.id
@@ -65,7 +67,7 @@ class Model:
             from . import openvino
 
             where += " openvino"
-            self.bytes += openvino.attach(pipeline, folder, where, self.notices.append)
+            self.bytes += openvino.attach(pipeline, pipeline.view.folder, where, self.notices.append)
         self.networks = networks_of(pipeline, where)
 
     def park(self) -> None:
@@ -218,6 +220,14 @@ class ModelCache:
         # The last reference goes before the device is asked to give its memory back.
         del entry
         release_memory()
+        self._changed()
+
+    def condemn(self, id: str, error: str) -> None:
+        """Let nobody else have a model whose weights turned out to be damaged: whoever asks next has it loaded anew, or is
+        told why not. Whoever has it goes on."""
+        with self._lock:
+            self._entries.pop(id, None)
+            self._errors[id] = error
         self._changed()
 
     def resident(self) -> list[str]:

@@ -8,13 +8,14 @@ prompt all of whose words it knows is read as it stands.
 from __future__ import annotations
 
 import functools
-import json
 import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from .outside import Unreadable, read_json
 from .synonyms import COLOURS_AND_SIZES, IRREGULAR, READ_AS
 
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -80,13 +81,13 @@ class Vocabulary:
 def vocabulary(folder: Path) -> Vocabulary | None:
     """What a model's `vocabulary.json` lists; None where it has no such file, and then it reads everything."""
     try:
-        listed = json.loads((folder / "vocabulary.json").read_bytes())
+        listed: Any = read_json(folder / "vocabulary.json", Any)  # type: ignore[arg-type]
         listed = listed if isinstance(listed, dict) else {"words": listed}
         if not isinstance(listed["words"], list):
             return None
         words = frozenset(word.lower() for word in listed["words"])
         subjects = frozenset(" ".join(_tokens(subject)) for subject in listed.get("subjects", ()))
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+    except (Unreadable, LookupError, TypeError, AttributeError):
         return None
     return Vocabulary(words, subjects) if words else None
 

@@ -23,6 +23,7 @@ MAX_DEPTH = 32
 MAX_VALUES = 131_072
 MAX_PART = 4 * 1024 * 1024
 MAX_INT = 2**63 - 1
+STRENGTH = 0.8
 
 _HEADER = 4
 _MAX_TEXT = 8192
@@ -113,6 +114,8 @@ Revision = Annotated[
     Meta(max_length=256, pattern=r"\A[A-Za-z0-9._/-]+\Z", description="1 to 256 of A-Z a-z 0-9 . _ / -"),
 ]
 
+Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z", description="64 of 0-9 a-f")]
+
 
 # Application → sidecar
 
@@ -125,11 +128,18 @@ class Incoming(Struct, tag_field="t", kw_only=True):
 
 class ModelEntry(Struct, kw_only=True):
     """A model that may be loaded: a local folder where `path` is given, else a hub id. `fallbacks` take the place of those
-    in the catalog."""
+    in the catalog. `sha256` pins weight files, by their names within the model."""
 
     id: ModelId
     path: Path | None = None
     revision: Revision | None = None
+    sha256: (
+        Annotated[
+            dict[str, Sha256],
+            Meta(max_length=4096, description="a map of file names to SHA-256 in hexadecimal"),
+        ]
+        | None
+    ) = None
     fallbacks: ModelIds | None = None
 
 
@@ -213,7 +223,7 @@ class Generate(Incoming, tag="generate", kw_only=True):
     style: Annotated[
         str, Meta(max_length=_MAX_STYLE, description=f"at most {_MAX_STYLE} bytes of text without NUL")
     ] = ""
-    strength: Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")] = 0.8
+    strength: Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")] = STRENGTH
     image: EncodedImage | None = None
     mask: EncodedImage | None = None
     format: Format = "png"

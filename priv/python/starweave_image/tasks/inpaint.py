@@ -10,15 +10,6 @@ from . import image_to_image, text_to_image
 from .text_to_image import Call
 
 
-def derive(pipeline: Any) -> Any:
-    """The stock inpainting pipeline of the same family, over the same parts."""
-    from diffusers import AutoPipelineForInpainting
-
-    derived: Any = AutoPipelineForInpainting.from_pipe(pipeline)
-    derived.set_progress_bar_config(disable=True)
-    return derived
-
-
 def prepare(pipeline: Any, text: text_to_image.Text, image: Image, mask: Image, strength: float) -> Call:
     """As for image to image. `mask` is gray and of the size of `image`."""
     call = image_to_image.prepare(pipeline, text, image, strength)

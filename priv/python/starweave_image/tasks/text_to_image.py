@@ -37,7 +37,7 @@ class Text:
 
 
 def prepare(pipeline: Any, text: Text) -> Call:
-    """The call for one picture, without its generator."""
+    """The call for one picture, without its generator; `pipeline` is of any task."""
     takes = inspect.signature(pipeline.__call__).parameters
     notices: list[str] = []
     prompt, negative_prompt, guidance_scale = text.prompt, text.negative_prompt, text.guidance_scale
@@ -48,8 +48,13 @@ def prepare(pipeline: Any, text: Text) -> Call:
         "num_inference_steps": text.steps,
     }
     # Else some families draw in the nearest of a few sizes of their own, and scale that.
-    if "use_resolution_binning" in takes:
-        arguments["use_resolution_binning"] = False
+    arguments |= {
+        "use_resolution_binning": False,
+        "_auto_resize": False,
+        "max_area": text.width * text.height,
+    }
+    # Some that start from an image take the size from it alone.
+    arguments = {name: value for name, value in arguments.items() if name in takes}
     # Where both exist, the one that is above 1 by default is the classifier-free guidance of that family.
     true_guidance = takes.get("true_cfg_scale")
     guided_by = "true_cfg_scale" if true_guidance and (true_guidance.default or 0) > 1 else "guidance_scale"

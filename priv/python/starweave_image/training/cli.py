@@ -115,7 +115,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _wait_without_spinning()
     import torch
 
-    from ..weights import checksum
+    from ..integrity import checksum
     from .evaluation import GOALS, Line, evaluate
 
     torch.set_num_threads(arguments.threads)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .. import devices
-from ..weights import quiet_libraries
+from ..loading import quiet_libraries
 from . import emoji
 from .data import draw, held_out
 from .judge import Array, ThingJudge, background, nearest_colour, see_pair, see_shape
