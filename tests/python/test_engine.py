@@ -14,7 +14,7 @@ import pytest
 import torch
 from engines import PATIENCE_S, Bench, difference
 from PIL import Image
-from starweave_image import images, log, weights, wire
+from starweave_image import images, loading, log, wire
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 4}
 
@@ -45,7 +45,7 @@ def bench_of(folder: Path, **config: Any) -> Bench:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Model loads wait for it."""
     opened = threading.Event()
-    load = weights.load_pipeline
+    load = loading.load_pipeline
 
     def gated(*arguments: Any) -> Any:
         assert opened.wait(PATIENCE_S)
@@ -300,7 +300,7 @@ def test_who_reads_the_end_of_a_request_may_send_the_next(folder: Path) -> None:
 def test_out_of_memory_and_the_unexpected_end_one_request_only(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    load = weights.load_pipeline
+    load = loading.load_pipeline
     # By the width of what they decode.
     failures: dict[int, tuple[type[Exception], str]] = {
         72: (torch.OutOfMemoryError, "CUDA out of memory"),

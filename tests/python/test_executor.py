@@ -12,7 +12,7 @@ import checkpoints
 import pytest
 import torch
 from engines import PATIENCE_S, Bench, difference
-from starweave_image import weights, wire
+from starweave_image import loading, wire
 from starweave_image.errors import is_device_lost, is_out_of_memory
 from starweave_image.executor import Memory
 
@@ -44,7 +44,7 @@ class Passes:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Passes]:
     passes = Passes()
-    load = weights.load_pipeline
+    load = loading.load_pipeline
 
     def watched(*arguments: Any) -> Any:
         pipeline = load(*arguments)
@@ -230,7 +230,7 @@ def test_out_of_memory_lets_idle_models_go_first(folder: Path, passes: Passes) -
 def test_out_of_memory_in_the_decoder_draws_tile_by_tile(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    load = weights.load_pipeline
+    load = loading.load_pipeline
 
     def loaded(*arguments: Any) -> Any:
         pipeline = load(*arguments)
@@ -293,7 +293,7 @@ def test_two_models_take_turns(tmp_path: Path, folder: Path, passes: Passes) -> 
 
 def test_the_text_encoder_is_asked_once_for_each_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    load = weights.load_pipeline
+    load = loading.load_pipeline
 
     def loaded(*arguments: Any) -> Any:
         pipeline = load(*arguments)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from engines import Bench
 from PIL import Image
-from starweave_image import finite, weights, wire
+from starweave_image import finite, loading, wire
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 4, "seed": 1}
 NAN, INF = float("nan"), float("inf")
@@ -28,7 +28,7 @@ def bench(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ben
     def start(
         spoil: Spoil, make: Callable[[Path], Path] = checkpoints.stable_diffusion, **config: Any
     ) -> Bench:
-        load = weights.load_pipeline
+        load = loading.load_pipeline
 
         def spoiled(*arguments: Any) -> Any:
             pipeline = load(*arguments)

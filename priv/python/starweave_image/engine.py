@@ -48,6 +48,8 @@ _logger = logging.getLogger(__name__)
 
 _MEMORY_SHARE = 0.85
 _CANCEL_WAIT_S = 5.0
+# What arguments and tensors raise that do not fit together.
+_MISFITS = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 # So many pictures of one request are drawn at a time.
 _ABREAST = 8
 # Seeds that are drawn leave room for those of sixteen pictures below 2⁵³: JavaScript, JSON and spreadsheets keep them.
@@ -409,7 +411,8 @@ class Engine:
     def _blame(self, job: Job, error: Exception) -> NoReturn:
         """Raise what an error of a stock pipeline is for the request: a model that has never done this task does not do it,
         since its parts do not fit together; one that has is not to blame."""
-        if is_device_lost(error) or job.settings.task in job.model.proven:
+        unproven = job.settings.task not in job.model.proven
+        if not unproven or not isinstance(error, _MISFITS) or is_device_lost(error):
             raise error
         _logger.error("%s failed at its first %s", job.card.id, job.settings.task, exc_info=error)
         why = f"cannot do {job.settings.task}: its parts do not fit together; the log has the details"
