@@ -22,7 +22,7 @@ import pytest
 import torch
 from engines import PATIENCE_S, Bench, difference, picture_of
 from PIL import Image
-from starweave_image import stacking, weights, wire
+from starweave_image import loading, stacking, weights, wire
 
 Make = Callable[[Path], Path]
 
@@ -143,7 +143,7 @@ def company_of(
 ) -> Iterator[Callable[[Make], Company]]:
     """Gives the company of a checkpoint, begun once."""
     watched: dict[Path, Passes] = {}
-    load = weights.load_pipeline
+    load = loading.load_pipeline
 
     def loaded(source: weights.Source, *rest: Any) -> Any:
         return watched[source.folder].watch(load(source, *rest))

@@ -81,7 +81,7 @@ class Vocabulary:
 def vocabulary(folder: Path) -> Vocabulary | None:
     """What a model's `vocabulary.json` lists; None where it has no such file, and then it reads everything."""
     try:
-        listed: Any = read_json(folder / "vocabulary.json", Any)  # type: ignore[arg-type]
+        listed: Any = read_json(folder / "vocabulary.json", Any)
         listed = listed if isinstance(listed, dict) else {"words": listed}
         if not isinstance(listed["words"], list):
             return None
