@@ -80,7 +80,7 @@ defmodule Mix.Tasks.Image.Gen do
 
   use Mix.Task
 
-  alias StarweaveImage.{Client, Error, Image, Output, Request}
+  alias StarweaveImage.{Client, Error, Image, Options, Output, Request}
 
   @failed 1
   @usage 2
@@ -173,8 +173,12 @@ defmodule Mix.Tasks.Image.Gen do
 
     case Enum.find(@switches, fn {known, _} -> option(known) == "--" <> key end) do
       nil ->
-        nearest = Enum.max_by(Keyword.keys(@switches), &String.jaro_distance(option(&1), name))
-        "unknown option #{name}, did you mean #{option(nearest)}?"
+        known = for {name, _} <- @switches, do: String.trim_leading(option(name), "-")
+
+        case Options.nearest(key, known) do
+          nil -> "unknown option #{name}, see `mix help image.gen`"
+          near -> "unknown option #{name}, did you mean --#{near}?"
+        end
 
       {_known, {:boolean, _, _}} ->
         "#{name} takes no value"
