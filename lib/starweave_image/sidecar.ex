@@ -54,7 +54,9 @@ defmodule StarweaveImage.Sidecar do
     buffer: nil,
     outbox: :queue.new(),
     images: %{},
-    asked: %{}
+    asked: %{},
+    # Those among them that were told to stop.
+    told_to_stop: %{}
   ]
 
   @typedoc "A standby has everything imported and nothing loaded, until its queue makes it active."
@@ -234,7 +236,8 @@ defmodule StarweaveImage.Sidecar do
         buffer: Wire.new(),
         outbox: :queue.new(),
         images: %{},
-        asked: %{}
+        asked: %{},
+        told_to_stop: %{}
     }
 
     case launch(state) do
@@ -345,7 +348,9 @@ defmodule StarweaveImage.Sidecar do
     )
 
     cond do
-      reason = Health.stuck(beat, state.config) ->
+      reason =
+          Health.stuck(beat, state.config) ||
+            Health.outstays(beat, state.told_to_stop, awake(state), state.config) ->
         fail(%{state | phase: :stalled}, reason)
 
       state.ready_at ->
@@ -459,6 +464,10 @@ defmodule StarweaveImage.Sidecar do
   # A process may be alive and well and yet not know of a request: it reads nothing, or forgot it. So
   # what it was asked must be in its heartbeats, from soon after until it is answered.
   defp ask(state, %{t: "generate", id: id}), do: put_in(state.asked[id], awake(state))
+
+  defp ask(%{asked: asked} = state, %{t: "cancel", id: id}) when is_map_key(asked, id),
+    do: %{state | told_to_stop: Map.put_new(state.told_to_stop, id, awake(state))}
+
   defp ask(state, _message), do: state
 
   defp listed(state) do
@@ -469,7 +478,8 @@ defmodule StarweaveImage.Sidecar do
 
   defp answered(state, id) do
     images = state.images |> Enum.reject(&match?({{^id, _}, _}, &1)) |> Map.new()
-    %{state | images: images, asked: Map.delete(state.asked, id)}
+    told_to_stop = Map.delete(state.told_to_stop, id)
+    %{state | images: images, asked: Map.delete(state.asked, id), told_to_stop: told_to_stop}
   end
 
   defp ask_for_models(state), do: push(state, %{t: "models", g: state.generation, id: "models"})

@@ -186,6 +186,9 @@ defmodule StarweaveImage.Supervisor do
     stall_floor:
       {{:integer, 1, @day}, 10_000,
        "The same for passes of a kind that was seen before, and for a picture's further steps: ten times what they took, and at least so many ms."},
+    cancel_timeout:
+      {{:integer, 1, @day}, 10_000,
+       "ms that a request may go on after it was cancelled or its time was over, in work that cannot be broken off, such as encoding; then the process is killed, and its other requests are done again. Waiting for the device or a model does not count."},
     load_timeout:
       {{:integer, 1, @day}, 3_600_000,
        "ms that loading a model may take, its download included, until the process is killed."},

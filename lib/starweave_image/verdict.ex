@@ -254,10 +254,13 @@ defmodule StarweaveImage.Verdict do
   def failed(verdict, error, %{retries: retries, left: left, fallbacks: fallbacks}) do
     pause = Backoff.pause(retries + 1, @retry_pause)
     again? = error.kind in @retryable and error.retryable? and retries < verdict.max_retries
+    # It could be loaded, and what it computes is NaN.
+    no_numbers? = error.kind == :internal and error.details[:field] == :model
 
     case fallbacks do
       _ when again? and pause < left -> {:retry, pause}
       [model | rest] when error.kind in @replaceable -> {:fallback, model, rest}
+      [model | rest] when no_numbers? -> {:fallback, model, rest}
       _ -> :give_up
     end
   end

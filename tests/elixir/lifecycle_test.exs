@@ -3,7 +3,7 @@ defmodule StarweaveImage.LifecycleTest do
   use ExUnit.Case, async: true
 
   import StarweaveImage.TestInstance
-  import StarweaveImage.TestApplication, only: [await_line: 2, holding: 2]
+  import StarweaveImage.TestApplication, only: [await_line: 2, holding: 2, misbehaving: 3]
   import StarweaveImage.TestOSProcess
 
   alias StarweaveImage.{Environment, Image, TestApplication}
@@ -138,6 +138,52 @@ defmodule StarweaveImage.LifecycleTest do
       signal(victim, "USR1")
       assert {:ok, %Image{attempts: 2, seed: 5}} = StarweaveImage.await(id, 120_000, instance)
       assert [] == await_gone([victim], 5_000)
+    end
+  end
+
+  describe "work that no cancel reaches" do
+    @places ~w(decoding tokenizing stepping encoding)
+
+    test "costs no slot for longer than its own limit, and the others nothing but time", %{
+      tmp_dir: folder
+    } do
+      # Each request hangs where its id says.
+      python = misbehaving(folder, python(), "hang_where_named")
+      opts = [cancel_timeout: 2_000, capacity: 5, start_timeout: 240_000, heartbeat_interval: 200]
+      instance = start(nil, [python: python, heartbeat_timeout: 60_000] ++ opts)
+      assert await(fn -> StarweaveImage.available?(instance) end, 240_000)
+
+      small = [steps: 4, width: 64, height: 64, instance: instance]
+      {:ok, %Image{data: png}} = StarweaveImage.generate("a red apple", small)
+      victim = os_pid(instance)
+      signal(victim, "USR1")
+
+      for place <- @places do
+        image = if place == "decoding", do: [image: png], else: []
+        {:ok, _} = StarweaveImage.submit("a red apple", [id: place] ++ image ++ small)
+      end
+
+      at_work = fn ->
+        for r <- sidecar(instance).requests, r.step_age_ms > 1_000, not r.waits, do: r.id
+      end
+
+      assert await(fn -> Enum.sort(at_work.()) == Enum.sort(@places) end, 120_000)
+
+      {:ok, id} =
+        StarweaveImage.submit("a red apple", [seed: 5, steps: 100, num_images: 8] ++ tl(small))
+
+      :ok = StarweaveImage.subscribe(id, instance)
+      assert_receive {:starweave_image, ^id, {:progress, %{phase: :denoising}}}, 120_000
+      for place <- @places, do: :ok = StarweaveImage.cancel(place, instance)
+
+      assert [] == await_gone([victim], 60_000)
+      assert {:ok, %Image{seed: 5, attempts: 2}} = StarweaveImage.await(id, 240_000, instance)
+      assert {:ok, %Image{attempts: 1}} = StarweaveImage.generate("a red apple", small)
+      assert %{running: 0, queued: 0} = StarweaveImage.status(instance).queue
+
+      for place <- @places do
+        assert {:error, %{kind: :cancelled}} = StarweaveImage.await(place, 1_000, instance)
+      end
     end
   end
 

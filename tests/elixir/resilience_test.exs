@@ -91,6 +91,16 @@ defmodule StarweaveImage.ResilienceTest do
       assert {:error, %Error{kind: :model_load_failed}} =
                generate(instance, "a fig", model: "broken/two", fallback: true)
     end
+
+    test "is replaced too where it can, and computes no numbers" do
+      instance = start_ready("fails")
+
+      assert {:error, %Error{kind: :internal, details: %{field: :model}, retryable?: false}} =
+               generate(instance, "numbers", model: "broken/one")
+
+      assert {:ok, %Image{model: "starweave/tiny"}} =
+               generate(instance, "numbers", model: "broken/one", fallback: true)
+    end
   end
 
   describe "a poison request" do

@@ -372,6 +372,31 @@ defmodule StarweaveImage.SidecarTest do
       assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(held, 10_000, instance)
     end
 
+    test "goes on with one that was cancelled is killed, and the others are done by the next" do
+      log =
+        capture_log(fn ->
+          instance = start_ready("goes_on_after_cancel", cancel_timeout: 500, capacity: 3)
+          victim = os_pid(instance)
+          held = submit_running(instance, "hold")
+          waits = submit_running(instance, "waits")
+          assert :ok = StarweaveImage.cancel(waits, instance)
+          stuck = submit_running(instance, "stuck")
+
+          # As long as it is wanted, and for as long as the one that waits has not stopped, it is left alone.
+          assert alive?(victim)
+          assert :ok = StarweaveImage.cancel(stuck, instance)
+          assert [] == await_gone([victim], 10_000)
+          await_running(instance, held)
+          assert {:ok, _} = StarweaveImage.generate("release", instance: instance)
+          assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(held, 10_000, instance)
+          assert %{running: 0, queued: 0} = StarweaveImage.status(instance).queue
+          assert_works(instance)
+        end)
+
+      assert log =~
+               ~r/request \S+ was told to stop, and has worked on for over 0.5 s while encoding/
+    end
+
     test "works on nothing while all wait is killed" do
       assert %{attempts: 2} = assert_replayed("forgets_to_work", stall_timeout: 1_000)
     end
@@ -606,6 +631,24 @@ defmodule StarweaveImage.SidecarTest do
       assert stuck(beat([running("denoising", 301, %{step_ms: 30})])) =~ "over 0.3 s"
       # What comes after the last step is work of another kind.
       assert stuck(beat([running("encoding", 999, %{step_ms: 1})])) == nil
+    end
+
+    test "who was told to stop has its own limit, from then on, for its own work" do
+      outstays = fn request, told, now ->
+        Sidecar.Health.outstays(beat([request]), told, now, cancel_timeout: 100)
+      end
+
+      for phase <- ~w(loading denoising decoding encoding) do
+        request = running(phase, 1_000)
+        assert outstays.(request, %{}, 1_000) == nil
+        assert outstays.(request, %{"r2" => 0}, 1_000) == nil
+        assert outstays.(request, %{"r1" => 900}, 1_000) == nil
+        assert outstays.(request, %{"r1" => 899}, 1_000) =~ "over 0.1 s while #{phase}"
+        assert outstays.(%{request | waits: true}, %{"r1" => 0}, 1_000) == nil
+        # The pass that it waited for is over just now.
+        assert outstays.(running(phase, 100), %{"r1" => 0}, 1_000) == nil
+        assert outstays.(Map.delete(request, :waits), %{"r1" => 0}, 1_000) =~ "r1 was told"
+      end
     end
 
     test "a load has the load timeout, also one that no request waits for" do

@@ -605,8 +605,13 @@ defmodule StarweaveImage.VerdictTest do
         assert :give_up = Verdict.failed(verdict(), error, %{facts | fallbacks: []})
       end
 
-      error = Error.new(:internal, "no")
-      assert :give_up = Verdict.failed(verdict(), error, facts)
+      error = Error.new(:internal, "it has NaN", %{field: :model})
+      assert {:fallback, "other", ["third"]} = Verdict.failed(verdict(), error, facts)
+
+      for details <- [%{}, %{field: :prompt}] do
+        error = Error.new(:internal, "no", details)
+        assert :give_up = Verdict.failed(verdict(), error, facts)
+      end
     end
   end
 end

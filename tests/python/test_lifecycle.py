@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import selectors
 import signal
@@ -16,6 +17,7 @@ import msgpack
 import psutil
 import pytest
 from conftest import SUPPORT, Tracked, config
+from PIL import Image
 from sidecar import Sidecar
 
 Start = Callable[..., Sidecar]
@@ -170,6 +172,35 @@ def test_a_pause_of_the_process_does_not_count_as_time_without_progress(ready: S
         ages += [work["age_ms"] for work in [beat["device_work"]] if work]
     assert ages and max(ages) < 3_000
     sidecar.send({"t": "cancel", "id": "long"})
+
+
+def test_who_hangs_beyond_the_reach_of_a_cancel_is_seen_to_work_and_not_to_wait(
+    ready: Start, tmp_path: Path
+) -> None:
+    sidecar = ready(heartbeat_interval_ms=100, env={"STARWEAVE_TEST_MISBEHAVIOUR": "hang_where_named"})
+    request = {"t": "generate", "prompt": "a red apple", "steps": 2, "width": 64, "height": 64}
+    sidecar.send({**request, "id": "first"})
+    sidecar.expect("done", id="first", timeout=180)
+    sidecar.signal(signal.SIGUSR1)
+    wait_until(lambda: b"hangs where it is told" in (tmp_path / "log").read_bytes())
+    image = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(image, "PNG")
+    places = {"decoding", "tokenizing", "stepping", "encoding"}
+    for place in places:
+        given = {"image": image.getvalue()} if place == "decoding" else {}
+        sidecar.send({**request, **given, "id": place})
+
+    def at_work() -> set[str]:
+        beat = sidecar.expect("heartbeat")
+        return {e["id"] for e in beat["running"] if not e["waits"] and e["step_age_ms"] > 2_000}
+
+    wait_until(lambda: at_work() == places, 180)
+    for place in places:
+        sidecar.send({"t": "cancel", "id": place})
+    # Whoever works beside them is done, and they are not.
+    sidecar.send({**request, "id": "other"})
+    sidecar.expect("done", id="other", timeout=180)
+    assert at_work() == places
 
 
 def test_shutdown_lets_what_runs_end(ready: Start, tracked: Tracked) -> None:

@@ -48,12 +48,16 @@ defmodule StarweaveImage.TestApplication do
   A Python that runs `python`, but on SIGUSR1 goes into native code that holds the interpreter, and
   says "holding" in its log.
   """
-  def holding(folder, python) do
-    path = Path.join(folder, "holding-python")
+  def holding(folder, python), do: misbehaving(folder, python, "hold_interpreter")
+
+  @doc "A Python that runs `python`, with this misbehaviour of tests/support/python/sitecustomize.py."
+  @spec misbehaving(Path.t(), Path.t(), String.t()) :: Path.t()
+  def misbehaving(folder, python, misbehaviour) do
+    path = Path.join(folder, "#{misbehaviour}-python")
 
     File.write!(path, """
     #!/bin/sh
-    export PYTHONPATH='#{@misbehaviour}'"${PYTHONPATH:+:$PYTHONPATH}" STARWEAVE_TEST_MISBEHAVIOUR=hold_interpreter
+    export PYTHONPATH='#{@misbehaviour}'"${PYTHONPATH:+:$PYTHONPATH}" STARWEAVE_TEST_MISBEHAVIOUR=#{misbehaviour}
     exec '#{python}' "$@"
     """)
 

@@ -36,6 +36,25 @@ defmodule StarweaveImage.Sidecar.Health do
     end
   end
 
+  @doc """
+  Why a process is to be ended for the sake of requests that were told to stop and go on, or nil.
+
+  `told` has since when, by their ids. A decoder, an encoder, a tokenizer or a scheduler that does not come back is beyond
+  the reach of a cancel; the device and loads have limits of their own, and whoever waits for them is not to blame.
+  """
+  @spec outstays(map, %{String.t() => integer}, integer, keyword) :: String.t() | nil
+  def outstays(%{running: running}, told, now, config) do
+    limit = config[:cancel_timeout]
+
+    # What it was at when it was told, such as a pass of the device, may just have come to its end.
+    overdue? = fn request, since -> min(now - since, request.step_age_ms) > limit end
+    late = &(is_map_key(told, &1.id) and not (&1[:waits] || false) and overdue?.(&1, told[&1.id]))
+
+    if request = Enum.find(running, late),
+      do:
+        "request #{request.id} was told to stop, and has worked on for over #{seconds(limit)} s while #{request.phase}"
+  end
+
   defp work_limit(work, config) do
     least = if work.known, do: config[:stall_floor], else: config[:stall_timeout]
     max(least, @patience_times * work.usual_ms)

@@ -35,6 +35,37 @@ def _never_end_a_pass():
         os.write(2, b"no pass ends\n")
 
 
+def _hang_where_named():
+    """From now on each request whose id names one of these places hangs in it, beyond the reach of a cancel."""
+    import diffusers
+    import PIL.Image
+    import PIL.ImageFile
+    import transformers
+
+    places = {
+        "decoding": (PIL.ImageFile.ImageFile, "load"),
+        "tokenizing": (transformers.PreTrainedTokenizerBase, "__call__"),
+        "stepping": (diffusers.DDIMScheduler, "step"),
+        "encoding": (PIL.Image.Image, "save"),
+    }
+    for place, (owner, name) in places.items():
+        setattr(owner, name, _hanging(place, getattr(owner, name)))
+    os.write(2, b"hangs where it is told\n")
+
+
+def _hanging(place, run):
+    def hangs(*args, **kwargs):
+        # Its thread has the name of the request.
+        while place in threading.current_thread().name:
+            if place == "stepping":
+                sum(range(1000))
+            else:
+                time.sleep(600)
+        return run(*args, **kwargs)
+
+    return hangs
+
+
 def _die_in_a_frame():
     writev = os.writev
 
@@ -84,6 +115,7 @@ _MISBEHAVIOURS = {
     "hold_interpreter": _hold_interpreter,
     "spin_interpreter": _spin_interpreter,
     "never_end_a_pass": _never_end_a_pass,
+    "hang_where_named": _hang_where_named,
     "die_in_a_frame": _die_in_a_frame,
     "fork_in_c": _fork_in_c,
     "print": _print,
