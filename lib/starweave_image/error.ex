@@ -19,7 +19,7 @@ defmodule StarweaveImage.Error do
   | `:unavailable` | the Python process cannot be started; the message says why | yes |
   | `:disabled` | the instance was started with `enabled: false` | no |
   | `:unsafe_content` | the model's safety checker refused the picture | no |
-  | `:internal` | a fault of this library | no |
+  | `:internal` | a fault of this library; or of the model, whose numbers are NaN or infinite: then `details.field` is `:model` | no |
 
   `message` is one sentence for a person. It never holds a path, a traceback or a secret; those
   are in the log, with the request id.
