@@ -14,8 +14,12 @@ defmodule StarweaveImage.Environment do
          "`python3.14` to `python3.10`."},
     openvino: {:boolean, false, "Also install what `backend: :openvino` needs: 60 MB."},
     dev: {:boolean, false, "Also install what the tests of this library need."},
-    check: {:boolean, true, "Run `doctor/1` on it at the end."}
+    check: {:boolean, true, "Run `doctor/1` on it at the end."},
+    progress:
+      {{:custom, "a function of one argument", &__MODULE__.progress/1}, &IO.puts/1,
+       "Takes each line about how it goes."}
   ]
+  @interpreter [python: {{:text, 1, 4096}, nil, ""}]
 
   @moduledoc """
   The Python environment of the sidecar: finding it, making it, checking it.
@@ -67,8 +71,15 @@ defmodule StarweaveImage.Environment do
   """
   @spec python(keyword) :: {:ok, Path.t()} | {:error, String.t()}
   def python(opts \\ []) do
+    case Options.validate(opts, @interpreter) do
+      {:ok, %{python: name}} -> interpreter(name)
+      {:error, _field, message} -> {:error, message}
+    end
+  end
+
+  defp interpreter(name) do
     cond do
-      name = opts[:python] ->
+      name ->
         executable(name, "the option `python`")
 
       name = Build.variable("STARWEAVE_IMAGE_PYTHON") ->
@@ -102,8 +113,7 @@ defmodule StarweaveImage.Environment do
   Makes the environment if it is not there, and checks it.
 
   Takes minutes the first time and seconds later. Two at once do not disturb each other, and one that
-  was interrupted or got damaged is made again. `progress:` is a function that takes each line about how
-  it goes (default: `&IO.puts/1`).
+  was interrupted or got damaged is made again.
 
   #{Options.docs(@schema)}
 
@@ -114,13 +124,9 @@ defmodule StarweaveImage.Environment do
   """
   @spec setup(keyword) :: {:ok, report} | {:error, Error.t()}
   def setup(opts \\ []) do
-    # What are no options is refused there.
-    {progress, opts} =
-      if Keyword.keyword?(opts),
-        do: Keyword.pop(opts, :progress, &IO.puts/1),
-        else: {&IO.puts/1, opts}
+    with {:ok, opts} <- validate(opts, @schema) do
+      {progress, opts} = Map.pop!(opts, :progress)
 
-    with {:ok, opts} <- validate(opts) do
       if Build.variable("STARWEAVE_IMAGE_PYTHON"),
         do: checked(nil, opts, progress),
         else: made(opts, progress)
@@ -148,7 +154,8 @@ defmodule StarweaveImage.Environment do
   """
   @spec doctor(keyword) :: {:ok, String.t()} | {:error, Error.t()}
   def doctor(opts \\ []) do
-    with {:ok, python} <- unavailable(python(opts)) do
+    with {:ok, %{python: name}} <- validate(opts, @interpreter),
+         {:ok, python} <- unavailable(interpreter(name)) do
       {arguments, env} = command(["doctor"])
 
       case run(python, arguments, env: env, stderr_to_stdout: true) do
@@ -175,8 +182,12 @@ defmodule StarweaveImage.Environment do
     error in ErlangError -> {:error, error.original}
   end
 
-  defp validate(opts) do
-    with {:error, field, message} <- Options.validate(opts, @schema),
+  @doc false
+  def progress(fun) when is_function(fun, 1), do: {:ok, fun}
+  def progress(_other), do: :error
+
+  defp validate(opts, schema) do
+    with {:error, field, message} <- Options.validate(opts, schema),
          do: {:error, Error.new(:invalid_request, message, %{field: field})}
   end
 

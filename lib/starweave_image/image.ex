@@ -66,8 +66,10 @@ defmodule StarweaveImage.Image do
       {"file", :ok}
   """
   @spec save(t, Path.t()) :: :ok | {:error, File.posix()}
-  def save(%__MODULE__{data: data}, path),
-    do: path |> IO.chardata_to_string() |> StarweaveImage.Output.write(data)
+  def save(image, path) when is_binary(path) or is_list(path),
+    do: path |> IO.chardata_to_string() |> StarweaveImage.Output.write(file(image))
+
+  def save(_image, _path), do: raise(ArgumentError, "path must be a path")
 
   @doc """
   The image as a `data:` URI, for an HTML page.
@@ -77,9 +79,15 @@ defmodule StarweaveImage.Image do
       "data:image/jpeg;base64,ZmlsZQ=="
   """
   @spec to_data_uri(t) :: String.t()
-  def to_data_uri(%__MODULE__{data: data, format: format}) do
-    "data:image/#{format};base64,#{Base.encode64(data)}"
+  def to_data_uri(image) do
+    data = image |> file() |> Base.encode64()
+    "data:image/#{image.format};base64,#{data}"
   end
+
+  defp file(%__MODULE__{data: data}) when is_binary(data), do: data
+
+  defp file(_other),
+    do: raise(ArgumentError, "image must be a StarweaveImage.Image with its data")
 
   defimpl Inspect do
     import Inspect.Algebra

@@ -3,7 +3,7 @@ defmodule StarweaveImage.ArgumentsTest do
   # instance: what is wrong is said before anybody is asked.
   use ExUnit.Case, async: true
 
-  alias StarweaveImage.{Client, Error, Image}
+  alias StarweaveImage.{Client, Environment, Error, Image}
 
   @png <<0x89, "PNG\r\n", 0x1A, "\n", 0::64>>
   @nowhere [instance: :no_such_instance]
@@ -42,7 +42,12 @@ defmodule StarweaveImage.ArgumentsTest do
     model: [:path],
     instance: [:atom],
     wait: [],
-    index: []
+    index: [],
+    # A function of one argument: String.length/1.
+    progress: [:function],
+    interpreter: [nil, :text, :path],
+    image_data: [:empty, :text, :path, :bytes],
+    to_path: [:empty, :text, :path, :bytes, :charlist, :list, :improper, :keywords, :pairs]
   ]
 
   defp table do
@@ -97,7 +102,10 @@ defmodule StarweaveImage.ArgumentsTest do
       {:resume_sidecar, nil, :options, &StarweaveImage.resume_sidecar(1, &1)},
       {:remove_sidecar, :index, :index, &StarweaveImage.remove_sidecar(&1, @nowhere)},
       {:remove_sidecar, nil, :options, &StarweaveImage.remove_sidecar(1, &1)},
-      {:setup, nil, :options, &StarweaveImage.setup/1}
+      {:setup, nil, :options, &StarweaveImage.setup/1},
+      {:setup, :progress, :progress, &StarweaveImage.setup(progress: &1 || 1, check: false)},
+      {:doctor, nil, :options, &Environment.doctor/1},
+      {:doctor, :python, :interpreter, &Environment.doctor(python: &1)}
     ]
   end
 
@@ -106,6 +114,10 @@ defmodule StarweaveImage.ArgumentsTest do
     [
       {:child_spec, ~r/options/, :keywords, &StarweaveImage.child_spec/1},
       {:start_link, ~r/options/, :keywords, &StarweaveImage.start_link/1},
+      {:save, ~r/image must be/, :image, &Image.save(&1, "apple.png")},
+      {:save, ~r/image must be/, :image_data, &Image.save(struct(Image, data: &1), "apple.png")},
+      {:save, ~r/path must be/, :to_path, &Image.save(struct(Image, data: "file"), &1)},
+      {:to_data_uri, ~r/image must be/, :image, &Image.to_data_uri/1},
       {:generate!, ~r/prompt/, :prompt, &StarweaveImage.generate!(&1, @nowhere)},
       {:generate!, ~r/options/, :options, &StarweaveImage.generate!("a", &1)},
       {:status, ~r/instance/, :instance, &StarweaveImage.status/1},
@@ -152,6 +164,15 @@ defmodule StarweaveImage.ArgumentsTest do
     covered = for {function, _, _, _} <- table() ++ raising(), do: function
     public = Keyword.keys(StarweaveImage.__info__(:functions))
     assert Enum.uniq(public) -- covered == [:stream]
+
+    for {name, value} <- wrong(:interpreter),
+        do:
+          assert(
+            {^name, {:error, "python must be" <> _}} = {name, Environment.python(python: value)}
+          )
+
+    for {name, value} <- wrong(:options),
+        do: assert({^name, {:error, "options must be" <> _}} = {name, Environment.python(value)})
   end
 
   test "what a wrong value was is told, a long one by its size alone" do
