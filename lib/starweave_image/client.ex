@@ -32,7 +32,7 @@ defmodule StarweaveImage.Client do
   use GenServer
   require Logger
 
-  alias StarweaveImage.{Error, Image, Options, Request}
+  alias StarweaveImage.{Error, Image, Keeper, Options, Request}
 
   # What a caller of this interface gets who names no model, and the other model that its server offered. Both have
   # gone from the hub, so they must be answered for where nobody has a copy.
@@ -132,7 +132,14 @@ defmodule StarweaveImage.Client do
     {own, instance} = own(opts)
     # What is wrong is said where it was written, as an instance does.
     _ = StarweaveImage.Supervisor.config([name: own.instance] ++ instance)
-    GenServer.start_link(__MODULE__, {own, instance}, name: own.name)
+    client = [__MODULE__, {own, instance}, [name: own.name]]
+
+    # However often the client's process ends, the host's supervisor has nothing to restart.
+    Keeper.start_link(
+      name: Module.concat(own.name, "Keeper"),
+      child: {GenServer, :start_link, client},
+      names: [own.name]
+    )
   end
 
   defp own(opts) do
@@ -274,7 +281,8 @@ defmodule StarweaveImage.Client do
   end
 
   defp start_instance(instance, opts) do
-    case StarweaveImage.start_link([name: instance] ++ opts) do
+    # It makes room for one that the host starts itself, in whatever order.
+    case StarweaveImage.Supervisor.start_link([name: instance] ++ opts, yields?: true) do
       {:ok, pid} -> {:ok, %{owned: pid}}
       {:error, {:already_started, _pid}} -> {:ok, %{owned: nil}}
       {:error, reason} -> {:stop, reason}
@@ -282,6 +290,9 @@ defmodule StarweaveImage.Client do
   end
 
   @impl true
+  def handle_info({:EXIT, pid, {:shutdown, :yielded}}, %{owned: pid} = state),
+    do: {:noreply, %{state | owned: nil}}
+
   def handle_info({:EXIT, pid, reason}, %{owned: pid} = state),
     do: {:stop, reason, %{state | owned: nil}}
 

@@ -20,6 +20,8 @@ defmodule StarweaveImage.Fleet do
       :heartbeat,
       :error,
       role: :active,
+      # Owner processes that another one has taken the place of, and that may not have ended yet.
+      former: [],
       draining?: false,
       stopping?: false,
       generation: 0,

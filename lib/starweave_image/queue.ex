@@ -657,15 +657,19 @@ defmodule StarweaveImage.Queue do
       %{pid: ^pid} ->
         seat(state, index, generation: generation)
 
-      %{pid: nil, role: role} ->
-        # It was started with the role of its predecessor's first day.
-        Sidecar.set_role(pid, role)
-        seat(state, index, pid: pid, monitor: Process.monitor(pid), generation: generation)
-
-      # The new owner may be heard before the end of the old one is.
-      _other ->
-        state |> sidecar_gone(index) |> known_sidecar(index, pid, generation)
+      seat ->
+        # The new owner may be heard before the end of the old one is, which may still have something to say.
+        if pid in seat.former, do: nil, else: new_sidecar(state, seat, pid, generation)
     end
+  end
+
+  defp new_sidecar(state, %{index: index} = seat, pid, generation) do
+    former = Enum.filter([seat.pid | seat.former], &(&1 && Process.alive?(&1)))
+    state = sidecar_gone(state, index)
+    # It was started with the role of its predecessor's first day.
+    Sidecar.set_role(pid, Fleet.get(state.fleet, index).role)
+    monitor = Process.monitor(pid)
+    seat(state, index, pid: pid, monitor: monitor, generation: generation, former: former)
   end
 
   defp sidecar_gone(state, index) do

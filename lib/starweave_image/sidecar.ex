@@ -25,6 +25,7 @@ defmodule StarweaveImage.Sidecar do
   @stable_ms 30_000
   # A tick that comes later than this says that this process, and maybe all of the machine, stood still.
   @late_ms 1_000
+  @log_over SidecarLog.over()
 
   defstruct [
     :config,
@@ -61,15 +62,6 @@ defmodule StarweaveImage.Sidecar do
 
   @typedoc "A standby has everything imported and nothing loaded, until its queue makes it active."
   @type role :: :active | :standby
-
-  def child_spec({index, config, role}) do
-    %{
-      id: {__MODULE__, index},
-      start: {__MODULE__, :start_link, [{index, config, role}]},
-      # Longer than everything that `terminate/2` may wait for.
-      shutdown: config[:shutdown_grace] + 7_000
-    }
-  end
 
   def start_link({_index, _config, _role} = start), do: GenServer.start_link(__MODULE__, start)
 
@@ -136,7 +128,7 @@ defmodule StarweaveImage.Sidecar do
 
   # What Python and its libraries print would fail from now on, in the middle of a request.
   def handle_info({:EXIT, reader, reason}, %{log: %{reader: reader}, condemned: nil} = state)
-      when reason != :normal,
+      when reason != @log_over,
       do: {:noreply, fail(state, "the reader of its log has ended")}
 
   def handle_info(:tick, state) do

@@ -19,6 +19,12 @@ defmodule StarweaveImage.SidecarLog do
   @lines_per_second 500
   @accept_ms 50
   @longest_line 65_536
+  # Its owner can tell from it any other end.
+  @over {:shutdown, :nobody_writes}
+
+  @doc "The reason of a reader that ends because nobody can write to it any more."
+  @spec over() :: term
+  def over, do: @over
 
   @doc "Listens at `socket`, which the sidecar connects to; it is gone once that has happened."
   @spec start_link(atom, non_neg_integer) :: {:ok, t} | {:error, String.t()}
@@ -108,10 +114,10 @@ defmodule StarweaveImage.SidecarLog do
   end
 
   def handle_info({:tcp_closed, socket}, %{socket: socket} = state),
-    do: {:stop, :normal, tell_dropped(state)}
+    do: {:stop, @over, tell_dropped(state)}
 
   def handle_info({:tcp_error, socket, _reason}, %{socket: socket} = state),
-    do: {:stop, :normal, tell_dropped(state)}
+    do: {:stop, @over, tell_dropped(state)}
 
   # Of the owner, while nobody has connected; whoever has connected is read to the end.
   def handle_info({:EXIT, pid, _reason}, %{socket: nil} = state) when is_pid(pid),
@@ -122,7 +128,7 @@ defmodule StarweaveImage.SidecarLog do
   @impl true
   def handle_cast(:stop, %{socket: nil} = state) do
     # It may have connected, and ended, since we last looked.
-    with {:error, :timeout} <- accept(state), do: {:stop, :normal, state}
+    with {:error, :timeout} <- accept(state), do: {:stop, @over, state}
   end
 
   def handle_cast(:stop, state), do: {:noreply, state}
@@ -139,7 +145,7 @@ defmodule StarweaveImage.SidecarLog do
         {:error, :timeout}
 
       {:error, _closed} ->
-        {:stop, :normal, state}
+        {:stop, @over, state}
     end
   end
 

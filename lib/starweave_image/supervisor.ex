@@ -2,18 +2,25 @@ defmodule StarweaveImage.Supervisor do
   @moduledoc false
   # One running instance:
   #
-  #     StarweaveImage.Supervisor (rest_for_one)
-  #     ├── StarweaveImage.Journal, where there is one
-  #     ├── StarweaveImage.Queue, registered as the instance's name
-  #     └── sidecar supervisor (one_for_one)
-  #         └── StarweaveImage.Sidecar × sidecars ── log reader ═ port ═ Python
+  #     StarweaveImage.Keeper, which the host's supervisor sees
+  #     └── StarweaveImage.Supervisor (rest_for_one)
+  #         ├── StarweaveImage.Journal, where there is one
+  #         ├── StarweaveImage.Queue, registered as the instance's name
+  #         └── sidecar supervisor (one_for_one)
+  #             └── StarweaveImage.Keeper × sidecars
+  #                 └── StarweaveImage.Sidecar ── log reader ═ port ═ Python
+  #
+  # Keepers wait between restarts and never give up; supervisors restart at once, and give up only where that does not help.
   #
   # The queue comes before the sidecars and outlives them: it owns what must survive. If it dies itself, nobody
   # knows what the sidecars work on, so they are started anew behind it, and what is durable is read from the journal.
 
   use Supervisor
 
-  alias StarweaveImage.{Journal, Options, Queue, Sidecar}
+  # Whoever kills our processes by hand, or a script, stays below it; what cannot work goes over it at once.
+  @restarts [max_restarts: 50, max_seconds: 5]
+
+  alias StarweaveImage.{Journal, Keeper, Options, Queue, Sidecar}
 
   @doc false
   def models(models) when is_list(models) do
@@ -215,10 +222,24 @@ defmodule StarweaveImage.Supervisor do
     end
   end
 
-  @spec start_link(keyword) :: Supervisor.on_start()
-  def start_link(opts) do
+  @doc "Starts an instance; with `yields?: true` one that ends as soon as somebody else starts one of its name."
+  @spec start_link(keyword, [{:yields?, boolean}]) :: Supervisor.on_start()
+  def start_link(opts, how \\ []) do
     config = config(opts)
-    Supervisor.start_link(__MODULE__, config, name: Module.concat(config[:name], "Supervisor"))
+
+    [keeper, own, sidecars] =
+      for name <- ~w(Keeper Supervisor Sidecars), do: Module.concat(config[:name], name)
+
+    journal = Queue.journal(config)
+
+    Keeper.start_link(
+      [
+        name: keeper,
+        child: {Supervisor, :start_link, [__MODULE__, config, [name: own]]},
+        type: :supervisor,
+        names: [own, sidecars, config[:name] | List.wrap(journal)]
+      ] ++ how
+    )
   end
 
   @doc "Every option of an instance, given, configured or default. What is wrong is a mistake in the program, and raised."
@@ -264,11 +285,14 @@ defmodule StarweaveImage.Supervisor do
             type: :supervisor,
             start:
               {Supervisor, :start_link,
-               [sidecars, [strategy: :one_for_one, name: sidecars_name(config[:name])]]}
+               [
+                 sidecars,
+                 [strategy: :one_for_one, name: sidecars_name(config[:name])] ++ @restarts
+               ]}
           }
         ]
 
-    Supervisor.init(children, strategy: :rest_for_one)
+    Supervisor.init(children, [strategy: :rest_for_one] ++ @restarts)
   end
 
   # The sidecars of the configuration, and behind them the spares of each kind.
@@ -285,8 +309,21 @@ defmodule StarweaveImage.Supervisor do
         do: %{index: index, kind: kind, role: role}
   end
 
-  defp sidecar_child(config, index, kind, role),
-    do: {Sidecar, {index, Keyword.merge(config, kind), role}}
+  defp sidecar_child(config, index, kind, role) do
+    sidecar = {index, Keyword.merge(config, kind), role}
+
+    kept = [
+      child: {Sidecar, :start_link, [sidecar]},
+      # Longer than everything that its `terminate/2` may wait for.
+      shutdown: config[:shutdown_grace] + 7_000
+    ]
+
+    %{
+      id: {Sidecar, index},
+      type: :supervisor,
+      start: {Keeper, :start_link, [kept]}
+    }
+  end
 
   defp sidecars_name(name), do: Module.concat(name, "Sidecars")
 
@@ -294,8 +331,7 @@ defmodule StarweaveImage.Supervisor do
   # Called by whoever asks for it, not by the queue, which must not wait for a process to end.
   @spec add_sidecar(atom, pos_integer, keyword) :: :ok | {:error, term}
   def add_sidecar(name, index, config) do
-    child = Supervisor.child_spec({Sidecar, {index, config, :active}}, [])
-
+    child = sidecar_child(config, index, [], :active)
     with {:ok, _pid} <- with_sidecars(name, &Supervisor.start_child(&1, child)), do: :ok
   end
 

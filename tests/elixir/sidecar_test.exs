@@ -528,7 +528,7 @@ defmodule StarweaveImage.SidecarTest do
           send(owner, :end)
           :ok = :gen_tcp.send(socket, "the line after\nthe last words\n")
           :ok = :gen_tcp.close(socket)
-          assert_receive {:DOWN, ^reader, _, _, :normal}, 10_000
+          assert_receive {:DOWN, ^reader, _, _, {:shutdown, _}}, 10_000
         end)
 
       for words <- [

@@ -67,7 +67,8 @@ defmodule StarweaveImage.TestInstance do
       |> Supervisor.which_children()
       |> List.keyfind!(:sidecars, 0)
 
-    [{_, owner, _, _}] = Supervisor.which_children(supervisor)
+    [{_, keeper, _, _}] = Supervisor.which_children(supervisor)
+    [{_, owner, _, _}] = Supervisor.which_children(keeper)
     owner
   end
 

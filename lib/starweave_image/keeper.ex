@@ -1,0 +1,169 @@
+defmodule StarweaveImage.Keeper do
+  @moduledoc false
+  # A supervisor of one child that never gives up. However often the child ends, and for whatever reason, it is started
+  # again: at once where it had been well, and else after a pause that grows. A `Supervisor` counts restarts and then ends
+  # itself, and its own supervisor next; so a fault of ours, or somebody who kills our processes, would end the host.
+  #
+  # Some processes of a former life may still be about to end when the next one begins: their supervisor was killed, and
+  # they take their time. So before each start this one waits until nobody has any of the `names` of that life, and
+  # meanwhile it is up for its own supervisor, which has others to care for.
+
+  use GenServer
+  require Logger
+
+  alias StarweaveImage.Backoff
+
+  # A child that lived for so long was well.
+  @stable_ms 5_000
+  @pauses {100, 30_000}
+  # For a name that is taken while we look.
+  @look_again_ms 50
+
+  @enforce_keys [:child, :name, :names, :type, :shutdown]
+  defstruct @enforce_keys ++ [:pid, :awaited, :started_at, failures: 0]
+
+  @type option ::
+          {:child, {module, atom, [term]}}
+          | {:type, :supervisor | :worker}
+          | {:shutdown, timeout}
+          | {:name, atom}
+          | {:names, [atom]}
+          | {:yields?, boolean}
+
+  @doc """
+  Starts `:child`, a function that links what it starts, and keeps it up.
+
+  With `:name` there is one keeper of that name: a second one is refused with `:already_started`, unless the first is about
+  to end, or was started with `yields?: true` and so makes room. `:shutdown` is how long the child may take to end.
+  """
+  @spec start_link([option]) :: GenServer.on_start()
+  def start_link(opts) do
+    with :ok <- claim(opts[:name]), do: GenServer.start_link(__MODULE__, {self(), opts})
+  end
+
+  # A keeper whose parent has ended ends too. It is not asked, since it may be busy with just that.
+  defp claim(name) do
+    with pid when pid != nil <- name && Process.whereis(name),
+         {:dictionary, dictionary} <- Process.info(pid, :dictionary),
+         {_, {parent, yields?}} <- List.keyfind(dictionary, __MODULE__, 0),
+         true <- Process.alive?(parent) do
+      if yields?, do: GenServer.cast(pid, :yield), else: {:error, {:already_started, pid}}
+    else
+      _free_or_soon_so -> :ok
+    end
+  end
+
+  @impl true
+  def init({parent, opts}) do
+    Process.flag(:trap_exit, true)
+    Process.put(__MODULE__, {parent, Keyword.get(opts, :yields?, false)})
+
+    {:ok,
+     begin(%__MODULE__{
+       child: Keyword.fetch!(opts, :child),
+       type: Keyword.get(opts, :type, :worker),
+       shutdown: Keyword.get(opts, :shutdown, :infinity),
+       name: opts[:name],
+       names: Keyword.get(opts, :names, [])
+     })}
+  end
+
+  @impl true
+  def handle_info({:EXIT, pid, reason}, %{pid: pid} = state) do
+    well? = now() - state.started_at >= @stable_ms
+    failures = if well?, do: 0, else: state.failures + 1
+    {:noreply, again(%{state | pid: nil, failures: failures}, reason)}
+  end
+
+  def handle_info({:DOWN, monitor, :process, _pid, _reason}, %{awaited: monitor} = state),
+    do: {:noreply, begin(%{state | awaited: nil})}
+
+  def handle_info(:begin, %{pid: nil, awaited: nil} = state), do: {:noreply, begin(state)}
+  def handle_info(_message, state), do: {:noreply, state}
+
+  @impl true
+  def handle_cast(:yield, state), do: {:stop, {:shutdown, :yielded}, state}
+
+  # What a supervisor is asked by tools.
+  @impl true
+  def handle_call(:which_children, _from, state) do
+    {module, _function, _arguments} = state.child
+    {:reply, [{:kept, state.pid || :restarting, state.type, [module]}], state}
+  end
+
+  def handle_call(:count_children, _from, state) do
+    supervisors = if state.type == :supervisor, do: 1, else: 0
+    active = if state.pid, do: 1, else: 0
+
+    {:reply, [specs: 1, active: active, supervisors: supervisors, workers: 1 - supervisors],
+     state}
+  end
+
+  @impl true
+  def terminate(_reason, %{pid: nil}), do: :ok
+
+  def terminate(_reason, %{pid: pid} = state) do
+    monitor = Process.monitor(pid)
+    Process.exit(pid, :shutdown)
+
+    receive do
+      {:DOWN, ^monitor, _, _, _} -> :ok
+    after
+      state.shutdown ->
+        Process.exit(pid, :kill)
+        receive do: ({:DOWN, ^monitor, _, _, _} -> :ok)
+    end
+  end
+
+  defp begin(state) do
+    case holder([state.name | state.names]) do
+      nil ->
+        if named?(state.name), do: start(state), else: soon(state, @look_again_ms)
+
+      pid ->
+        %{state | awaited: Process.monitor(pid)}
+    end
+  end
+
+  defp holder(names) do
+    Enum.find_value(names, fn name ->
+      pid = name && Process.whereis(name)
+      if pid != self(), do: pid
+    end)
+  end
+
+  defp named?(nil), do: true
+
+  defp named?(name) do
+    Process.whereis(name) == self() or Process.register(self(), name)
+  rescue
+    # Somebody else was quicker.
+    ArgumentError -> false
+  end
+
+  defp start(%{child: {module, function, arguments}} = state) do
+    case apply(module, function, arguments) do
+      {:ok, pid} -> %{state | pid: pid, started_at: now()}
+      {:error, reason} -> again(%{state | failures: state.failures + 1}, reason)
+    end
+  end
+
+  defp again(state, reason) do
+    pause = Backoff.pause(state.failures, @pauses)
+
+    # More may hold what users asked for.
+    why = if is_atom(reason), do: inspect(reason), else: "a fault that the log has"
+    Logger.warning("#{describe(state)} ended (#{why}); next start in #{pause} ms")
+    soon(state, pause)
+  end
+
+  defp soon(state, ms) do
+    Process.send_after(self(), :begin, ms)
+    state
+  end
+
+  defp describe(%{names: [name | _]}), do: inspect(name)
+  defp describe(%{child: {module, _, _}}), do: inspect(module)
+
+  defp now, do: System.monotonic_time(:millisecond)
+end
