@@ -24,13 +24,13 @@ defmodule StarweaveImage.Request do
     style: {{:text, 0, 256}, nil, "Added to the prompt after a comma."},
     image:
       {:image, nil,
-       "Image to start from, as a file's bytes: up to 4096 pixels a side, turned upright, what is transparent in it white."},
+       "Image to start from, as a file's bytes: up to 4096 pixels a side, of several pictures the first; turned upright, its colours as sRGB, what is transparent in it white."},
     strength:
       {{:number, 0, 1}, nil,
        "How far `:image` may be left, 1 being anywhere; 0.8 unless given. That share of the steps is made, at least one."},
     mask:
       {:image, nil,
-       "Where `:image` may change (white) and where it stays (black, transparent), as a file's bytes, of the same size in pixels."},
+       "Where `:image` may change (white) and where it stays (black, transparent), as a file's bytes, of the same size in pixels. Where all that is to be seen is black, the opaque may change."},
     variation_strength:
       {{:number, 0, 1}, nil,
        "How far image k goes from the picture of `:seed` towards that of `:variation_seed` + k, without `:image`: 0 is the one and 1 the other."},

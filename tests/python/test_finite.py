@@ -11,7 +11,7 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
-from engines import Bench
+from engines import Bench, difference
 from PIL import Image
 from starweave_image import finite, loading, wire
 
@@ -181,6 +181,37 @@ def test_a_scheduler_that_spoils_its_step_is_told_by_the_next_network(
         assert message.startswith(f"what the scheduler made of the denoiser's answers, before {before} (")
     spoil_at = -1
     assert isinstance(shared.generate(scheduler="euler", **SMALL), wire.Done)
+
+
+@pytest.mark.parametrize("reproducible", [True, False])
+def test_a_decoder_that_leaves_the_range_of_half_precision_is_asked_in_single(
+    bench: Callable[..., Bench], reproducible: bool
+) -> None:
+    def loud(pipeline: Any) -> None:
+        # Far over what float16 holds once they are added up; a normalization behind it takes that back.
+        pipeline.vae.decoder.conv_in.weight.data.sign_().mul_(60_000)
+        pipeline.vae.half()
+
+    def wide(pipeline: Any) -> None:
+        loud(pipeline)
+        pipeline.vae.float()
+
+    fields = SMALL | {"reproducible": reproducible}
+    done, expected = bench(wide, dtype="float32").done(**fields)
+    assert done.notices == []
+    narrow = bench(loud, dtype="float32")
+    for _ in range(2):
+        done, files = narrow.done(**fields)
+        assert done.notices == ["Decoded in float32, because the picture left the range of float16."]
+        assert difference(files, expected) <= 1
+
+    # What no format holds is told as before.
+    def damaged(pipeline: Any) -> None:
+        loud(pipeline)
+        pipeline.vae.decoder.conv_out.bias.data.fill_(NAN)
+
+    message = refused(bench(damaged, dtype="float32").generate(**fields))
+    assert message.startswith("the answer of vae (Auto") and "numbers in float16" in message
 
 
 def test_what_is_finite() -> None:

@@ -35,6 +35,7 @@ _REMEMBERED_BYTES = 64 * 1024 * 1024
 _REMEMBERED_ANSWERS = 256
 _IN_HALVES = "Drawn in smaller passes, because memory was short: it took longer, and may differ by rounding."
 _IN_TILES = "Drawn in tiles, because memory was short: slight differences are possible."
+_WIDENED = "Decoded in float32, because the picture left the range of float16."
 # As port.INTERNAL: docs/protocol.md, exit codes.
 _BROKEN = 70
 
@@ -50,6 +51,7 @@ class Network:
         self.kind = type(module).__name__
         self.is_autoencoder = hasattr(module, "encode") and hasattr(module, "decode")
         self.memory = Memory(_REMEMBERED_BYTES, _REMEMBERED_ANSWERS) if remembers else None
+        self._wide: Any = None
 
     def tiled(self) -> Callable[..., Any] | None:
         """Its decoder, working tile by tile: less memory, and seams that hardly show. None for what has no such way."""
@@ -61,6 +63,19 @@ class Network:
         except NotImplementedError:
             return None
         decode: Callable[..., Any] = twin.decode
+        return decode
+
+    def widened(self) -> Callable[..., Any] | None:
+        """Its decoder in float32, by a copy that is made once. None for what has that range already, or whose weights come
+        and go."""
+        if self.module.dtype != torch.float16 or hasattr(self.module, "_hf_hook"):
+            return None
+        if self._wide is None:
+            self._wide = copy.deepcopy(self.module).to(torch.float32)
+
+        def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return self._wide.decode(latents.to(torch.float32), *args, **kwargs)
+
         return decode
 
 
@@ -339,6 +354,8 @@ class Executor:
         """Run the tickets in one pass, or as memory and their errors allow; each gets its result or its own error."""
         error = self._attempt(tickets)
         if error is None:
+            error = self._widen(tickets[0])
+        if error is None:
             return
         if is_device_lost(error):
             # Each next call would fail as this one did, where a new process can do them all.
@@ -375,6 +392,28 @@ class Executor:
                 return
         self._release()
         first.error = error
+
+    def _widen(self, ticket: _Ticket) -> Exception | None:
+        """Decode once more in float32 what has left the range of float16. Each time anew: what a picture looks like must not
+        depend on those before it."""
+        network = ticket.network
+        if not isinstance(ticket.error, ImageError) or not network.is_autoencoder:
+            return None
+        if ticket.run != network.module.decode or not finite.is_finite(ticket.args):
+            return None
+        try:
+            decode = network.widened()
+        except Exception as failure:
+            return failure
+        if decode is None:
+            return None
+        unsound, ticket.run, ticket.error = ticket.error, decode, None
+        error = self._attempt([ticket])
+        if error is None and ticket.error is None:
+            ticket.member.notices.append(_WIDENED)
+        elif ticket.error is not None:
+            ticket.error = unsound
+        return error
 
     def _compute_by_halves(self, ticket: _Ticket) -> None:
         whole = ticket.stackable

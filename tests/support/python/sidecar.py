@@ -90,7 +90,7 @@ class Sidecar:
         self._from = -1
 
     def output_is_full(self):
-        """Whether what it wrote and nobody has read is more than half of what the pipe holds in bytes: pages are not all full."""
+        """Whether what it wrote and nobody has read is more than half of what the pipe holds: pages are not all full."""
         unread = struct.unpack("i", fcntl.ioctl(self._from, termios.FIONREAD, b"\0" * 4))[0]
         return unread > 0.5 * fcntl.fcntl(self._from, fcntl.F_GETPIPE_SZ)
 
