@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -106,7 +106,7 @@ class Studio:
 
     def __init__(self, icons: Icons, things: Sequence[Thing]) -> None:
         self.icons, self.things = icons, things
-        self._body = lru_cache(4096)(self._find_body)
+        self.body = lru_cache(4096)(self._find_body)
         self.any = Choice(things)
         self.countable = Choice(t for t in things if countable(t.names[0]))
         # Where things stand on the ground or on one another, what is itself a place or weather looks odd.
@@ -132,7 +132,7 @@ class Studio:
     def colourable(self, thing: Thing, style: str) -> bool:
         """Whether enough of the thing is of one colour for it to be called by another."""
         key = thing.key(style)
-        return not thing.person and key is not None and self._body(style, key).share > 0.34
+        return not thing.person and key is not None and self.body(style, key).share > 0.34
 
     def cutout(self, subject: Subject, style: str, rng: random.Random) -> Pixels:
         """RGBA (EDGE, EDGE, 4) of the subject."""
@@ -141,13 +141,12 @@ class Studio:
         key = subject.thing.key(style)
         assert key is not None
         icon = np.asarray(self.icons[style, key])
-        return recolour(icon, self._body(style, key), subject.colour) if subject.colour else icon
+        return recolour(icon, self.body(style, key), subject.colour) if subject.colour else icon
 
-    def pick_style(self, rng: random.Random, things: Sequence[Thing]) -> str | None:
-        """A style that all `things` have; None where there is none."""
-        wanted = [PLAIN if rng.random() < 0.72 else "flat"]
-        wanted.append("flat" if wanted[0] == PLAIN else PLAIN)
-        return next((s for s in wanted if all(t.key(s) for t in things)), None)
+    def alone(self, rng: random.Random, thing: Thing, caption: str) -> Sample:
+        """The thing in its own colour on white, with a caption that is given."""
+        sample = _alone(self, rng, Subject(thing.names[0], thing, ""), PLAIN, "", "one", "medium")
+        return replace(sample, caption=caption)
 
     def pick(
         self,
@@ -241,13 +240,13 @@ class _Stage:
         return box
 
 
-_SOFT: Colour = (196, 204, 212)
+SOFT: Colour = (196, 204, 212)
 
 
 def _ground_colour(background: str, subjects: Sequence[Subject]) -> Colour:
     if background:
         return COLOURS[background]
-    return _SOFT if any(s.colour == "white" for s in subjects) else (255, 255, 255)
+    return SOFT if any(s.colour == "white" for s in subjects) else (255, 255, 255)
 
 
 _SIZES: Mapping[str, tuple[float, float]] = {
@@ -278,9 +277,15 @@ def shape(studio: Studio, rng: random.Random, pairs: bool = False) -> Sample:
 
 
 def _alone(
-    studio: Studio, rng: random.Random, subject: Subject, style: str, background: str, kind: str
+    studio: Studio,
+    rng: random.Random,
+    subject: Subject,
+    style: str,
+    background: str,
+    kind: str,
+    size: str = "",
 ) -> Sample:
-    size = rng.choices(tuple(_SIZES), (0.06, 0.12, 0.7, 0.12))[0]
+    size = size or rng.choices(tuple(_SIZES), (0.06, 0.12, 0.7, 0.12))[0]
     if kind == "shape" and size == "medium":
         longest = rng.uniform(66, 84)
     else:
