@@ -520,7 +520,8 @@ defmodule StarweaveImage do
   What the instance is doing. Answers within milliseconds, whatever runs.
 
   `state` is one of `:starting :loading :ready :busy :stalled :down :disabled`; `error` says in one
-  sentence why a sidecar is down; `sidecars` and `queue` give the numbers. `queue.estimated_start_ms` is when a request that
+  sentence why a sidecar is down; `journal` is nil without one, and else says whether it is `usable?` and with which `error` it
+  is not; `sidecars` and `queue` give the numbers. `queue.estimated_start_ms` is when a request that
   comes now would go, by what was measured, and nil while nothing is up; `queue.next` has the ids, places and estimates of the first 20 that wait.
 
       %{state: :ready, error: nil, sidecars: [%{device: "cpu"}], queue: %{queued: 0, running: 0}} =

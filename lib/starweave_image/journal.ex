@@ -22,6 +22,8 @@ defmodule StarweaveImage.Journal do
   # So many records that nobody can use are named one by one in the log.
   @named 20
   @retry_ms 1_000
+  # How soon it is seen that somebody has removed the folder while nothing was to be written.
+  @watch_ms 10_000
 
   defstruct [
     :folder,
@@ -31,8 +33,9 @@ defmodule StarweaveImage.Journal do
     :file,
     :problem,
     :timer,
+    :lock,
+    :user,
     open?: false,
-    locked?: false,
     size: 0,
     index: %{},
     kept: [],
@@ -62,7 +65,8 @@ defmodule StarweaveImage.Journal do
   @doc """
   What the journal knows: the unfinished in the order of their acceptance, the finished in that of their end.
 
-  After an error the caller is told by `{:journal, :open, :ok}` when the folder can be used, to ask again.
+  After an error the caller is told by `{:journal, :open, :ok}` when the folder can be used, to ask again. The last one who
+  asked is told by `{:journal, :health, nil | sentence}` whenever it can be used no more, or again.
   """
   @spec recover(GenServer.server()) ::
           %{unfinished: [unfinished], finished: [finished], damaged: non_neg_integer}
@@ -151,6 +155,7 @@ defmodule StarweaveImage.Journal do
       compact_at: compact_above
     }
 
+    Process.send_after(self(), :watch, @watch_ms)
     {:ok, state, {:continue, :open}}
   end
 
@@ -170,10 +175,18 @@ defmodule StarweaveImage.Journal do
   @impl true
   def handle_info(:timeout, state), do: state |> commit() |> noreply()
   def handle_info(:open, state), do: %{state | timer: nil} |> try_open() |> noreply()
+
+  def handle_info(:watch, state) do
+    Process.send_after(self(), :watch, @watch_ms)
+    state |> try_open() |> noreply()
+  end
+
   def handle_info(_message, state), do: noreply(state)
 
   @impl true
   def handle_call(request, {pid, _}, state) do
+    state = if request == :recover, do: %{state | user: pid}, else: state
+
     case state |> commit() |> usable() do
       {:ok, state} ->
         {answer, state} = answer(request, state)
@@ -335,7 +348,7 @@ defmodule StarweaveImage.Journal do
 
     {result, state} =
       case write(state.file, state.size, group.bytes) do
-        :ok -> {:ok, appended(state, group)}
+        :ok -> appended(state, group, batch)
         {:error, reason} -> {{:error, reason}, not_appended(state, batch, reason)}
       end
 
@@ -400,23 +413,34 @@ defmodule StarweaveImage.Journal do
     with :ok <- :file.pwrite(file, offset, bytes), do: :file.datasync(file)
   end
 
-  defp appended(state, %{bytes: []}), do: state
+  defp appended(state, %{bytes: []}, _batch), do: {:ok, state}
 
-  defp appended(state, group) do
-    if state.problem, do: Logger.info("the journal in #{state.folder} works again")
-    %{state | index: group.index, size: group.size, unlogged: [], problem: nil}
+  # Written it is; but where somebody has removed the file meanwhile, nobody would find it.
+  defp appended(state, group, batch) do
+    case usable(%{state | index: group.index, size: group.size}) do
+      {:ok, written} ->
+        {:ok, healthy(%{written | unlogged: []})}
+
+      {:error, reason, unplaced} ->
+        _ = if unplaced.file, do: set_size(unplaced.file, state.size)
+        kept = Map.take(state, [:index, :size, :unlogged])
+        {{:error, reason}, unwritten(Map.merge(unplaced, kept), batch)}
+    end
   end
 
-  # What is forgotten is so all the same, and logged with the next group: its files make room for that.
   defp not_appended(state, batch, reason) do
-    forgotten = for {_pid, {:forget, id}} <- batch, is_map_key(state.index, id), do: id
-    index = Map.drop(state.index, forgotten)
-    unlogged = Enum.uniq(state.unlogged ++ forgotten)
     :file.close(state.file)
-    state = trouble(%{state | file: nil, index: index, unlogged: unlogged}, reason)
+    state = trouble(unwritten(%{state | file: nil}, batch), reason)
 
     # Which cuts off what was written of the group.
     try_open(state)
+  end
+
+  # What is forgotten is so all the same, and logged with the next group: its files make room for that.
+  defp unwritten(state, batch) do
+    forgotten = for {_pid, {:forget, id}} <- batch, is_map_key(state.index, id), do: id
+    unlogged = Enum.uniq(state.unlogged ++ forgotten)
+    %{state | index: Map.drop(state.index, forgotten), unlogged: unlogged}
   end
 
   # Those of them that no result has any more.
@@ -441,8 +465,7 @@ defmodule StarweaveImage.Journal do
   end
 
   defp usable(%{file: nil} = state) do
-    with :ok <- Folder.create(state.folder),
-         {:ok, state} <- locked(state),
+    with {:ok, state} <- held(state),
          {:ok, state} <- with_file(state) do
       # Closed again if its new name could not be made durable.
       usable(state)
@@ -452,18 +475,79 @@ defmodule StarweaveImage.Journal do
     end
   end
 
-  defp usable(state), do: {:ok, state}
-
-  # Once for ever: another one may use the folder only when this process is gone.
-  defp locked(%{locked?: true} = state), do: {:ok, state}
-
-  defp locked(state) do
-    with :ok <- Lock.take(state.folder), do: {:ok, %{state | locked?: true}}
+  # The file is open; but somebody may have removed the folder, or put another one in its place. Then the folder is made
+  # anew, and what was acknowledged is written there: it is all in the file, whose bytes stay until it is closed.
+  defp usable(state) do
+    if locked?(state) and place_of_file(state) == :here do
+      {:ok, state}
+    else
+      with {:ok, state} <- held(state),
+           {:ok, state} <- placed(state, place_of_file(state)) do
+        usable(healthy(state))
+      else
+        {:error, reason} -> closed(state, reason)
+        {:error, reason, state} -> closed(state, reason)
+      end
+    end
   end
+
+  # Another one may use the folder only when this process is gone.
+  defp held(state) do
+    with :ok <- Folder.create(state.folder),
+         {:ok, was_open?} <- Folder.close(state.folder) do
+      if was_open?,
+        do:
+          Logger.warning(
+            "others could look into #{state.folder}; the journal there is for its owner alone now"
+          )
+
+      if locked?(state) do
+        {:ok, state}
+      else
+        with {:ok, lock} <- Lock.take(state.folder), do: {:ok, %{state | lock: lock}}
+      end
+    end
+  end
+
+  defp locked?(%{lock: nil}), do: false
+  defp locked?(state), do: match?({:ok, _}, File.lstat(path(state, state.lock)))
+
+  # Whether who opens the journal by its name finds the file that is written to.
+  defp place_of_file(state) do
+    with {:ok, info} <- :file.read_file_info(state.file),
+         {:ok, there} <- File.stat(path(state, "journal")) do
+      ours = File.Stat.from_record(info)
+
+      cond do
+        {ours.inode, ours.major_device} != {there.inode, there.major_device} -> :another
+        ours.size == state.size -> :here
+        true -> :changed
+      end
+    else
+      {:error, :enoent} -> :nowhere
+      error -> error
+    end
+  end
+
+  defp placed(state, :here), do: {:ok, state}
+  defp placed(_state, :another), do: {:error, :replaced}
+
+  defp placed(state, :changed) do
+    Logger.error("somebody else has written to the journal in #{state.folder}, or cut it")
+    load(state, state.file)
+  end
+
+  defp placed(state, :nowhere) do
+    Logger.error("somebody has removed the journal in #{state.folder}: it is written there anew")
+    write_anew(state)
+  end
+
+  defp placed(_state, error), do: error
 
   defp with_file(state) do
     # Not with :append: a group is written at its own place, over what may be left of one that failed.
     with {:ok, file} <- :file.open(path(state, "journal"), [:read, :write, :raw, :binary]),
+         _ = File.chmod(path(state, "journal"), 0o600),
          {:error, reason} <- if(state.open?, do: reopen(state, file), else: load(state, file)) do
       :file.close(file)
       {:error, reason, state}
@@ -482,11 +566,24 @@ defmodule StarweaveImage.Journal do
   defp trouble(state, reason) do
     sentence = sentence(reason)
 
-    if state.problem != sentence,
-      do: Logger.error("the journal in #{state.folder} cannot be used: #{sentence}")
+    if state.problem != sentence do
+      Logger.error("the journal in #{state.folder} cannot be used: #{sentence}")
+      tell_health(state, sentence)
+    end
 
     %{state | problem: sentence}
   end
+
+  defp healthy(%{problem: nil} = state), do: state
+
+  defp healthy(state) do
+    Logger.info("the journal in #{state.folder} can be used now")
+    tell_health(state, nil)
+    %{state | problem: nil}
+  end
+
+  defp tell_health(state, problem),
+    do: state.user && send(state.user, {:journal, :health, problem})
 
   defp load(state, file) do
     _ = File.rm(path(state, "journal.new"))
@@ -505,9 +602,8 @@ defmodule StarweaveImage.Journal do
         "the last #{torn} bytes of the journal in #{state.folder} were never written to their end"
 
       if torn > 0, do: Logger.info(cut)
-      if state.problem, do: Logger.info("the journal in #{state.folder} can be used now")
       for pid <- state.refused, do: send(pid, {:journal, :open, :ok})
-      state = %{state | open?: true, problem: nil, refused: []}
+      state = healthy(%{state | open?: true, refused: []})
       tell_newer(state)
       bad = damaged + length(rejected)
       if bad > 0, do: report(state, bad, 0)
@@ -607,7 +703,7 @@ defmodule StarweaveImage.Journal do
     for %{record: kind, id: id, reason: reason, place: {offset, _size}} <-
           Enum.take(rejected, @named) do
       Logger.error(
-        "not used from the journal: #{kind || "a record"} of #{id || "no readable id"} at byte #{offset}: #{reason}"
+        "not used from the journal in #{state.folder}: #{kind || "a record"} of #{id || "no readable id"} at byte #{offset}: #{reason}"
       )
     end
   end
@@ -714,31 +810,38 @@ defmodule StarweaveImage.Journal do
 
   # Beside the old one, which is whole until the new one has taken its name.
   defp rewrite(state) do
+    case write_anew(state) do
+      {:ok, state} -> state
+      {:error, reason} -> not_rewritten(state, reason)
+    end
+  end
+
+  defp write_anew(state) do
     new = path(state, "journal.new")
     _ = File.rm(new)
 
-    with {:ok, file} <- :file.open(new, [:read, :write, :raw, :binary]) do
+    with {:ok, file} <- :file.open(new, [:read, :write, :exclusive, :raw, :binary]),
+         _ = File.chmod(new, 0o600) do
       with {:ok, read, size} <- copy(state, file),
            :ok <- :file.datasync(file),
            :ok <- File.rename(new, path(state, "journal")) do
         :file.close(state.file)
 
-        renamed(%{
-          state
-          | file: file,
-            index: read.index,
-            kept: read.kept ++ places_of(read.rejected),
-            size: size,
-            compact_at: max(state.compact_above, 2 * size)
-        })
+        {:ok,
+         renamed(%{
+           state
+           | file: file,
+             index: read.index,
+             kept: read.kept ++ places_of(read.rejected),
+             size: size,
+             compact_at: max(state.compact_above, 2 * size)
+         })}
       else
         {:error, reason} ->
           :file.close(file)
           _ = File.rm(new)
-          not_rewritten(state, reason)
+          {:error, reason}
       end
-    else
-      {:error, reason} -> not_rewritten(state, reason)
     end
   end
 
@@ -810,6 +913,15 @@ defmodule StarweaveImage.Journal do
 
   # For a person, without a path.
   defp sentence(:held), do: "another instance uses its folder"
+
+  defp sentence(:replaced),
+    do: "another journal is in the place of its own, which only a new start may use"
+
+  defp sentence(:not_ours), do: "others can look into its folder, which belongs to another user"
+
+  defp sentence(:shared),
+    do: "others can look into its folder, which holds more than a journal: give it one of its own"
+
   defp sentence(:unknown), do: "it is not in the journal"
   defp sentence(:damaged), do: "its record is damaged"
   defp sentence(:too_large), do: "it is larger than 64 MiB"

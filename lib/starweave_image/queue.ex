@@ -27,6 +27,7 @@ defmodule StarweaveImage.Queue do
   defstruct [
     :config,
     :journal,
+    :journal_problem,
     :schedule,
     :fleet,
     :rates,
@@ -250,6 +251,9 @@ defmodule StarweaveImage.Queue do
   end
 
   def handle_info({:journal, :open, :ok}, state), do: {:noreply, state |> recover() |> dispatch()}
+
+  def handle_info({:journal, :health, problem}, state),
+    do: {:noreply, %{state | journal_problem: problem}}
 
   def handle_info({:journal, {operation, id}, answer}, state),
     do: {:noreply, state |> journaled(operation, id, answer) |> dispatch()}
@@ -479,12 +483,13 @@ defmodule StarweaveImage.Queue do
   defp recover(state) do
     case Journal.recover(state.journal) do
       %{unfinished: unfinished, finished: finished} ->
+        state = %{state | journal_problem: nil}
         state = Enum.reduce(finished, state, &recover_finished(&2, &1))
         Enum.reduce(unfinished, state, &recover_unfinished(&2, &1))
 
       # It has said why, and will say when it can be asked again.
-      {:error, _why} ->
-        state
+      {:error, why} ->
+        %{state | journal_problem: why}
     end
   end
 
@@ -1312,6 +1317,8 @@ defmodule StarweaveImage.Queue do
       error: Fleet.error(state.fleet),
       default_model: state.config[:default_model],
       sidecars: Fleet.statuses(state.fleet, taken),
+      journal:
+        state.journal && %{usable?: state.journal_problem == nil, error: state.journal_problem},
       queue: Schedule.status(state.schedule)
     }
   end

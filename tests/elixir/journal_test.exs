@@ -613,6 +613,7 @@ defmodule StarweaveImage.JournalTest do
 
     test "is tried again by itself", %{folder: folder} do
       File.mkdir_p!(log_file(folder))
+      File.chmod!(folder, 0o700)
       journal = open(folder)
       assert {:error, "illegal operation on a directory"} = Journal.recover(journal)
       File.rmdir!(log_file(folder))
@@ -817,7 +818,7 @@ defmodule StarweaveImage.JournalTest do
 
         take = fn ->
           await(fn ->
-            with :ok <- Lock.take(folder) do
+            with {:ok, _name} <- Lock.take(folder) do
               :counters.add(holders, 1, 1)
               # It holds for a moment, before its end frees it.
               for _ <- 1..200 do

@@ -1,6 +1,8 @@
 defmodule StarweaveImage.Journal.Folder do
   @moduledoc false
 
+  import Bitwise
+
   # The folder of a journal and the image files in it, each named by the SHA-256 of its content:
   # blobs/ab/abcdef…. What these functions say is done is done for the disk too, names included.
 
@@ -21,6 +23,47 @@ defmodule StarweaveImage.Journal.Folder do
 
       error ->
         error
+    end
+  end
+
+  @doc """
+  Sees to it that a folder is for this user alone, and with it the files of a journal in it; says whether it was not.
+
+  It may not be ours to close: another user's, or one that holds more than a journal.
+  """
+  @spec close(Path.t()) ::
+          {:ok, was_open? :: boolean} | {:error, :not_ours | :shared | File.posix()}
+  def close(folder) do
+    with {:ok, %{mode: mode}} when (mode &&& 0o077) != 0 <- File.stat(folder),
+         :ok <- ours(folder, mode),
+         :ok <- closed(File.chmod(folder, 0o700)) do
+      Enum.each(list(folder), &close_entry/1)
+      {:ok, true}
+    else
+      {:ok, _closed} -> {:ok, false}
+      error -> error
+    end
+  end
+
+  defp ours(folder, mode) do
+    journal? = File.regular?(Path.join(folder, "journal")) and (mode &&& 0o1000) == 0
+    if journal? or list(folder) == [], do: :ok, else: {:error, :shared}
+  end
+
+  defp closed({:error, :eperm}), do: {:error, :not_ours}
+  defp closed(result), do: result
+
+  defp close_entry(path) do
+    case File.lstat(path) do
+      {:ok, %{type: :regular}} ->
+        File.chmod(path, 0o600)
+
+      {:ok, %{type: :directory}} ->
+        _ = File.chmod(path, 0o700)
+        Enum.each(list(path), &close_entry/1)
+
+      _other ->
+        :ok
     end
   end
 
@@ -56,9 +99,13 @@ defmodule StarweaveImage.Journal.Folder do
     path = path(folder, blob)
     part = path <> ".part"
 
+    # Left by one who was killed.
+    _ = File.rm(part)
+
     # Also where it is already: that one may have been damaged since.
     with :ok <- create(Path.dirname(path)),
-         :ok <- File.write(part, data, [:sync]),
+         {:ok, file} <- create_file(part),
+         :ok <- fill(file, data),
          :ok <- File.rename(part, path),
          :ok <- sync(Path.dirname(path)) do
       {:ok, blob}
@@ -69,9 +116,19 @@ defmodule StarweaveImage.Journal.Folder do
     end
   end
 
+  defp fill(file, data) do
+    result = with :ok <- :file.write(file, data), do: :file.sync(file)
+    closed = :file.close(file)
+    if result == :ok, do: closed, else: result
+  end
+
   @spec read_blob(Path.t(), String.t()) :: {:ok, binary} | :damaged | {:error, File.posix()}
   def read_blob(folder, blob) do
-    case File.read(path(folder, blob)) do
+    path = path(folder, blob)
+
+    # What is no file could keep its reader for ever.
+    case with {:ok, %{type: :regular}} <- File.stat(path), do: File.read(path) do
+      {:ok, %File.Stat{}} -> :damaged
       {:ok, data} -> if sha256(data) == blob, do: {:ok, data}, else: :damaged
       {:error, reason} when reason in [:enoent, :enotdir, :eisdir, :eio] -> :damaged
       error -> error

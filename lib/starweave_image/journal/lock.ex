@@ -12,8 +12,8 @@ defmodule StarweaveImage.Journal.Lock do
   @connect_ms 1_000
   @tries 5
 
-  @doc "Holds the folder until the calling process ends."
-  @spec take(Path.t()) :: :ok | {:error, :held | File.posix()}
+  @doc "Holds the folder until the calling process ends, for as long as what has this name is in it."
+  @spec take(Path.t()) :: {:ok, name :: String.t()} | {:error, :held | File.posix()}
   def take(folder), do: take(folder, @tries)
 
   defp take(folder, tries) do
@@ -57,7 +57,7 @@ defmodule StarweaveImage.Journal.Lock do
            false <- Enum.any?(others, &(Path.extname(&1) == ".lock" and held?(&1))) do
         # Of those that were killed before they had another name.
         for path <- others, Path.extname(path) == ".new", do: held?(path)
-        :ok
+        {:ok, Path.basename(lock)}
       else
         refusal ->
           :gen_tcp.close(socket)
