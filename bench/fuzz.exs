@@ -40,7 +40,10 @@ defmodule Fuzz do
           <<_size::32, body::binary>> when body != "" <- [Base.decode16!(hex, case: :lower)],
           do: body
 
-    values = for %{"value" => value} <- frames, do: Contract.expand(value)
+    values =
+      for %{"value" => value, "hex" => hex} when is_binary(hex) <- frames,
+          do: Contract.expand(value)
+
     golden = %{bodies: List.to_tuple(bodies), values: List.to_tuple(values)}
 
     # The first frames load the modules: their atoms are not the bytes' doing.

@@ -76,8 +76,8 @@ class Frames:
         self.rng = random.Random(seed)
         golden = load("frames.jsonl")
         # Those that are long by many equal values would make a run one of minutes a frame.
-        short = (case["hex"] for case in golden if isinstance(case["hex"], str))
-        self._golden = [body for hex in short if (body := bytes.fromhex(hex)[4:])]
+        golden = [case for case in golden if isinstance(case["hex"], str)]
+        self._golden = [body for case in golden if (body := bytes.fromhex(case["hex"])[4:])]
         self._values = [value for case in golden if (value := expand(case.get("value")))]
 
     def body(self) -> bytes:

@@ -10,7 +10,7 @@ defmodule StarweaveImage.Sidecar do
   use GenServer
   require Logger
 
-  alias StarweaveImage.{Backoff, Environment, SidecarLog, Telemetry, Wire}
+  alias StarweaveImage.{Answers, Backoff, Environment, SidecarLog, Telemetry, Wire}
   alias StarweaveImage.Sidecar.{Health, Python}
 
   @tick_ms 250
@@ -54,7 +54,7 @@ defmodule StarweaveImage.Sidecar do
     failed_starts: 0,
     buffer: nil,
     outbox: :queue.new(),
-    images: %{},
+    answers: nil,
     asked: %{},
     # Those among them that were told to stop.
     told_to_stop: %{}
@@ -227,7 +227,7 @@ defmodule StarweaveImage.Sidecar do
         phase: if(state.phase == :down, do: :down, else: :starting),
         buffer: Wire.new(),
         outbox: :queue.new(),
-        images: %{},
+        answers: Answers.new(),
         asked: %{},
         told_to_stop: %{}
     }
@@ -404,63 +404,48 @@ defmodule StarweaveImage.Sidecar do
     state
   end
 
-  defp receive_message(%{generation: g} = state, %{t: :image, g: g} = part),
-    do: receive_image(state, part)
-
-  defp receive_message(%{generation: g} = state, %{t: :error, g: g} = error) do
-    tell(state, {:message, error})
-    state = answered(state, error.id)
-    if error.kind == "model_load_failed", do: ask_for_models(state), else: state
-  end
-
-  defp receive_message(%{generation: g} = state, %{t: :done, g: g} = done) do
-    tell(state, {:message, done})
-    answered(state, done.id)
-  end
-
   defp receive_message(%{generation: g} = state, %{t: type, g: g} = message)
-       when type in [:accepted, :progress, :preview, :models] do
-    tell(state, {:message, message})
+       when type in [:accepted, :progress, :preview, :image, :done, :error, :models, :stats] do
+    case Answers.heard(state.answers, message) do
+      {:tell, message, answers} ->
+        tell(state, {:message, message})
+        answered(%{state | answers: answers}, message)
+
+      {:keep, answers} ->
+        %{state | answers: answers}
+
+      :of_nobody ->
+        stray(state, message)
+
+      {:error, reason} ->
+        fail(state, reason)
+    end
+  end
+
+  defp receive_message(state, message), do: stray(state, message)
+
+  defp stray(state, %{t: :error, terminal: false} = error) do
+    Logger.warning("#{label(state)}: #{error.message}", request_id: error.id)
     state
   end
 
-  defp receive_message(state, message) do
+  defp stray(state, message) do
     Logger.debug("#{label(state)}: dropped #{inspect(message.t)}")
     state
   end
 
-  defp receive_image(state, %{id: id, index: index, offset: offset} = part) do
-    key = {id, index}
-    {parts, have} = Map.get(state.images, key, {[], 0})
-    have_now = have + byte_size(part.data)
-
-    cond do
-      offset != have or part.data == "" or have_now > part.size ->
-        fail(state, "it sent the parts of an image out of order")
-
-      have_now < part.size ->
-        put_in(state.images[key], {[part.data | parts], have_now})
-
-      true ->
-        data = [part.data | parts] |> Enum.reverse() |> IO.iodata_to_binary()
-
-        if Base.encode16(:crypto.hash(:sha256, data), case: :lower) == part.sha256 do
-          tell(state, {:message, %{part | data: data}})
-          %{state | images: Map.delete(state.images, key)}
-        else
-          fail(state, "it sent an image that does not match its checksum")
-        end
-    end
-  end
-
   # A process may be alive and well and yet not know of a request: it reads nothing, or forgot it. So
   # what it was asked must be in its heartbeats, from soon after until it is answered.
-  defp ask(state, %{t: "generate", id: id}), do: put_in(state.asked[id], awake(state))
-
   defp ask(%{asked: asked} = state, %{t: "cancel", id: id}) when is_map_key(asked, id),
     do: %{state | told_to_stop: Map.put_new(state.told_to_stop, id, awake(state))}
 
-  defp ask(state, _message), do: state
+  defp ask(state, message) do
+    state = %{state | answers: Answers.asked(state.answers, message)}
+
+    if message.t in [:generate, "generate"],
+      do: put_in(state.asked[message.id], awake(state)),
+      else: state
+  end
 
   defp listed(state) do
     now = awake(state)
@@ -468,13 +453,24 @@ defmodule StarweaveImage.Sidecar do
     %{state | asked: Map.merge(state.asked, Map.new(listed))}
   end
 
-  defp answered(state, id) do
-    images = state.images |> Enum.reject(&match?({{^id, _}, _}, &1)) |> Map.new()
-    told_to_stop = Map.delete(state.told_to_stop, id)
-    %{state | images: images, asked: Map.delete(state.asked, id), told_to_stop: told_to_stop}
+  defp answered(state, %{t: type, id: id} = message) when type in [:done, :error] do
+    state = %{
+      state
+      | asked: Map.delete(state.asked, id),
+        told_to_stop: Map.delete(state.told_to_stop, id)
+    }
+
+    if message[:kind] == "model_load_failed", do: ask_for_models(state), else: state
   end
 
-  defp ask_for_models(state), do: push(state, %{t: "models", g: state.generation, id: "models"})
+  defp answered(state, _message), do: state
+
+  # By a name that no request has.
+  defp ask_for_models(state) do
+    id = "models:" <> Base.encode16(:crypto.strong_rand_bytes(12), case: :lower)
+    message = %{t: "models", g: state.generation, id: id}
+    state |> ask(message) |> push(message)
+  end
 
   ## Health
 

@@ -6,6 +6,9 @@ defmodule StarweaveImage.Wire do
 
   @version 1
   @max_frame 33_554_432
+  @max_part 4_194_304
+  # A picture of 4096 pixels a side in PNG, and room for its text.
+  @max_image 134_217_728
 
   # What the sidecar may say. A field is `{type, :required}` or has a default; keys not named here
   # are dropped, so that nothing from outside becomes an atom or reaches the rest of the code.
@@ -86,37 +89,37 @@ defmodule StarweaveImage.Wire do
        steps: :uint,
        guidance_scale: :number,
        scheduler: {:maybe, :str},
-       seeds: {:list, :uint},
+       seeds: {:list, :seed},
        format: {:one_of, ~w(png jpeg webp)a}},
     "progress" =>
       {:progress,
        id: :str,
        phase: {:one_of, ~w(loading denoising decoding encoding)a},
-       image: :uint,
+       image: :index,
        step: :uint,
        steps: :uint,
        elapsed_ms: :uint},
     "preview" =>
       {:preview,
        id: :str,
-       image: :uint,
+       image: :index,
        step: :uint,
        format: {:one_of, ~w(png jpeg webp)a},
        width: :uint,
        height: :uint,
-       data: :str},
+       data: {:bytes, @max_part}},
     "image" =>
       {:image,
        id: :str,
-       index: :uint,
-       seed: :uint,
+       index: :index,
+       seed: :seed,
        format: {:one_of, ~w(png jpeg webp)a},
        width: :uint,
        height: :uint,
-       sha256: :str,
-       size: :uint,
-       offset: :uint,
-       data: :str},
+       sha256: :sha256,
+       size: {:int, 1, @max_image},
+       offset: {:int, 0, @max_image - 1},
+       data: {:bytes, @max_part}},
     "done" =>
       {:done,
        id: :str,
@@ -130,7 +133,8 @@ defmodule StarweaveImage.Wire do
        kind: :str,
        message: :str,
        field: {:maybe, :str},
-       retryable: {:maybe, :bool}},
+       retryable: {:maybe, :bool},
+       terminal: {:maybe, :bool}},
     "models" => {:models, id: :str, models: {:list, {:record, @card}}},
     "stats" => {:stats, [{:id, :str} | @status]},
     "heartbeat" => {:heartbeat, [{:seq, :uint} | @status]},
@@ -138,7 +142,7 @@ defmodule StarweaveImage.Wire do
       {:log, level: {:one_of, ~w(debug info warning error)a}, message: :str, id: {:maybe, :str}}
   }
 
-  @type buffer :: {[binary], non_neg_integer}
+  @type buffer :: {[binary], held :: non_neg_integer, wanted :: non_neg_integer}
   @type message :: %{
           required(:t) => atom,
           required(:g) => non_neg_integer,
@@ -158,7 +162,7 @@ defmodule StarweaveImage.Wire do
   end
 
   @spec new() :: buffer
-  def new, do: {[], 0}
+  def new, do: {[], 0, 0}
 
   @doc """
   Takes the bytes that came and gives the bodies of the frames that are whole now.
@@ -166,29 +170,12 @@ defmodule StarweaveImage.Wire do
   A length of 0 or above 32 MiB is an error before anything of it is kept: framing is lost then.
   """
   @spec feed(buffer, binary) :: {:ok, [binary], buffer} | {:error, String.t()}
-  def feed({[part], held}, bytes) when held < 4, do: feed(new(), part <> bytes)
+  # Chunks of a large frame are only joined when it is whole: joining at each would be quadratic.
+  def feed({chunks, held, wanted}, bytes) when held + byte_size(bytes) < wanted,
+    do: {:ok, [], {[bytes | chunks], held + byte_size(bytes), wanted}}
 
-  def feed({chunks, held}, bytes) do
-    # Chunks of a large frame are only joined when it is whole: joining at each would be quadratic.
-    case {[bytes | chunks], held + byte_size(bytes)} do
-      {chunks, size} when size < 4 ->
-        {:ok, [], {chunks, size}}
-
-      {chunks, size} ->
-        case wanted(chunks) do
-          wanted when wanted > 0 and wanted <= @max_frame and size < wanted + 4 ->
-            {:ok, [], {chunks, size}}
-
-          _ ->
-            chunks |> Enum.reverse() |> IO.iodata_to_binary() |> cut([])
-        end
-    end
-  end
-
-  defp wanted(chunks) do
-    <<size::32, _::binary>> = List.last(chunks)
-    size
-  end
+  def feed({chunks, _held, _wanted}, bytes),
+    do: [bytes | chunks] |> Enum.reverse() |> IO.iodata_to_binary() |> cut([])
 
   defp cut(<<size::32, _::binary>>, _bodies) when size == 0 or size > @max_frame,
     do: {:error, "a frame of #{size} bytes"}
@@ -197,7 +184,12 @@ defmodule StarweaveImage.Wire do
     do: cut(rest, [body | bodies])
 
   defp cut(<<>>, bodies), do: {:ok, Enum.reverse(bodies), new()}
-  defp cut(rest, bodies), do: {:ok, Enum.reverse(bodies), {[rest], byte_size(rest)}}
+
+  # The length of a frame as soon as it is there, else that of a length.
+  defp cut(<<size::32, _::binary>> = rest, bodies),
+    do: {:ok, Enum.reverse(bodies), {[rest], byte_size(rest), size + 4}}
+
+  defp cut(rest, bodies), do: {:ok, Enum.reverse(bodies), {[rest], byte_size(rest), 4}}
 
   @doc "One frame's body as a message with atom keys, or why it is none. Unknown types are `:unknown`."
   @spec decode(binary) :: {:ok, message} | {:error, String.t()}
@@ -238,6 +230,20 @@ defmodule StarweaveImage.Wire do
   defp value({:maybe, _type}, nil), do: {:ok, nil}
   defp value({:maybe, type}, value), do: value(type, value)
   defp value(:uint, value) when is_integer(value) and value >= 0, do: {:ok, value}
+
+  defp value({:int, low, high}, value) when is_integer(value) and value in low..high,
+    do: {:ok, value}
+
+  # Of an image among those of a request.
+  defp value(:index, value), do: value({:int, 0, 15}, value)
+  defp value(:seed, value), do: value({:int, 0, 0x7FFFFFFFFFFFFFFF}, value)
+
+  defp value(:sha256, value) when is_binary(value) and byte_size(value) == 64,
+    do: if(value =~ ~r/\A[0-9a-f]+\z/, do: {:ok, value}, else: :wrong)
+
+  defp value({:bytes, most}, value) when is_binary(value) and byte_size(value) in 1..most//1,
+    do: {:ok, value}
+
   defp value(:number, value) when is_number(value), do: {:ok, value * 1.0}
   defp value(:str, value) when is_binary(value), do: {:ok, value}
   defp value(:bool, value) when is_boolean(value), do: {:ok, value}

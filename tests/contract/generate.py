@@ -513,7 +513,11 @@ OK = "ok"
 
 def golden(name: str, value: dict[str, Json], **sides: Json) -> None:
     """A frame with the message that it means, for the side that is given."""
-    frames.append({"name": name, "hex": frame(pack(expand(value))).hex(), "value": value, **sides})
+    bytes_ = frame(pack(expand(value)))
+    # What is long is one part, many times: here it is zeros.
+    head = bytes_.rstrip(b"\0") if len(bytes_) > 100_000 else bytes_
+    hex = concat(head.hex(), repeat("00", len(bytes_) - len(head))) if len(head) < len(bytes_) else head.hex()
+    frames.append({"name": name, "hex": hex, "value": value, **sides})
 
 
 def to_sidecar(name: str, value: dict[str, Json], expect: Json = OK) -> None:
@@ -687,22 +691,20 @@ to_application(
         "catalog": [CARD, FAILED_CARD, LOADED_CARD],
     },
 )
-to_application(
-    "accepted",
-    {
-        "t": "accepted",
-        "g": 1,
-        "id": "r1",
-        "model": "starweave/tiny",
-        "width": 64,
-        "height": 64,
-        "steps": 20,
-        "guidance_scale": 4.0,
-        "scheduler": "DDIMScheduler",
-        "seeds": [0, 2**63 - 1],
-        "format": "png",
-    },
-)
+ACCEPTED = {
+    "t": "accepted",
+    "g": 1,
+    "id": "r1",
+    "model": "starweave/tiny",
+    "width": 64,
+    "height": 64,
+    "steps": 20,
+    "guidance_scale": 4.0,
+    "scheduler": "DDIMScheduler",
+    "seeds": [0, 2**63 - 1],
+    "format": "png",
+}
+to_application("accepted", ACCEPTED)
 to_application(
     "progress while loading",
     {
@@ -756,7 +758,10 @@ IMAGE = {
     "data": data(PNG_1X1),
 }
 to_application("image", IMAGE)
-to_application("a later part of an image", IMAGE | {"size": 2**32, "offset": 2**32 - 1, "data": data(b"\0")})
+to_application(
+    "the last part of the largest image", IMAGE | {"size": 2**27, "offset": 2**27 - 1, "data": data(b"\0")}
+)
+to_application("the last image of the most", IMAGE | {"index": 15, "seed": 0})
 to_application(
     "done",
     {
@@ -781,8 +786,14 @@ ERROR = {
     "message": "width must be a multiple of 8 from 64 to 4096, got 250",
     "field": "width",
     "retryable": False,
+    "terminal": True,
 }
 to_application("error of a request", ERROR)
+to_application(
+    "error of a message by the id of a request that goes on",
+    ERROR
+    | {"field": "id", "message": "a request or an operation with this id is running", "terminal": False},
+)
 to_application(
     "error of a frame",
     ERROR
@@ -1046,6 +1057,24 @@ for name, value, expect in [
     ("image without data", {key: item for key, item in IMAGE.items() if key != "data"}, "kill"),
     ("image with a list for data", IMAGE | {"data": [1, 2, 3]}, "kill"),
     ("image with a float for its size", IMAGE | {"size": 69.0}, "kill"),
+    ("image without bytes", IMAGE | {"data": data(b"")}, "kill"),
+    ("image with a part over 4 MiB", IMAGE | {"size": 2**23, "data": repeat(data(b"\0"), 2**22 + 1)}, "kill"),
+    ("image of no size", IMAGE | {"size": 0}, "kill"),
+    ("image over 128 MiB", IMAGE | {"size": 2**27 + 1}, "kill"),
+    ("image that begins behind its largest end", IMAGE | {"offset": 2**27}, "kill"),
+    ("image with a negative index", IMAGE | {"index": -1}, "kill"),
+    ("image 16 of at most 16", IMAGE | {"index": 16}, "kill"),
+    ("image with a seed of 2^63", IMAGE | {"seed": 2**63}, "kill"),
+    ("image with a negative seed", IMAGE | {"seed": -1}, "kill"),
+    ("image with a float for its seed", IMAGE | {"seed": 7.0}, "kill"),
+    ("image with a short checksum", IMAGE | {"sha256": "0" * 63}, "kill"),
+    ("image with a checksum in capitals", IMAGE | {"sha256": "A" * 64}, "kill"),
+    ("image with a checksum and a line break", IMAGE | {"sha256": "0" * 63 + "\n"}, "kill"),
+    ("progress of image 16", PROGRESS | {"image": 16}, "kill"),
+    ("accepted with a seed of 2^63", ACCEPTED | {"seeds": [0, 2**63]}, "kill"),
+    ("accepted with a negative seed", ACCEPTED | {"seeds": [-1]}, "kill"),
+    ("accepted with a number for its seeds", ACCEPTED | {"seeds": 7}, "kill"),
+    ("error with a number for terminal", ERROR | {"terminal": 0}, "kill"),
     ("error without a kind", {"t": "error", "g": 1, "id": "r1", "message": "x"}, "kill"),
     ("error with a number for its message", ERROR | {"message": 7}, "kill"),
     (

@@ -48,7 +48,7 @@ defmodule StarweaveImage.ContractTest do
 
     if value = frame["value"] do
       <<_size::32, body::binary>> = bytes
-      assert one_by_one(bytes) == [body]
+      if byte_size(body) < 1_000_000, do: assert(one_by_one(bytes) == [body])
       assert Msgpack.decode(body) == {:ok, Contract.expand(value), ""}
     end
 

@@ -29,7 +29,7 @@ from PIL.Image import Image
 
 from . import __version__, devices, images, log, reading, schedulers, wire
 from .catalog import ModelCard, Settings, State, rendered_size, settle
-from .errors import ImageError, is_device_lost, is_out_of_memory, missing_package
+from .errors import ID_IN_USE, ImageError, is_device_lost, is_out_of_memory, missing_package
 from .integrity import Check
 from .layout import unfit
 from .limits import Limits
@@ -153,7 +153,7 @@ class Engine:
             if refusal is None:
                 self._running[message.id] = request
         if refusal is not None:
-            self._fail(message.id, refusal)
+            self._emit(refusal)
             return
         self._changed()
         threading.Thread(
@@ -176,6 +176,11 @@ class Engine:
 
     def unload_model(self, id: str, model: str) -> None:
         self._operate(id, lambda _: self._loaded_models().unload(self._weights.card(model, fetch=False).id))
+
+    def is_open(self, id: str) -> bool:
+        """Whether a request or an operation of this id runs."""
+        with self._lock:
+            return self._is_open(id)
 
     def models(self) -> list[wire.Card]:
         """All cards, with the state of each; usable without `start`."""
@@ -591,7 +596,7 @@ class Engine:
             if refusal is None:
                 self._operations[id] = request
         if refusal is not None:
-            self._fail(id, refusal)
+            self._emit(refusal)
             return
 
         def run() -> None:
@@ -614,17 +619,18 @@ class Engine:
 
     # The end of a request
 
-    def _refusal(self, id: str, counted: bool = True) -> ImageError | None:
+    def _refusal(self, id: str, counted: bool = True) -> wire.Error | None:
+        if self._is_open(id):
+            return _error(id, ImageError("invalid_request", ID_IN_USE, "id"), terminal=False)
         if self._draining:
-            return ImageError("unavailable", "the image service is shutting down", retryable=True)
-        if id in self._running or id in self._operations:
-            return ImageError("invalid_request", "a request with this id is running", "id")
+            return _error(id, ImageError("unavailable", "the image service is shutting down", retryable=True))
         if counted and len(self._running) >= self._config.capacity:
-            most = self._config.capacity
-            return ImageError(
-                "overloaded", f"{most} requests are running, which is the most at once", retryable=True
-            )
+            message = f"{self._config.capacity} requests are running, which is the most at once"
+            return _error(id, ImageError("overloaded", message, retryable=True))
         return None
+
+    def _is_open(self, id: str) -> bool:
+        return id in self._running or id in self._operations
 
     @contextmanager
     def _answered(self, request: Request) -> Iterator[None]:
@@ -651,21 +657,22 @@ class Engine:
     def _end(self, request: Request, outcome: Outcome, last: wire.Outgoing) -> None:
         """End a request, once. It is off the books *before* its last message, for its reader may send the next one;
         the engine counts as settled only *after* it, for whoever drains ends the process then."""
-        with self._lock:
-            if request.ended:
-                return
-            request.ended = True
-            if self._running.pop(request.id, None) is not None:
-                setattr(self._counters, outcome, getattr(self._counters, outcome) + 1)
-            self._operations.pop(request.id, None)
-            self._ending += 1
-        self._changed()
-        try:
-            self._emit(last)
-        finally:
+        with request.speaking:
             with self._lock:
-                self._ending -= 1
-                self._idle.notify_all()
+                if request.ended:
+                    return
+                request.ended = True
+                if self._running.pop(request.id, None) is not None:
+                    setattr(self._counters, outcome, getattr(self._counters, outcome) + 1)
+                self._operations.pop(request.id, None)
+                self._ending += 1
+            self._changed()
+            try:
+                self._emit(last)
+            finally:
+                with self._lock:
+                    self._ending -= 1
+                    self._idle.notify_all()
 
     def _settled(self, timeout_s: float) -> bool:
         with self._idle:
@@ -674,16 +681,19 @@ class Engine:
             )
 
     def _send(self, request: Request, message: wire.Outgoing) -> None:
-        if not request.ended and not request.silent:
-            self._emit(message)
-
-    def _fail(self, id: str, error: ImageError) -> None:
-        self._emit(_error(id, error))
+        with request.speaking:
+            if not request.ended and not request.silent:
+                self._emit(message)
 
 
-def _error(id: str, error: ImageError) -> wire.Error:
+def _error(id: str, error: ImageError, terminal: bool = True) -> wire.Error:
     return wire.Error(
-        id=id, kind=error.kind, message=error.message, field=error.field, retryable=error.retryable
+        id=id,
+        kind=error.kind,
+        message=error.message,
+        field=error.field,
+        retryable=error.retryable,
+        terminal=terminal,
     )
 
 

@@ -23,6 +23,9 @@ Kind = Literal[
 ]
 
 
+ID_IN_USE = "a request or an operation with this id is running"
+
+
 class ImageError(Exception):
     """A request, or the sidecar itself, cannot go on.
 

@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING
 
 from . import log, wire
-from .errors import ImageError, missing_package
+from .errors import ID_IN_USE, ImageError, missing_package
 from .heartbeat import Heartbeat
 from .process import FRAMES_IN, FRAMES_OUT
 
@@ -165,6 +165,8 @@ class Port:
         match message:
             case wire.Cancel():
                 engine.cancel(message.id)
+            case wire.Models() | wire.Stats() if engine.is_open(message.id):
+                raise ImageError("invalid_request", ID_IN_USE, "id")
             case wire.Models():
                 self.send(wire.ModelsReply(id=message.id, models=engine.models()))
             case wire.Stats():
@@ -179,9 +181,15 @@ class Port:
                 engine.unload_model(message.id, message.model)
 
     def _refuse(self, id: str | None, error: ImageError) -> None:
+        """Answer a message by an error, which ends nothing that runs by the id of that message."""
         self.send(
             wire.Error(
-                id=id, kind=error.kind, message=error.message, field=error.field, retryable=error.retryable
+                id=id,
+                kind=error.kind,
+                message=error.message,
+                field=error.field,
+                retryable=error.retryable,
+                terminal=id is None or self._engine is None or not self._engine.is_open(id),
             )
         )
 

@@ -22,6 +22,8 @@ class Request:
         self.id = id
         self.silent = silent
         self.ended = False
+        # Held while something is said of it, so that nothing is after its end.
+        self.speaking = threading.RLock()
         self.begun = time.monotonic()
         self._deadline = None if timeout_ms is None else self.begun + timeout_ms / 1000
         self._cancelled: ImageError | None = None

@@ -408,6 +408,8 @@ class Error(Outgoing, tag="error", kw_only=True):
     message: str
     field: str | None = None
     retryable: bool = False
+    # False: what was refused is a message, and whatever runs by its id goes on.
+    terminal: bool = True
 
 
 class ModelsReply(Outgoing, tag="models", kw_only=True):

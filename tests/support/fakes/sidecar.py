@@ -110,7 +110,7 @@ class Sidecar:
             steps=4,
             guidance_scale=1.0,
             scheduler=None,
-            seeds=[request["seed"]],
+            seeds=[request["seed"] + index for index in range(request["num_images"])],
             format=request["format"],
         )
         self.beat()
