@@ -681,6 +681,10 @@ defmodule StarweaveImage do
   The same as `mix image.setup`; see `StarweaveImage.Environment.setup/1` for the options.
 
       $ bin/my_app eval "StarweaveImage.setup()"
+
+      iex> {:error, error} = StarweaveImage.setup(torch: :tpu)
+      iex> error.details.field
+      :torch
   """
   @spec setup(keyword) :: {:ok, map} | {:error, Error.t()}
   defdelegate setup(opts \\ []), to: Environment

@@ -117,10 +117,17 @@ defmodule StarweaveImage.Environment do
 
   #{Options.docs(@schema)}
 
+  Errors: `:invalid_request`, and `:unavailable` with what went wrong: no Python, no network, no room. Then `details` may
+  have `:output`, the last lines, `:log`, the file of the whole output, and `:doctor`.
+
   ## Example
 
       {:ok, report} = StarweaveImage.Environment.setup(torch: :cpu)
       IO.puts(report.doctor)
+
+      iex> {:error, error} = StarweaveImage.Environment.setup(torch: :tpu)
+      iex> error.message
+      "torch must be one of cpu, cuda, rocm, got :tpu"
   """
   @spec setup(keyword) :: {:ok, report} | {:error, Error.t()}
   def setup(opts \\ []) do
