@@ -128,6 +128,10 @@ def bomb() -> bytes:
     return b"MM\0*" + struct.pack(">IH", 8, 65_000) + entry * 65_000 + bytes(1_000_000)
 
 
+def of_palette(colours: bytes, *extra: bytes, after: tuple[bytes, ...] = ()) -> bytes:
+    return png((64, 48), 8, 3, bytes(48 * 65), chunk(b"PLTE", colours), *extra, after=after)
+
+
 def inflating(size: int) -> bytes:
     return zlib.compress(bytes(size), 9)
 
@@ -158,6 +162,15 @@ ODD: dict[str, Callable[[], bytes]] = {
     "an EXIF bomb in a PNG": lambda: with_chunks(saved(plain(), "PNG"), chunk(b"eXIf", bomb())),
     "no end": lambda: saved(plain(), "PNG")[:-12],
     "half a chunk at the end": lambda: saved(plain(), "PNG")[:-12] + chunk(b"tEXt", b"a\0b")[:9],
+    "more colours than a byte can name": lambda: of_palette(bytes(RED) * 300),
+    "two palettes": lambda: of_palette(bytes(RED), chunk(b"PLTE", bytes(3))),
+    "transparency of more colours than there are": lambda: of_palette(
+        bytes(RED), chunk(b"tRNS", b"\xff" * 999)
+    ),
+    "transparency that comes too late": lambda: of_palette(bytes(RED), after=(chunk(b"tRNS", b"\0"),)),
+    "markers that are cut off": lambda: with_segments(
+        saved(plain(), "JPEG"), (0xEE, b"Adobe"), (0xE0, b"JFIF\0")
+    ),
     "EXIF that is none": lambda: with_segments(
         saved(plain(), "JPEG"), (0xE1, b"Exif\0\0MM\0*\xff\xff\xff\xff")
     ),
@@ -226,6 +239,7 @@ def test_damage_is_told() -> None:
         png((8, 8), 5, 0, bytes(99)),
         png((8, 8), 8, 0, bytes(20)),
         png((0, 8), 8, 0, b""),
+        png((1, 1), 8, 3, b"\0\0"),
         saved(plain(), "JPEG")[:2] + b"\xff\xd9",
         b"RIFF\x04\0\0\0WEBP",
         b"GIF89a" + bytes(99),

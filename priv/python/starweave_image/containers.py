@@ -106,6 +106,10 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
     raise Refused(f"must have at most {MAX_PARTS} chunks")
 
 
+def _png_chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
 def _is_critical(name: bytes) -> bool:
     return not name[0] & 0x20
 
@@ -117,29 +121,34 @@ def _read_png(data: bytes) -> Container:
         raise Damaged
     width, height, depth, kind = struct.unpack_from(">IIBB", content)
     _check_size(width, height)
-    kept, facts, pixels = [PNG, whole], dict[bytes, bytes](), False
+    header, pixels, facts = whole, list[bytes](), dict[bytes, bytes]()
     for name, content, whole in chunks:
-        if _is_critical(name):
-            if name not in (b"PLTE", b"IDAT", b"IEND"):
-                raise Damaged
-            pixels = pixels or name == b"IDAT"
-            kept.append(whole)
+        if name == b"IDAT":
+            pixels.append(whole)
+        elif _is_critical(name) and name not in (b"PLTE", b"IEND"):
+            raise Damaged
         elif name == b"acTL" and not pixels and int.from_bytes(content[:4], "big") > 1:
             raise Refused("must be a still picture")
-        elif name == b"tRNS" and kind == _PALETTE:
-            kept.append(whole)
-        else:
+        # Of several the first one counts, and what is to be known for the pixels stands before them.
+        elif not pixels or name not in (b"PLTE", b"tRNS"):
             facts.setdefault(name, content)
+    key, palette = facts.get(b"tRNS"), b""
+    if kind == _PALETTE:
+        if not facts.get(b"PLTE"):
+            raise Damaged
+        # More colours than a byte can name are of no use, and an error to most readers.
+        palette, key = _png_chunk(b"PLTE", facts[b"PLTE"][:768]), None
+        palette += _png_chunk(b"tRNS", facts[b"tRNS"][:256]) if facts.get(b"tRNS") else b""
     gamma, primaries, cicp = (facts.get(name, b"") for name in (b"gAMA", b"cHRM", b"cICP"))
     return Container(
         "PNG",
         width,
         height,
-        b"".join(kept),
+        b"".join([PNG, header, palette, *pixels, _png_chunk(b"IEND", b"")]),
         _orientation(facts.get(b"eXIf", b"")),
         _inflated(facts[b"iCCP"]) if b"iCCP" in facts else None,
         depth=depth,
-        key=facts.get(b"tRNS"),
+        key=key,
         cicp=tuple(cicp) if len(cicp) == 4 else None,
         is_srgb=b"sRGB" in facts,
         gamma=int.from_bytes(gamma, "big") if len(gamma) == 4 else None,
@@ -221,9 +230,9 @@ def _read_jpeg(data: bytes) -> Container:
         elif marker == 0xE2 and parameters.startswith(b"ICC_PROFILE\0"):
             # Its parts are numbered from 1, and each says how many they are.
             profile.setdefault(parameters[12], parameters[13:])
-        # How the channels are to be understood.
-        known = (marker == 0xE0 and parameters.startswith(b"JFIF\0")) or (
-            marker == 0xEE and parameters.startswith(b"Adobe")
+        # How the channels are to be understood; one that is too short would not be.
+        known = (marker == 0xE0 and parameters.startswith(b"JFIF\0") and len(parameters) >= 14) or (
+            marker == 0xEE and parameters.startswith(b"Adobe") and len(parameters) >= 12
         )
         if known or marker in _TABLES or marker in _FRAMES or marker == _SCAN:
             kept += [struct.pack(">BBH", 0xFF, marker, len(parameters) + 2), parameters, scan]
