@@ -36,6 +36,7 @@ defmodule StarweaveImage.Queue do
     monitors: %{},
     serial: 0,
     finished: :gb_sets.new(),
+    readers: %{},
     result_bytes: 0,
     operations: Operations.new(),
     awaiting_start: [],
@@ -267,6 +268,10 @@ defmodule StarweaveImage.Queue do
 
   def handle_info(:tell_positions, state),
     do: {:noreply, tell_positions(%{state | telling_positions?: false})}
+
+  def handle_info({:EXIT, pid, reason}, %{readers: readers} = state)
+      when is_map_key(readers, pid),
+      do: {:noreply, reader_ended(state, pid, reason)}
 
   def handle_info(_message, state), do: {:noreply, state}
 
@@ -1127,9 +1132,26 @@ defmodule StarweaveImage.Queue do
   defp read(state, %{reading?: true} = job), do: put_job(state, job)
 
   defp read(state, %{serial: serial, request: %{id: id}} = job) do
-    {queue, journal} = {self(), state.journal}
-    spawn_link(fn -> send(queue, {:stored, id, serial, Journal.result(journal, id)}) end)
-    put_job(state, %{job | reading?: true})
+    reader = spawn_link(__MODULE__, :read_result, [self(), state.journal, id, serial])
+    put_job(put_in(state.readers[reader], id), %{job | reading?: true})
+  end
+
+  @doc false
+  def read_result(queue, journal, id, serial),
+    do: send(queue, {:stored, id, serial, Journal.result(journal, id)})
+
+  # Also one that was killed, as who waits in code that is loaded anew twice: somebody else reads.
+  defp reader_ended(state, reader, reason) do
+    {id, readers} = Map.pop(state.readers, reader)
+    state = %{state | readers: readers}
+
+    case state.jobs do
+      %{^id => %{reading?: true} = job} when reason != :normal ->
+        read(state, %{job | reading?: false})
+
+      _ ->
+        state
+    end
   end
 
   defp stored(state, job, {:ok, result}), do: told(state, job, result)

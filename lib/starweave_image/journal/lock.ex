@@ -9,6 +9,8 @@ defmodule StarweaveImage.Journal.Lock do
   # for others that listen: of two at the same time at least the later one sees the other and withdraws. So
   # what nobody listens on may be removed by anyone, and no moment is left in which two can hold it.
 
+  alias StarweaveImage.Scratch
+
   @connect_ms 1_000
   @tries 5
 
@@ -32,15 +34,13 @@ defmodule StarweaveImage.Journal.Lock do
   defp with_short_path(folder, fun) when byte_size(folder) <= 80, do: fun.(folder)
 
   defp with_short_path(folder, fun) do
-    name = "starweave_image-#{random()}"
-    link = Path.join(System.tmp_dir() || "/tmp", name)
-    link = if byte_size(link) > 80, do: Path.join("/tmp", name), else: link
+    with {:ok, scratch} <- Scratch.create() do
+      link = Path.join(scratch, "j")
 
-    with :ok <- File.ln_s(folder, link) do
       try do
-        fun.(link)
+        with :ok <- File.ln_s(folder, link), do: fun.(link)
       after
-        File.rm(link)
+        Scratch.remove(scratch)
       end
     end
   end
