@@ -56,8 +56,9 @@ defmodule StarweaveImage.SidecarLog do
 
   defp sentence(reason) do
     why = if is_atom(reason), do: :file.format_error(reason), else: inspect(reason)
+    hint = if reason in [:emfile, :enfile], do: "", else: ": TMPDIR may name another"
 
-    "no socket for the log of Python can be made in the folder for temporary files (#{why}): TMPDIR may name another"
+    "no socket for the log of Python can be made in the folder for temporary files (#{why})#{hint}"
   end
 
   @impl true

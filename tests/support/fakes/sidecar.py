@@ -8,6 +8,7 @@ runs until it is cancelled or until one with the prompt "release" comes; the par
 from __future__ import annotations
 
 import hashlib
+import contextlib
 import os
 import signal
 import socket
@@ -235,6 +236,10 @@ class Sidecar:
             log.connect(path)
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        # As the real one does; the application may be quicker.
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+            os.rmdir(os.path.dirname(path))
 
 
 def card(state: str) -> Message:
