@@ -51,9 +51,16 @@ defmodule StarweaveImage.Scratch do
       for @prefix <> rest <- names,
           folder = Path.join(parent, @prefix <> rest),
           [namespace, pid] <- [rest |> String.split("-") |> hd() |> String.split(".")],
-          (namespace != "0" and namespace == namespace() and not File.dir?("/proc/#{pid}")) or
-            old?(folder),
+          (namespace != "0" and namespace == namespace() and dead?(pid)) or old?(folder),
           do: remove(folder)
+    end
+  end
+
+  # Also one whose end nobody has asked about yet.
+  defp dead?(pid) do
+    case File.read("/proc/#{pid}/stat") do
+      {:ok, stat} -> stat =~ ~r/\) [ZX] /
+      {:error, _} -> true
     end
   end
 
