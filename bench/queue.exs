@@ -43,7 +43,7 @@ push = fn n, schedule ->
   )
 end
 
-limits = [max_queue: 1_000_000, max_queue_bytes: 1_000_000_000, max_attempts: 3]
+limits = [max_queue: 1_000_000, max_queue_bytes: 1_000_000_000]
 full = Enum.reduce(1..requests, Schedule.new(limits), push)
 
 full =

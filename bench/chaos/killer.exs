@@ -8,7 +8,7 @@ defmodule Chaos.Killer do
   @period 12_000
   @clients 8
   @prompt "a red apple in the snow"
-  @opts [steps: 40, width: 64, height: 64, reproducible: true]
+  @opts [steps: 16, width: 64, height: 64, reproducible: true]
 
   def run(%{full?: full?}) do
     requests = if full?, do: 120, else: 40

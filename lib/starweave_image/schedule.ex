@@ -43,7 +43,7 @@ defmodule StarweaveImage.Schedule do
     @moduledoc false
     # A sidecar as seen from here. `open?`: it is ready, active and not draining. `taken`: id → whether
     # that request must be alone. `sick`: deaths that later successes have not made up for. `shared`: how many it took that
-    # need not be alone, since the last one that had to be.
+    # need not be alone, since the last one that had to be; or `:any`, where it owes them no turn.
     defstruct open?: false,
               capacity: 0,
               device: nil,
@@ -387,7 +387,7 @@ defmodule StarweaveImage.Schedule do
 
     free? = fn index, slots ->
       slots.open? and slots.capacity > 0 and not is_map_key(schedule.reserved, index) and
-        not lone?(slots) and (alone? or slots.shared >= slots.capacity)
+        not lone?(slots) and (alone? or slots.shared == :any or slots.shared >= slots.capacity)
     end
 
     with home when home != nil <- best(schedule, entry, free?),

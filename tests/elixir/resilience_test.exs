@@ -175,7 +175,7 @@ defmodule StarweaveImage.ResilienceTest do
       tasks = for seed <- 11..15, do: {seed, Task.async(fn -> ask.(seed) end)}
 
       for {seed, task} <- tasks do
-        case Task.await(task, 60_000) do
+        case Task.await(task, 120_000) do
           {:ok, %Image{data: data}} -> assert data == "unlucky, seed #{seed}" and seed != 13
           {:error, error} -> assert {error.kind, seed} == {:sidecar_crashed, 13}
         end
