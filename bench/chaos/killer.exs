@@ -50,17 +50,27 @@ defmodule Chaos.Killer do
   def kill(instance), do: for(s <- Watch.alive(instance), do: Chaos.signal(s.os_pid, "KILL"))
 
   defp undisturbed(requests) do
-    instance = Chaos.start([])
-    [%{started: started, ready: ready}] = Watch.sidecars(instance)
+    instance = Chaos.start(sidecars: 2)
+
+    starts =
+      for %{ready: ready, started: started} when ready != nil <- Watch.sidecars(instance),
+          do: ready - started
 
     sums =
-      Map.new(1..requests, fn seed ->
-        {:ok, image} = draw(instance, seed)
-        {seed, Chaos.digest(image)}
-      end)
+      1..requests
+      |> Task.async_stream(&undisturbed(instance, &1),
+        max_concurrency: @clients,
+        timeout: :infinity
+      )
+      |> Map.new(fn {:ok, sum} -> sum end)
 
     Chaos.stop(instance)
-    {sums, ready - started}
+    {sums, Enum.max(starts)}
+  end
+
+  defp undisturbed(instance, seed) do
+    {:ok, image} = draw(instance, seed)
+    {seed, Chaos.digest(image)}
   end
 
   defp ask(instance, requests, sums) do

@@ -19,8 +19,11 @@ defmodule StarweaveImage.Sidecar do
   @term_ms 1_500
   # For its log to be read to the end, once nobody is left to write to it.
   @last_words_ms 1_000
-  # After a crash of a sidecar that had worked, so many starts in a row may fail before the accepted requests do.
-  @patience 3
+  # After a crash of a sidecar that had worked, starts in a row may cost so much before the accepted requests fail: what each
+  # one that failed costs, and one that somebody else killed, which says little of whether a start can succeed.
+  @patience 9
+  @failed 3
+  @killed 1
   # A start that reaches `ready` and stays up this long is a good one: the back-off begins anew.
   @stable_ms 30_000
   # A tick that comes later than this says that this process, and maybe all of the machine, stood still.
@@ -48,9 +51,9 @@ defmodule StarweaveImage.Sidecar do
     generation: 0,
     phase: :starting,
     ever_ready: false,
-    # Starts since the last one that reached `ready`; and those that count for the back-off, which a start
+    # What the starts since the last one that reached `ready` cost; and the starts that count for the back-off, which one
     # that is good but short is one of.
-    unready_starts: 0,
+    spent_patience: 0,
     failed_starts: 0,
     buffer: nil,
     outbox: :queue.new(),
@@ -114,7 +117,13 @@ defmodule StarweaveImage.Sidecar do
   end
 
   def handle_info({port, {:exit_status, status}}, %{python: %{port: port}} = state),
-    do: {:noreply, ended(state, state.condemned || state.failure || Python.exit_reason(status))}
+    do:
+      {:noreply,
+       ended(
+         state,
+         state.condemned || state.failure || Python.exit_reason(status),
+         cost(state, status)
+       )}
 
   # Instead of an exit status: the write of what was queued found nobody to read it.
   def handle_info({:EXIT, port, _reason}, %{python: %{port: port}} = state) do
@@ -544,18 +553,24 @@ defmodule StarweaveImage.Sidecar do
     end
   end
 
-  defp ended(state, sentence) do
+  # SIGKILL or SIGTERM, and not by us.
+  defp cost(%{condemned: nil, failure: nil}, status) when status in [128 + 9, 128 + 15],
+    do: @killed
+
+  defp cost(_state, _status), do: @failed
+
+  defp ended(state, sentence, cost \\ @failed) do
     good? = state.ready_at != nil
     failed_starts = if good?, do: state.failed_starts, else: state.failed_starts + 1
     # A first restart after a good start is at once; from then on each one waits longer.
     pause = Backoff.pause(failed_starts, {state.config[:backoff_min], state.config[:backoff_max]})
     failed_starts = if good?, do: failed_starts + 1, else: failed_starts
-    unready_starts = if good?, do: 0, else: state.unready_starts + 1
+    spent_patience = if good?, do: 0, else: state.spent_patience + cost
 
     phase =
       cond do
         good? -> :starting
-        state.ever_ready and unready_starts < @patience and state.phase != :down -> :starting
+        state.ever_ready and spent_patience < @patience and state.phase != :down -> :starting
         true -> :down
       end
 
@@ -567,7 +582,7 @@ defmodule StarweaveImage.Sidecar do
       | phase: phase,
         told: if(good?, do: nil, else: sentence),
         failed_starts: failed_starts,
-        unready_starts: unready_starts
+        spent_patience: spent_patience
     }
 
     tell(state, {:ended, phase, sentence})

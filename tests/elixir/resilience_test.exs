@@ -161,6 +161,29 @@ defmodule StarweaveImage.ResilienceTest do
       end
     end
 
+    test "waits as long as the starts behind it are killed from outside, up to a number" do
+      instance = start_ready("honest", backoff_max: 50)
+      id = hold(instance)
+
+      kill_start = fn killed ->
+        starting? = fn ->
+          match?(%{state: :starting, os_pid: p} when p not in [nil, killed], sidecar(instance, 1))
+        end
+
+        assert await(starting?)
+        pid = sidecar(instance, 1).os_pid
+        signal(pid, "KILL")
+        pid
+      end
+
+      first = sidecar(instance, 1).os_pid
+      signal(first, "KILL")
+      for _ <- 1..6, reduce: first, do: (killed -> kill_start.(killed))
+      assert await(fn -> running_at(instance, id) end)
+      assert {:ok, _} = generate(instance, "release")
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance)
+    end
+
     test "says at its deadline how often its process ended" do
       instance = start_ready("honest")
       id = hold(instance, timeout: 5_000)
