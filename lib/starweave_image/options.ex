@@ -209,6 +209,9 @@ defmodule StarweaveImage.Options do
     end
   end
 
+  defp shown(value) when is_integer(value) and abs(value) > 0xFFFFFFFFFFFFFFFF,
+    do: "an integer of more than 64 bits"
+
   defp shown(value) when is_number(value) or is_atom(value), do: inspect(value)
   defp shown(value) when is_list(value), do: "a list"
   defp shown(%module{}), do: "a #{inspect(module)}"

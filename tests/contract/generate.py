@@ -1017,6 +1017,11 @@ to_sidecar(
     HELLO | {"config": {"preload": ["a"] * 257}},
     refused("invalid_request", "config.preload"),
 )
+to_sidecar(
+    "hello with 1,025 models",
+    HELLO | {"config": {"models": [{"id": "a"}] * 1025}},
+    refused("invalid_request", "config.models"),
+)
 for field, values in {
     "device": ["auto", "cpu", "mps", "xpu", "cuda", "cuda:0"],
     "dtype": ["auto", "float32", "float16"],

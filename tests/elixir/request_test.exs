@@ -122,6 +122,7 @@ defmodule StarweaveImage.RequestTest do
       assert {:error, error} = Request.new("a red apple", [{option, value}])
       assert error.details.field == option
       assert error.message =~ "#{option} must be an integer from 1 to 86400000, got "
+      assert byte_size(error.message) < 120
     end
 
     for value <- [1, true, "urgent", "Normal", [:normal]] do

@@ -145,7 +145,10 @@ class ModelEntry(Struct, kw_only=True):
 
 class Config(Struct, kw_only=True):
     models: Annotated[
-        list[ModelEntry], Meta(description="a list of maps with id, path, revision and fallbacks")
+        list[ModelEntry],
+        Meta(
+            max_length=1024, description="a list of at most 1024 maps with id, path, revision and fallbacks"
+        ),
     ] = []
     default_model: ModelId = "starweave/tiny"
     device: Annotated[

@@ -7,8 +7,8 @@ runs until it is cancelled or until one with the prompt "release" comes; the par
 
 from __future__ import annotations
 
-import hashlib
 import contextlib
+import hashlib
 import os
 import signal
 import socket
