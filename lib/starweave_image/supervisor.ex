@@ -44,6 +44,15 @@ defmodule StarweaveImage.Supervisor do
     do: is_binary(revision) and revision =~ ~r/\A[A-Za-z0-9._\/-]{1,256}\z/
 
   defp model_option?({:fallbacks, ids}), do: match?({:ok, _}, model_ids(ids))
+
+  defp model_option?({:sha256, %{} = pins}) do
+    map_size(pins) <= 4096 and
+      Enum.all?(pins, fn {file, sha256} ->
+        is_binary(file) and String.valid?(file) and is_binary(sha256) and
+          sha256 =~ ~r/\A[0-9a-f]{64}\z/
+      end)
+  end
+
   defp model_option?(_option), do: false
 
   @doc false
@@ -102,9 +111,9 @@ defmodule StarweaveImage.Supervisor do
     enabled: {:boolean, true, "false starts no Python; requests answer `:disabled`."},
     models:
       {{:custom,
-        "a list of model ids and {id, path: …, revision: …, fallbacks: […]}, paths in UTF-8 and revisions of A-Z a-z 0-9 . _ / -",
+        "a list of model ids and {id, path: …, revision: …, sha256: %{…}, fallbacks: […]}, paths in UTF-8, revisions of A-Z a-z 0-9 . _ / - and sha256 of 64 digits 0-9 a-f by file name",
         &__MODULE__.models/1}, [],
-       "What may be loaded beside the catalog's local copies: a hub id may be downloaded on first use, a `:path` is a local folder in diffusers layout. `:fallbacks` are ids of models that may take its place when it cannot be loaded, instead of those in the catalog."},
+       "What may be loaded beside the catalog's local copies: a hub id may be downloaded on first use, a `:path` is a local folder in diffusers layout. `:fallbacks` are ids of models that may take its place when it cannot be loaded, instead of those in the catalog. `:sha256` pins weight files by their names within the model, such as `%{\"unet/diffusion_pytorch_model.safetensors\" => \"…\"}`."},
     default_model: {:model_id, "starweave/tiny", "Used when a request names none."},
     sidecars:
       {{:custom,
@@ -136,6 +145,11 @@ defmodule StarweaveImage.Supervisor do
     ram_budget:
       {{:integer, 0, 1_125_899_906_842_624}, 0,
        "Bytes of main memory for models that had to leave the device: from there they are back in a fraction of a load. Without effect on a CPU."},
+    disk_quota:
+      {{:integer, 0, 1_125_899_906_842_624}, nil,
+       "Bytes that models may take in the cache of the hub: before a download and from time to time the longest unused are deleted, never one that is in use, `:pinned` or the `:default_model`. No bound unless given."},
+    max_models: {{:integer, 1, 10_000}, nil, "How many models may be there, likewise."},
+    cleanup_interval: {{:integer, 1000, @week}, 3_600_000, "ms between two such looks."},
     offload:
       {{:one_of, [:auto, :none, :model, :sequential]}, :auto,
        "Whether a model's weights wait in main memory and visit the device by network or by layer: slower, for models that do not fit. `:auto` looks at what is free."},

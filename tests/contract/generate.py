@@ -634,7 +634,7 @@ to_sidecar(
         "g": 2**63 - 1,
         "config": {
             "models": [
-                {"id": "owner/hub", "revision": "main"},
+                {"id": "owner/hub", "revision": "main", "sha256": {"unet/model.safetensors": "0f" * 32}},
                 {"id": "local", "path": "/models/x", "fallbacks": ["tiny"]},
             ],
             "default_model": "starweave/tiny",
@@ -645,6 +645,9 @@ to_sidecar(
             "pinned": ["owner/hub", "local"],
             "memory_budget": 2**50,
             "ram_budget": 2**33,
+            "disk_quota": 2**40,
+            "max_models": 10_000,
+            "cleanup_interval_ms": 604_800_000,
             "offload": "model",
             "attention": "sliced",
             "vae": "tiled",
@@ -982,6 +985,8 @@ for value, at in [
     ([{"id": "../x"}], "[0].id"),
     ([{"id": "a", "path": 1}], "[0].path"),
     ([{"id": "a", "fallbacks": "tiny"}], "[0].fallbacks"),
+    ([{"id": "a", "sha256": "ab"}], "[0].sha256"),
+    ([{"id": "a", "sha256": {"unet/x.safetensors": "AB" * 32}}], "[0].sha256[...]"),
     ([{"id": "a", "fallbacks": ["../x"]}], "[0].fallbacks[0]"),
 ]:
     to_sidecar(
@@ -998,6 +1003,9 @@ for field, values in {
     "pinned": ["starweave/tiny", 1],
     "memory_budget": [-1, 2**50 + 1, "1GB", 1.5],
     "ram_budget": [-1, 2**50 + 1, "1GB"],
+    "disk_quota": [-1, 2**50 + 1, "40GB", True],
+    "max_models": [0, 10_001, "3"],
+    "cleanup_interval_ms": [999, 604_800_001, 1.5],
     "offload": ["layers", "", True],
     "attention": ["tiled", "", True],
     "vae": ["sliced", "", True],
@@ -1029,6 +1037,9 @@ for field, values in {
     "preload": [[], ["starweave/tiny", "a/b"]],
     "memory_budget": [0, 2**50],
     "ram_budget": [0, 2**50],
+    "disk_quota": [None, 0, 2**50],
+    "max_models": [None, 1],
+    "cleanup_interval_ms": [1000],
     "offload": ["auto", "none", "sequential"],
     "attention": ["auto", "none"],
     "vae": ["auto", "none"],

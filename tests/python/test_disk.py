@@ -18,10 +18,14 @@ from typing import Any
 import checkpoints
 import pytest
 from conftest import Tracked
+from huggingface_hub import constants
 from PIL import Image
 from sidecar import Sidecar
 from stand_in_hub import COMMIT, Hub, Repository, sha256
-from starweave_image import lease
+from starweave_image import disk, lease, wire
+from starweave_image.errors import ImageError
+from starweave_image.hub import File, Plan
+from starweave_image.upkeep import Upkeep
 
 NEXT = "fedcba9876543210fedcba9876543210fedcba98"
 CHUNK = 10 * 1024 * 1024  # The hub's client writes this much at a time.
@@ -139,7 +143,10 @@ def test_nothing_travels_without_consent(hub: Hub, machine: Machine, small: Path
     said = machine.models("pull", "owner/small", code=3)
     assert "licence   picture-licence" in said and "gated     no" in said and "--yes" in said
     assert f"owner/small at revision {COMMIT}" in said and "free" in said
-    assert machine.models("pull", "owner/small", "--dry-run", code=3) in said
+    again = machine.models("pull", "owner/small", "--dry-run", code=3)
+    # What is free moves, whoever else writes to that disk.
+    assert [line for line in again.splitlines() if "free" not in line and line not in said] == []
+    assert "to fetch" in again
     assert hub.weights_asked() == [] and not machine.cache.exists()
 
 
@@ -326,6 +333,78 @@ def test_damage_is_found_and_mended(hub: Hub, pulled: Machine) -> None:
     assert "repaired" in pulled.models("verify", "--repair")
     assert sorted(hub.served) == [UNET, vae]
     assert pulled.models("verify") == f"{name}: intact\n"
+
+
+# Bounds that a sidecar keeps
+
+
+@pytest.fixture
+def here(pulled: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """The cache of the machine is this process's own."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(pulled.cache))
+    for name, used in (("old", 1), ("older", 0), ("newer", 2)):
+        add(pulled, name, used)
+    os.utime(record(pulled, "small"), (3, 3))
+    return pulled
+
+
+def left(machine: Machine) -> set[str]:
+    return {snapshot.repository.removeprefix("owner/") for snapshot in disk.snapshots()}
+
+
+def await_left(machine: Machine, *names: str) -> None:
+    deadline = time.monotonic() + 120
+    while left(machine) != set(names):
+        assert time.monotonic() < deadline, left(machine)
+        time.sleep(0.02)
+
+
+def test_models_are_kept_within_a_quota_and_a_number(here: Machine) -> None:
+    size = disk.snapshots("owner/small")[0].bytes
+    bounded = Upkeep(wire.Config(disk_quota=3 * size, cleanup_interval_ms=1000), ["owner/older"])
+    bounded.begin()
+    await_left(here, "older", "newer", "small")
+    # And again, after a while.
+    add(here, "third", 1)
+    await_left(here, "older", "newer", "small")
+    bounded.end()
+    fewer = Upkeep(wire.Config(max_models=1), ["owner/newer"])
+    fewer.begin()
+    await_left(here, "newer")
+    fewer.end()
+
+
+def test_what_is_in_use_or_pinned_stays_whatever_the_bounds(here: Machine) -> None:
+    with_lease = lease.take(here.snapshot("older"))
+    bounded = Upkeep(wire.Config(disk_quota=0, max_models=1, cleanup_interval_ms=1000), ["owner/old"])
+    bounded.begin()
+    await_left(here, "old", "older")
+    assert with_lease is not None
+    with_lease.release()
+    await_left(here, "old")
+    bounded.end()
+
+
+def planned(name: str, size: int) -> Plan:
+    return Plan(f"owner/{name}", None, NEXT, "unknown", False, (File("model_index.json", size, "ab" * 32),))
+
+
+def test_a_download_makes_room_or_is_refused(here: Machine) -> None:
+    size = disk.snapshots("owner/small")[0].bytes
+    Upkeep(wire.Config(), []).make_room(planned("next", 10**15))
+    assert len(left(here)) == 4
+    Upkeep(wire.Config(disk_quota=4 * size), []).make_room(planned("next", size))
+    assert left(here) == {"old", "newer", "small"}
+    # A new revision of one that is here is no further model, and does not push out the one that it is of.
+    Upkeep(wire.Config(max_models=3), []).make_room(planned("old", size))
+    assert left(here) == {"old", "newer", "small"}
+    keep = ["owner/old", "owner/newer", "owner/small"]
+    with pytest.raises(ImageError, match="and disk_quota leaves") as refused:
+        Upkeep(wire.Config(disk_quota=4 * size - 1), keep).make_room(planned("next", size))
+    assert refused.value.kind == "model_load_failed"
+    with pytest.raises(ImageError, match="there are 3 models already, which is max_models"):
+        Upkeep(wire.Config(max_models=3), keep).make_room(planned("next", size))
+    assert left(here) == {"old", "newer", "small"}
 
 
 # rm and prune

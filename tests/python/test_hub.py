@@ -24,7 +24,7 @@ from engines import Bench
 from starweave_image import wire
 known = json.loads(sys.argv[1])
 entries = [wire.ModelEntry(id=id) for id in known["models"] if known["configured"]]
-bench = Bench(models=entries, offline=known["offline"]).start()
+bench = Bench(models=entries, offline=known["offline"], **known["config"]).start()
 answers = {{}}
 for model in known["models"]:
     end = bench.generate(model=model, steps=1, seed=1)
@@ -56,8 +56,8 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 def client(hub: Hub, tmp_path: Path) -> Any:
     """Asks for one picture of each model; what came of it by model, and the state of each card."""
 
-    def run(*models: str, offline: bool = False, configured: bool = True) -> Any:
-        known = {"models": models, "offline": offline, "configured": configured}
+    def run(*models: str, offline: bool = False, configured: bool = True, **config: Any) -> Any:
+        known = {"models": models, "offline": offline, "configured": configured, "config": config}
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         script = CLIENT.format(package=str(PACKAGE), tests=str(Path(__file__).parent))
         ran = subprocess.run(
@@ -124,3 +124,24 @@ def test_what_the_hub_will_not_give_is_one_clear_sentence(hub: Hub, client: Any)
 def test_a_request_for_what_is_not_configured_asks_the_hub_nothing(hub: Hub, client: Any) -> None:
     answers, _ = client("owner/good", configured=False)
     assert answers["owner/good"][0] == "model_not_found" and hub.asked == []
+
+
+def test_downloads_keep_within_bounds_and_weights_are_compared_with_their_names(
+    hub: Hub, client: Any, tmp_path: Path
+) -> None:
+    hub.repositories["owner/other"] = Repository({COMMIT: checkpoints.stable_diffusion(tmp_path / "other")})
+    answers, _ = client("owner/good", "owner/other", max_models=1, pinned=["owner/good"])
+    assert answers["owner/good"] == [64, COMMIT]
+    assert (
+        answers["owner/other"][0] == "model_load_failed"
+        and "which is max_models" in answers["owner/other"][1]
+    )
+    [blob] = [
+        path.resolve()
+        for path in (tmp_path / "hf/hub").glob("models--owner--good/snapshots/*/unet/*.safetensors")
+    ]
+    blob.write_bytes(blob.read_bytes()[:-8] + bytes(8))
+    answers, states = client("owner/good", offline=True)
+    assert answers["owner/good"][0] == "model_load_failed"
+    assert "its unet/diffusion_pytorch_model.safetensors is damaged" in answers["owner/good"][1]
+    assert states["owner/good"] == "failed"

@@ -22,7 +22,7 @@ INCOMING: list[dict[str, Any]] = [
         "config": {
             "models": [
                 {"id": "local/one", "path": "/models/one", "fallbacks": ["owner/two"]},
-                {"id": "owner/two", "revision": "main"},
+                {"id": "owner/two", "revision": "main", "sha256": {"unet/x.safetensors": "ab" * 32}},
             ],
             "default_model": "local/one",
             "device": "cuda:1",
@@ -33,6 +33,9 @@ INCOMING: list[dict[str, Any]] = [
             "pinned": ["local/one"],
             "memory_budget": 10**9,
             "ram_budget": 0,
+            "disk_quota": 10**10,
+            "max_models": 3,
+            "cleanup_interval_ms": 60_000,
             "offload": "none",
             "attention": "sliced",
             "vae": "tiled",
@@ -160,8 +163,20 @@ def test_every_incoming_message_is_read_from_another_encoder(fields: dict[str, A
     read = plain(message)
     if fields["t"] == "hello":
         assert read["config"].pop("models") == [
-            {"id": "local/one", "path": "/models/one", "revision": None, "fallbacks": ["owner/two"]},
-            {"id": "owner/two", "path": None, "revision": "main", "fallbacks": None},
+            {
+                "id": "local/one",
+                "path": "/models/one",
+                "revision": None,
+                "sha256": None,
+                "fallbacks": ["owner/two"],
+            },
+            {
+                "id": "owner/two",
+                "path": None,
+                "revision": "main",
+                "sha256": {"unet/x.safetensors": "ab" * 32},
+                "fallbacks": None,
+            },
         ]
         fields = {**fields, "config": {k: v for k, v in fields["config"].items() if k != "models"}}
     assert read == fields

@@ -22,6 +22,8 @@ defmodule Mix.Tasks.Image.Models do
       not fetched again. `--revision` names a branch, a tag or a commit (default: what the configuration or the
       catalog says); `--yes` asks nothing; `--dry-run` only shows it, with exit code 3 if there is something to fetch
     * `verify [MODEL]` - compares the files with their checksums; `--repair` fetches again what is missing or damaged
+    * `accept MODEL` - takes the weights of a configured model with a `:path`, or of a folder, as they are now, though
+      they are not what they were when they were first loaded
     * `rm MODEL` - deletes a model, or one `--revision` of it, unless a process has it loaded
     * `prune --quota SIZE` - deletes the longest unused models until the rest fits, never one in use and never the
       configured default model; `--keep MODEL` keeps another one, `--dry-run` only says what would be deleted
@@ -41,7 +43,7 @@ defmodule Mix.Tasks.Image.Models do
 
   alias StarweaveImage.Environment
 
-  @commands ~w(list pull verify rm prune)
+  @commands ~w(list pull verify accept rm prune)
   @usage 2
   @consent 3
   @unavailable 69
@@ -54,7 +56,7 @@ defmodule Mix.Tasks.Image.Models do
 
     with {:ok, name, options} <- command(argv),
          {:ok, python} <- Environment.python(Keyword.take(config, [:python])) do
-      options = options ++ configured(name, options, config)
+      options = named(name, options, config) ++ configured(name, options, config)
       if name == "pull", do: pull(python, options), else: python(python, name, options)
     else
       {:usage, sentence} -> failed(sentence, @usage)
@@ -76,6 +78,14 @@ defmodule Mix.Tasks.Image.Models do
 
   defp command([name | _]),
     do: {:usage, "#{name} is none of #{Enum.join(@commands, ", ")}; see `mix help image.models`"}
+
+  # A model in a folder of its own goes by its id here, and by its folder in Python.
+  defp named("accept", options, config) do
+    paths = for {id, entry} <- models(config), path = entry[:path], into: %{}, do: {id, path}
+    Enum.map(options, &Map.get(paths, &1, &1))
+  end
+
+  defp named(_name, options, _config), do: options
 
   # What the configuration of the instance adds to a command line.
   defp configured("list", _options, config) do

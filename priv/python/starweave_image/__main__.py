@@ -155,6 +155,11 @@ def _add_models_commands(models: argparse.ArgumentParser) -> None:
     verify.add_argument("model", nargs="?", help="id or alias (default: all)")
     verify.add_argument("--repair", action="store_true", help="fetch again what is missing or damaged")
 
+    accept = commands.add_parser(
+        "accept", help="take the weights in a folder of your own as they are now, though they have changed"
+    )
+    accept.add_argument("folder")
+
     remove = commands.add_parser("rm", parents=[model], help="delete a model, unless a process uses it")
     for parser in (verify, remove):
         parser.add_argument("--revision", help="a commit, or the beginning of one (default: all)")
@@ -171,7 +176,7 @@ def _add_models_commands(models: argparse.ArgumentParser) -> None:
     )
     prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
 
-    for parser in (listing, pull, verify, remove, prune):
+    for parser in (listing, pull, verify, accept, remove, prune):
         parser.set_defaults(run=_disk)
         # For a parent that cannot end its children: the command ends with its standard input.
         parser.add_argument("--attached", action="store_true", help=argparse.SUPPRESS)

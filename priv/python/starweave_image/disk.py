@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import stat
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -100,7 +102,8 @@ def snapshots(model: str | None = None, revision: str | None = None) -> list[Sna
 def partials(of: Iterable[Snapshot]) -> dict[Path, int]:
     """The beginnings of files that broken downloads of these models left, and their bytes."""
     folders = {snapshot.repository_folder / "blobs" for snapshot in of}
-    return {path: path.stat().st_size for folder in folders for path in folder.glob("*.incomplete")}
+    parts = (path for folder in folders for path in folder.glob("*.incomplete"))
+    return {path: found.st_size for path in parts for _, found in _content(path)}
 
 
 def verify(snapshot: Snapshot) -> list[Damage]:
@@ -170,8 +173,10 @@ class Pruning:
     after: int
 
 
-def prune(quota: int, keep: Collection[str] = (), dry_run: bool = False) -> Pruning:
-    """Delete the longest unused models until at most `quota` bytes are taken.
+def prune(
+    quota: int | None, keep: Collection[str] = (), dry_run: bool = False, most: int | None = None
+) -> Pruning:
+    """Delete the longest unused models until at most `quota` bytes are taken, and there are at most `most` models.
 
     First go the beginnings of abandoned downloads, whatever the quota. Models in use and those in `keep`, by id or
     alias, stay, even where that is more than the quota. With `dry_run` nothing is deleted.
@@ -184,7 +189,10 @@ def prune(quota: int, keep: Collection[str] = (), dry_run: bool = False) -> Prun
         return taken(left) + sum(size for path, size in started.items() if path.parents[1] in folders)
 
     before = total()
-    abandoned = [path for path in started if time.time() - path.stat().st_mtime > ABANDONED_S]
+    now = time.time()
+    abandoned = [
+        path for path in started for _, found in _content(path) if now - found.st_mtime > ABANDONED_S
+    ]
     for path in abandoned:
         if not dry_run:
             path.unlink(missing_ok=True)
@@ -192,7 +200,8 @@ def prune(quota: int, keep: Collection[str] = (), dry_run: bool = False) -> Prun
     kept = {name for model in keep for name in names(model)}
     gone = []
     for snapshot in list(left):
-        if total() <= quota:
+        models = len({snapshot.repository for snapshot in left})
+        if (quota is None or total() <= quota) and (most is None or models <= most):
             break
         if snapshot.repository in kept or snapshot.in_use:
             continue
@@ -214,18 +223,31 @@ def taken(of: Iterable[Snapshot]) -> int:
 def _read(folder: Path) -> Snapshot:
     repository = folder.parents[1].name.removeprefix("models--").replace("--", "/")
     files = _files(folder)
-    blobs = {_blob(file): file.stat() for file in files if os.path.isfile(file)}
+    blobs = {blob: found for file in files for blob, found in _content(file)}
     used = lease.last_used(folder)
     if used is None:
-        used = max((stat.st_mtime for stat in blobs.values()), default=0.0)
+        used = max((found.st_mtime for found in blobs.values()), default=0.0)
     try:
         check_complete(folder, read_layout(folder, repository), repository)
         complete = len(blobs) > 0 and all(map(os.path.isfile, files))
     except ImageError:
         complete = False
     return Snapshot(
-        repository, folder.name, folder, complete, {blob: stat.st_size for blob, stat in blobs.items()}, used
+        repository,
+        folder.name,
+        folder,
+        complete,
+        {blob: found.st_size for blob, found in blobs.items()},
+        used,
     )
+
+
+def _content(file: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The blob of a file, and what is known of it; nothing for what is no regular file, or was deleted just now."""
+    with suppress(OSError):
+        found = file.stat()
+        if stat.S_ISREG(found.st_mode):
+            yield _blob(file), found
 
 
 def _files(folder: Path) -> list[Path]:

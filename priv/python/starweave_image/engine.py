@@ -39,6 +39,7 @@ from .paths import cache_folder
 from .preview import Previews
 from .request import Lane, Request
 from .tasks import edit, image_to_image, inpaint, offered, text_to_image
+from .upkeep import Upkeep
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class Engine:
         self._config = config
         self._emit = emit
         self._changed = changed
-        self._weights = Weights(config.models, config.offline)
+        self._upkeep = Upkeep(config, {*config.pinned, config.default_model})
+        self._weights = Weights(config.models, config.offline, self._upkeep.make_room)
         self._choice: devices.Choice | None = None
         self._cache: ModelCache | None = None
         self._versions: dict[str, str] = {}
@@ -130,6 +132,7 @@ class Engine:
             for name in entry.fallbacks or ():
                 self._weights.card(name, fetch=False)
         self._changed()
+        self._upkeep.begin()
         if self._config.preload:
             for name in self._config.preload:
                 self._weights.card(name, fetch=False)
@@ -225,6 +228,7 @@ class Engine:
         with self._lock:
             self._draining = True
         self._preloading.cancel()
+        self._upkeep.end()
         self._changed()
         if self._settled(grace_s):
             return

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from . import disk, hub
+from . import disk, hub, integrity
 from .catalog import ModelCard, shipped
 from .cli import FAILED, INTERRUPTED, exit_code, print_over
 from .disk import Snapshot
@@ -38,7 +38,14 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger(__package__).addHandler(logging.NullHandler())
     if args.attached:
         threading.Thread(target=_end_with_input, daemon=True).start()
-    actions = {"list": _list, "pull": _pull, "verify": _verify, "rm": _remove, "prune": _prune}
+    actions = {
+        "list": _list,
+        "pull": _pull,
+        "verify": _verify,
+        "accept": _accept,
+        "rm": _remove,
+        "prune": _prune,
+    }
     try:
         return actions[args.action](args)
     except ImageError as error:
@@ -239,6 +246,15 @@ def _verify(args: argparse.Namespace) -> int:
             print(f"{name}: intact")
         intact = intact and not bad and (snapshot.complete or args.repair)
     return 0 if intact else FAILED
+
+
+def _accept(args: argparse.Namespace) -> int:
+    folder = Path(args.folder).expanduser()
+    if not folder.is_dir():
+        raise ImageError("invalid_request", "accept takes a folder that exists", "folder")
+    count = integrity.forget(folder)
+    print(f"{count} weight files of {folder.name} are taken as they are when they are next loaded")
+    return 0
 
 
 def _chosen(args: argparse.Namespace) -> list[Snapshot]:

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,15 @@ class Place:
 class Weights:
     """The models of this machine and of the configuration. All methods may be called from any thread."""
 
-    def __init__(self, entries: Sequence[wire.ModelEntry], offline: bool) -> None:
+    def __init__(
+        self,
+        entries: Sequence[wire.ModelEntry],
+        offline: bool,
+        make_room: Callable[[hub.Plan], None] = lambda plan: None,
+    ) -> None:
+        """`make_room` is called before the weights of a model travel."""
         self._offline = offline
+        self._make_room = make_room
         self._lock = threading.Lock()
         self._cards = {card.id: card for card in shipped()}
         self._folders: dict[str, Path] = {}
@@ -137,7 +144,7 @@ class Weights:
         if place is not None:
             lease = take(place.folder)
         elif self._elsewhere(card) == "remote":
-            place, lease = _download(card.source, card.revision)
+            place, lease = self._download(card)
         else:
             raise self._missing(card)
         # With the lease in hand: what was found may have been deleted meanwhile.
@@ -162,6 +169,15 @@ class Weights:
 
     def _elsewhere(self, card: ModelCard) -> State:
         return "remote" if card.id in self._configured and not self._offline else "absent"
+
+    def _download(self, card: ModelCard, weights: bool = True) -> tuple[Place, Lease | None]:
+        """Fetch a model, or its configuration only."""
+        plan = hub.plan(card.source, card.revision)
+        lease = take(plan.folder)
+        if weights:
+            self._make_room(plan)
+            _logger.info("downloading %s", card.source)
+        return Place(hub.fetch(plan, weights=weights), plan.revision), lease
 
     def _find(self, card: ModelCard) -> Place | None:
         """Where the model is on this machine, looked at without its weights; raises `model_load_failed` for one that cannot
@@ -228,7 +244,7 @@ class Weights:
         try:
             place = self._find(card)
             if place is None and fetch and self._elsewhere(card) == "remote":
-                place, _ = _download(card.source, card.revision, weights=False)
+                place, _ = self._download(card, weights=False)
                 card = describe(card, place.folder, whole=False)
             elif place is not None:
                 card = describe(card, place.folder)
@@ -352,12 +368,3 @@ def cached(repositories: Sequence[str], revision: str | None) -> Place | None:
             continue
         return Place(folder, folder.name)
     return None
-
-
-def _download(repository: str, revision: str | None, weights: bool = True) -> tuple[Place, Lease | None]:
-    """Fetch a model, or its configuration only."""
-    plan = hub.plan(repository, revision)
-    lease = take(plan.folder)
-    if weights:
-        _logger.info("downloading %s", repository)
-    return Place(hub.fetch(plan, weights=weights), plan.revision), lease

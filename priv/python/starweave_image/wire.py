@@ -147,7 +147,8 @@ class Config(Struct, kw_only=True):
     models: Annotated[
         list[ModelEntry],
         Meta(
-            max_length=1024, description="a list of at most 1024 maps with id, path, revision and fallbacks"
+            max_length=1024,
+            description="a list of at most 1024 maps with id, path, revision, sha256 and fallbacks",
         ),
     ] = []
     default_model: ModelId = "starweave/tiny"
@@ -168,6 +169,11 @@ class Config(Struct, kw_only=True):
     pinned: ModelIds = []
     memory_budget: Bytes | None = None
     ram_budget: Bytes = 0
+    disk_quota: Bytes | None = None
+    max_models: Annotated[int, Meta(ge=1, le=10_000, description="an integer from 1 to 10000")] | None = None
+    cleanup_interval_ms: Annotated[
+        int, Meta(ge=1000, le=604_800_000, description="an integer from 1000 to 604800000")
+    ] = 3_600_000
     offload: Annotated[
         Literal["auto", "none", "model", "sequential"],
         Meta(description="one of auto, none, model, sequential"),
