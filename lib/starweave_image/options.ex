@@ -27,7 +27,7 @@ defmodule StarweaveImage.Options do
   # What a timer of the BEAM takes, in ms.
   @longest_wait 0xFFFFFFFF
   # Jaro distance: slips of the fingers and parts of a name are above it, other words below.
-  @near 0.8
+  @near 0.77
 
   @doc """
   Every option of the schema with its value, given or default; a nil counts as not given.

@@ -231,8 +231,9 @@ defmodule StarweaveImage.Wire do
   defp value({:maybe, type}, value), do: value(type, value)
   defp value(:uint, value) when is_integer(value) and value >= 0, do: {:ok, value}
 
-  defp value({:int, low, high}, value) when is_integer(value) and value in low..high,
-    do: {:ok, value}
+  defp value({:int, low, high}, value)
+       when is_integer(value) and value >= low and value <= high,
+       do: {:ok, value}
 
   # Of an image among those of a request.
   defp value(:index, value), do: value({:int, 0, 15}, value)
