@@ -63,6 +63,11 @@ defmodule Mix.Tasks.Image.GenTest do
           {~w(--prompt x --guidance-scale -1), "guidance_scale must be a number from 0 to 50"},
           {~w(--prompt x --negative_prompt=a --seed -2), "seed must be an integer from -1"},
           {~w(--prompt x --num_images 17), "num_images must be an integer from 1 to 16, got 17"},
+          {~w(--prompt x --out -), "--out must name a file, not -"},
+          {~w(--prompt x --out priv), "--out must be a file, priv is a folder"},
+          {~w(--prompt x --out /dev/null --num-images 2),
+           "--out must be a file for several images"},
+          {~w(--prompt x --image /dev/zero), "image must be a PNG, JPEG or WebP file of at most"},
           {~w(--prompt x --out x.gif), "--out must end in .png, .jpg, .jpeg or .webp, got .gif"},
           {~w(--prompt x --out /no/such/folder/x.png), "--out must be in a folder that exists"},
           {~w(--prompt x --out x.png --format gif), "format must be one of png, jpeg, webp"},
@@ -235,6 +240,54 @@ defmodule Mix.Tasks.Image.GenTest do
              "prompt must be 1 to 8192 bytes of text, not only white space"
 
     assert Command.stderr(command) =~ "got 8196 bytes of text"
+  end
+
+  @tag :tmp_dir
+  test "names of files are taken as typed, too", %{tmp_dir: folder} do
+    picture = Path.join(folder, "ß模.png")
+
+    File.cp!(
+      Application.app_dir(:starweave_image, "priv/models/starweave-tiny/sheet.png"),
+      picture
+    )
+
+    argv = ["image.gen", "--prompt", "x", "--image", picture, "--out", "FOLDER/né 模.png"]
+    command = Command.run(argv ++ ~w(--steps 4 --strength 0.3), env: [{"LC_ALL", "C"}])
+    assert {command.status, Command.stderr(command)} == {0, ""}
+    assert written(command, "n") == ["né 模.png"]
+    assert command.output =~ "Saved to #{command.folder}/né 模.png"
+    # And by the other tasks, which have one way to take them.
+    command = Command.run(~w(image.models rm é/ü), env: [{"LC_ALL", "C"}])
+
+    assert {command.status, Command.stderr(command)} ==
+             {2, "starweave-image: é/ü is not in the cache\n"}
+  end
+
+  test "what cannot be printed is no failure; what cannot be written is one" do
+    argv = ["image.gen", "--prompt", "x", "--out", "FOLDER/x.png" | @small]
+
+    for stdout <- ["> /dev/full", ">&-"] do
+      command = Command.run(argv, stdout: stdout)
+      assert {stdout, command.status, written(command, "x")} == {stdout, 0, ["x.png"]}
+    end
+
+    command = Command.run(~w(image.models list), stdout: "> /dev/full")
+    assert command.status == 0
+
+    command =
+      Command.run(["image.gen", "--prompt", "x", "--out", "/dev/full", "--quiet" | @small])
+
+    assert {command.status, command.output} == {1, ""}
+    sentence = "[image.gen] Error: /dev/full cannot be written: no space left on device"
+    assert Command.stderr(command) =~ sentence
+  end
+
+  test "a picture on the standard output stands there alone" do
+    argv = ["image.gen", "--prompt", "x", "--out", "/dev/stdout", "--format", "jpeg" | @small]
+    command = Command.run(argv)
+    assert {command.status, Command.stderr(command)} == {0, ""}
+    assert <<0xFF, 0xD8, 0xFF, _::binary>> = command.output
+    assert binary_part(command.output, byte_size(command.output), -2) == <<0xFF, 0xD9>>
   end
 
   describe "no Python process is left, and the command ends, after" do

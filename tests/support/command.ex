@@ -17,8 +17,8 @@ defmodule StarweaveImage.Command do
   @doc """
   Starts `mix` with these arguments, in which FOLDER stands for the command's folder.
 
-  `terminal: true` gives it a terminal; `env:` adds to the environment; stderr goes to FOLDER/stderr
-  unless it is on a terminal.
+  `terminal: true` gives it a terminal; `env:` adds to the environment; `stdout:` says in words of the shell where that
+  goes; stderr goes to FOLDER/stderr unless it is on a terminal.
   """
   @spec start([String.t()], keyword) :: t
   def start(args, opts \\ []) do
@@ -37,7 +37,8 @@ defmodule StarweaveImage.Command do
       if opts[:terminal],
         do:
           "exec timeout -s KILL #{@lifetime_s} script -qefc #{quoted("exec " <> words)} /dev/null",
-        else: "exec timeout -s KILL #{@lifetime_s} #{words} 2> #{quoted(folder <> "/stderr")}"
+        else:
+          "exec timeout -s KILL #{@lifetime_s} #{words} 2> #{quoted(folder <> "/stderr")} #{opts[:stdout]}"
 
     env = [{"TMPDIR", folder}, {"MIX_ENV", "#{Mix.env()}"} | Keyword.get(opts, :env, [])]
 

@@ -80,7 +80,7 @@ defmodule Mix.Tasks.Image.Gen do
 
   use Mix.Task
 
-  alias StarweaveImage.{Client, Error, Image, Options, Output, Request}
+  alias StarweaveImage.{Client, CommandLine, Error, Image, Options, Output, Request}
 
   @failed 1
   @usage 2
@@ -114,9 +114,13 @@ defmodule Mix.Tasks.Image.Gen do
   @tick_ms 200
 
   @impl true
-  def run(argv) do
+  def run(argv), do: CommandLine.run(argv, &generate/1)
+
+  defp generate(argv) do
     with {:ok, opts} <- parse(argv),
          {:ok, job} <- job(opts) do
+      # What is said would stand in the picture.
+      opts = if Output.stdout?(opts[:out] || ""), do: Map.put(opts, :quiet, true), else: opts
       Mix.Task.run("app.start")
       unless opts[:verbose], do: Logger.configure(level: :warning)
       trap_signals(fn -> with_instance(job, opts, &perform(job, &1, opts)) end)
@@ -126,7 +130,7 @@ defmodule Mix.Tasks.Image.Gen do
         :ok
 
       {:error, %Error{} = error} ->
-        Mix.shell().error("[image.gen] Error: #{error.message}")
+        CommandLine.complain("[image.gen] Error: #{error.message}")
         exit({:shutdown, Map.get(@exit_codes, error.kind, @failed)})
 
       {:signal, code} ->
@@ -143,7 +147,7 @@ defmodule Mix.Tasks.Image.Gen do
       argv |> Enum.map(&hyphenated/1) |> OptionParser.parse(strict: switches)
 
     case {invalid, rest} do
-      {[], []} -> {:ok, Map.new(opts, fn {name, value} -> {name, as_typed(name, value)} end)}
+      {[], []} -> {:ok, Map.new(opts)}
       {[{name, value} | _], _} -> usage(wrong_option(name, value))
       {[], [text | _]} -> usage("unexpected #{inspect(text)}: put the text of --prompt in quotes")
     end
@@ -156,17 +160,6 @@ defmodule Mix.Tasks.Image.Gen do
   end
 
   defp hyphenated(argument), do: argument
-
-  # Without a UTF-8 locale each byte of an argument has become a character of its own.
-  defp as_typed(name, value) when name in [:prompt, :negative_prompt, :style] do
-    with :latin1 <- :file.native_name_encoding(),
-         bytes when is_binary(bytes) <- :unicode.characters_to_binary(value, :utf8, :latin1),
-         true <- String.valid?(bytes),
-         do: bytes,
-         else: (_ -> value)
-  end
-
-  defp as_typed(_name, value), do: value
 
   defp wrong_option(name, value) do
     key = name |> String.trim_leading("-") |> String.replace_prefix("no-", "")

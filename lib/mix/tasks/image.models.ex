@@ -41,7 +41,7 @@ defmodule Mix.Tasks.Image.Models do
 
   use Mix.Task
 
-  alias StarweaveImage.Environment
+  alias StarweaveImage.{CommandLine, Environment}
 
   @commands ~w(list pull verify accept rm prune)
   @usage 2
@@ -49,7 +49,9 @@ defmodule Mix.Tasks.Image.Models do
   @unavailable 69
 
   @impl true
-  def run(argv) do
+  def run(argv), do: CommandLine.run(argv, &manage/1)
+
+  defp manage(argv) do
     # Loads the configuration; a script with Mix.install has no project of its own.
     if Mix.Project.get(), do: Mix.Task.run("app.config")
     config = Application.get_env(:starweave_image, StarweaveImage, [])
@@ -69,7 +71,7 @@ defmodule Mix.Tasks.Image.Models do
   end
 
   defp failed(sentence, code) do
-    Mix.shell().error("[image.models] Error: #{sentence}")
+    CommandLine.complain("[image.models] Error: #{sentence}")
     code
   end
 
@@ -120,7 +122,7 @@ defmodule Mix.Tasks.Image.Models do
         if Mix.shell().yes?("Fetch it under this licence?", default: :no) do
           python(python, "pull", ["--yes", "--shown" | options])
         else
-          Mix.shell().error("[image.models] Nothing was fetched; with --yes it is not asked")
+          CommandLine.complain("[image.models] Nothing was fetched; with --yes it is not asked")
           @consent
         end
       end

@@ -30,7 +30,7 @@ defmodule Mix.Tasks.Image.Setup do
 
   use Mix.Task
 
-  alias StarweaveImage.Environment
+  alias StarweaveImage.{CommandLine, Environment}
 
   @switches [
     torch: :string,
@@ -43,7 +43,9 @@ defmodule Mix.Tasks.Image.Setup do
   ]
 
   @impl true
-  def run(argv) do
+  def run(argv), do: CommandLine.run(argv, &set_up/1)
+
+  defp set_up(argv) do
     {opts, rest, invalid} = OptionParser.parse(argv, strict: @switches)
 
     case Enum.map(invalid, &elem(&1, 0)) ++ rest do
@@ -64,9 +66,9 @@ defmodule Mix.Tasks.Image.Setup do
         Enum.each(lines, &Mix.shell().info(&1))
 
       {:error, error} ->
-        if log = error.details[:log], do: Mix.shell().error("The whole output is in #{log}")
-        Enum.each(error.details[:output] || [], &Mix.shell().error("  " <> &1))
-        if doctor = error.details[:doctor], do: Mix.shell().error(doctor)
+        if log = error.details[:log], do: CommandLine.complain("The whole output is in #{log}")
+        Enum.each(error.details[:output] || [], &CommandLine.complain("  " <> &1))
+        if doctor = error.details[:doctor], do: CommandLine.complain(doctor)
         Mix.raise(Exception.message(error))
     end
   end
