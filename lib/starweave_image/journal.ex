@@ -10,6 +10,7 @@ defmodule StarweaveImage.Journal do
   # In memory are only the places of the records, by id.
 
   use GenServer
+  use StarweaveImage.CrashLog
   require Logger
 
   alias StarweaveImage.{Error, Image, Telemetry}

@@ -9,6 +9,7 @@ defmodule StarweaveImage.Keeper do
   # meanwhile it is up for its own supervisor, which has others to care for.
 
   use GenServer
+  use StarweaveImage.CrashLog
   require Logger
 
   alias StarweaveImage.Backoff

@@ -7,6 +7,7 @@ defmodule StarweaveImage.Queue do
   # all pure; here are the processes, clocks and messages. Validation is done in the caller, msgpack in the sidecar's owner.
 
   use GenServer
+  use StarweaveImage.CrashLog
   require Logger
 
   alias StarweaveImage.{
@@ -97,18 +98,6 @@ defmodule StarweaveImage.Queue do
     for {_, %{status: :ending} = job} <- state.jobs, do: Job.deliver(job, job.result)
     for {_, %{reading?: true} = job} <- state.jobs, do: Job.deliver(job, {:error, error})
     for {_, job} <- state.jobs, from <- job.submitters, do: GenServer.reply(from, {:error, error})
-  end
-
-  # OTP has this callback since 25, Elixir knows it since 1.17.
-  if Version.match?(System.version(), ">= 1.17.0"), do: @impl(true)
-  @doc false
-  # What users asked for does not belong in the log of a crash.
-  def format_status(status) do
-    hidden = &"(not shown: #{:erlang.external_size(&1)} bytes)"
-
-    Map.new(status, fn {key, value} ->
-      {key, if(key in [:state, :message, :log], do: hidden.(value), else: value)}
-    end)
   end
 
   ## Calls

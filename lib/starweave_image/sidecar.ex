@@ -8,6 +8,7 @@ defmodule StarweaveImage.Sidecar do
   # own, because both `Port.command/2` and sending to a port suspend the caller when the child does not read.
 
   use GenServer
+  use StarweaveImage.CrashLog
   require Logger
 
   alias StarweaveImage.{Answers, Backoff, Environment, SidecarLog, Telemetry, Wire}

@@ -7,6 +7,7 @@ defmodule StarweaveImage.SidecarLog do
   # loaded anew for the second time, as happens all day in development.
 
   use GenServer
+  use StarweaveImage.CrashLog
   require Logger
 
   alias StarweaveImage.Scratch

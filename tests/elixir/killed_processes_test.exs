@@ -219,6 +219,26 @@ defmodule StarweaveImage.KilledProcessesTest do
     assert [] == await_gone(os_pids, 10_000)
   end
 
+  test "nothing that users asked for is in the log of a crash", %{name: name} do
+    log =
+      ExUnit.CaptureLog.capture_log(fn ->
+        for part <- [:sidecar, :sidecar_keeper, :log_reader, :journal, :queue, :keeper] do
+          assert await(fn -> StarweaveImage.await_ready(30_000, name) == :ok end)
+          opts = [instance: name, id: "id-s3cret-#{part}", user_id: "s3cret", durable: true]
+          assert {:ok, _} = StarweaveImage.submit("hold", opts)
+          assert await(fn -> StarweaveImage.status(name).queue.running > 0 end)
+          pid = find(name, part)
+          end_it(pid, {:ends, :a_fault})
+          replaced(name, part, pid)
+        end
+      end)
+
+    assert log =~ "State: \"(not shown: "
+    # The line of each request that ends names it, by its id.
+    crashes = log |> String.split("\n") |> Enum.reject(&(&1 =~ "image request "))
+    for line <- crashes, do: refute(line =~ ~r/s3cret|%StarweaveImage\./)
+  end
+
   test "an instance that a client started makes room for one that the host starts" do
     name = Module.concat(__MODULE__, "Late#{System.unique_integer([:positive])}")
     options = [python: fake("honest"), heartbeat_interval: 50]
