@@ -52,6 +52,15 @@ defmodule StarweaveImage do
   where a picture is wanted, as from an upload that was lost. Options that are nil count as not given. Functions that return
   no error (`status/1`, `available?/1`, `child_spec/1`, `start_link/1`) raise `ArgumentError`.
 
+  ## What is logged
+
+  Each request that ends, well or not, is one info line with `request_id` in its metadata, and never with its prompt:
+
+      image request 5b66cbd9… done model=starweave/tiny steps=10 images=1 queue_ms=0 total_ms=3592 attempts=1 rss_mb=505
+
+  `queue_ms` is until it was last sent to a sidecar, `total_ms` from its acceptance, and memory is that of the process that
+  drew it. `Logger.put_module_level(StarweaveImage.RequestLog, :warning)` silences these lines alone.
+
   ## Fairness and time-outs
 
   Users of a priority are served one by one. A request has four time-outs that do not stand in for each other: `:queue_timeout`,
