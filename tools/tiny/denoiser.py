@@ -23,8 +23,9 @@ _STAGE = 2
 class DenoiserRecipe:
     """Sizes and schedule of the denoiser; `text` is the text encoder's width.
 
-    Training begins with `first_shards` and gets one more every `shard_every` steps, up to `shards`. One batch in
-    `small_every` is of pictures at half their size. `steps` may be changed until the rate falls, after `flat` of them.
+    Training begins with `first_shards` and gets one more every `shard_every` steps, up to `shards`. Batches are of pictures
+    at half their size, a quarter of the work, with the chance `small_first` for `small_steps` and `small` after them: which
+    words mean what is learned on them as well. `steps` may be changed until the rate falls, after `flat` of them.
     """
 
     channels: tuple[int, ...] = (96, 160, 208)
@@ -32,17 +33,19 @@ class DenoiserRecipe:
     groups: int = 8
     text: int = 192
     text_layers: int = 4
-    steps: int = 40_000
+    steps: int = 20_000
     batch: int = 64
     rate: float = 8e-4
     warmup: int = 300
     flat: float = 0.5
     dropout: float = 0.1
     ema: float = 0.9995
-    first_shards: int = 8
-    shard_every: int = 250
-    shards: int = 80
-    small_every: int = 10
+    first_shards: int = 6
+    shard_every: int = 300
+    shards: int = 44
+    small_steps: int = 7_000
+    small_first: float = 0.7
+    small: float = 0.1
     checkpoint_every: int = 100
     sheet_every: int = 1000
 
@@ -183,7 +186,9 @@ def train_denoiser(
     for step, report in progress("denoiser", first, recipe.steps, folder):
         make_shards(min(recipe.shards, recipe.first_shards + step // recipe.shard_every))
         rng = generator(seed, _STAGE, step)
-        clean, captions = shards.batch(recipe.batch, rng, small=step % recipe.small_every == 0)
+        small = recipe.small_first if step < recipe.small_steps else recipe.small
+        halves = torch.rand(1, generator=rng).item() < small
+        clean, captions = shards.batch(recipe.batch, rng, small=halves)
         clean = clean * vae.config.scaling_factor
         dropped = torch.rand(recipe.batch, generator=rng) < recipe.dropout
         told = ["" if drop else caption for drop, caption in zip(dropped.tolist(), captions, strict=True)]

@@ -22,9 +22,9 @@ from .pictures import Studio, draw, open_studio
 from .vae import encode, halved
 
 SIZE = 4096
-"""Pictures of a shard; an eighth of them is there at half its size besides."""
+"""Pictures of a shard; half of them are there at half their size besides."""
 
-_SMALL = SIZE // 8
+_SMALL = SIZE // 2
 _PIECE = 32
 
 Latents = np.ndarray[Any, np.dtype[np.float16]]
@@ -48,7 +48,7 @@ def _draw_piece(piece: tuple[str, int]) -> tuple[Pixels, list[str]]:
 class Shards:
     """The shards in `folder`, made with the icons of `cache` by so many `workers`.
 
-    Each has `full` (SIZE, C, 16, 16) and `small` (SIZE / 8, C, 8, 8) latents, unscaled.
+    Each has `full` (SIZE, C, 16, 16) and `small` (SIZE / 2, C, 8, 8) latents, unscaled.
     """
 
     folder: Path

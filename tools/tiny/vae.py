@@ -37,7 +37,7 @@ class VaeRecipe:
     latents: int = 10
     encoder_blocks: tuple[int, ...] = (0, 1, 3, 4)
     decoder_blocks: tuple[int, ...] = (5, 5, 2, 0)
-    steps: int = 6_000
+    steps: int = 10_000
     batch: int = 16
     crop: int = 64
     halves: float = 0.12
