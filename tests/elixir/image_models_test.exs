@@ -38,9 +38,18 @@ defmodule Mix.Tasks.Image.ModelsTest do
     assert {0, "starweave/tiny is part of the package\n"} = run_here(~w(pull tiny --yes))
   end
 
+  test "accept takes a configured model by its id, and any folder" do
+    configure(models: [{"my/own", path: @tiny}, "owner/other"])
+    taken = "weight files of starweave-tiny are taken as they are when they are next loaded\n"
+    assert {0, said} = run_here(~w(accept my/own))
+    assert String.ends_with?(said, taken)
+    assert {0, ^said} = run_here(["accept", @tiny])
+    assert {2, ""} = run_here(~w(accept my/gone))
+  end
+
   test "wrong usage has exit code 2, and the code of Python is passed on" do
     error = capture_io(:stderr, fn -> assert {2, ""} = run_here(~w(fetch owner/model)) end)
-    assert error =~ "fetch is none of list, pull, verify, rm, prune"
+    assert error =~ "fetch is none of list, pull, verify, accept, rm, prune"
 
     for {line, code, sentence} <- [
           {"prune --quota much", 2, "quota must be a size such as 40GB or 500MB, got much"},

@@ -316,7 +316,10 @@ defmodule StarweaveImage.Environment.Build do
     case line |> String.trim() |> String.split(" ", parts: 2) do
       [version, "http" <> _ = index] ->
         progress.("Installing PyTorch #{version} from #{index}")
-        {:ok, ["torch==#{version}", "--index-url", index], ["--extra-index-url", index]}
+
+        # What a build for the CPU needs besides is on PyPI, and nothing is asked for where it need not be.
+        source = if kind == :cpu, do: [], else: ["--extra-index-url", index]
+        {:ok, ["torch==#{version}", "--index-url", index], source}
 
       [version, folder] ->
         progress.("Installing PyTorch #{version} from a folder of wheels")
@@ -388,19 +391,18 @@ defmodule StarweaveImage.Environment.Build do
           [interpreter(kind), "-I", "-m", "pip", "install"]
 
         uv ->
-          [
-            uv,
-            "pip",
-            "install",
-            "--compile-bytecode",
-            "--index-strategy",
-            "unsafe-best-match",
-            "--python",
-            interpreter(kind)
-          ]
+          [uv, "pip", "install", "--compile-bytecode", "--python", interpreter(kind)] ++
+            both(arguments)
       end
 
     run(command ++ arguments, "the Python packages could not be installed", progress)
+  end
+
+  # PyTorch's index has some packages of PyPI too, in other versions than those that are pinned.
+  defp both(arguments) do
+    if "--extra-index-url" in arguments,
+      do: ["--index-strategy", "unsafe-best-match"],
+      else: []
   end
 
   defp wheels(opts), do: opts.wheels || variable("STARWEAVE_IMAGE_WHEELS")
