@@ -43,6 +43,7 @@ defmodule StarweaveImage.Journal do
     damaged: 0,
     batch: [],
     unlogged: [],
+    unended: %{},
     refused: []
   ]
 
@@ -161,7 +162,9 @@ defmodule StarweaveImage.Journal do
   end
 
   @impl true
-  def terminate(reason, state) when reason in [:normal, :shutdown], do: commit(state)
+  def terminate(reason, state) when reason in [:normal, :shutdown],
+    do: state |> commit() |> end_again()
+
   def terminate(_reason, _state), do: :ok
 
   @impl true
@@ -179,7 +182,7 @@ defmodule StarweaveImage.Journal do
 
   def handle_info(:watch, state) do
     Process.send_after(self(), :watch, @watch_ms)
-    state |> try_open() |> noreply()
+    state |> try_open() |> end_again() |> noreply()
   end
 
   def handle_info(_message, state), do: noreply(state)
@@ -337,13 +340,17 @@ defmodule StarweaveImage.Journal do
 
       {:error, reason, state} ->
         for {pid, record} <- batch, do: tell(pid, record, {:error, reason})
-        state
+
+        batch
+        |> Enum.reduce(state, &superseded/2)
+        |> unended(for({_pid, record} <- batch, do: record))
     end
   end
 
   defp append(state, batch) do
+    state = Enum.reduce(batch, state, &superseded/2)
     unlogged = for id <- state.unlogged, do: {nil, {:forget, id}}
-    group = %{index: state.index, size: state.size, bytes: [], blobs: [], answers: []}
+    group = %{index: state.index, size: state.size, bytes: [], blobs: [], answers: [], failed: []}
     group = Enum.reduce(unlogged ++ batch, group, &join(&2, &1, state))
     touched = for {_pid, record} <- batch, do: blobs(state.index[elem(record, 1)])
 
@@ -353,6 +360,7 @@ defmodule StarweaveImage.Journal do
         {:error, reason} -> {{:error, reason}, not_appended(state, batch, reason)}
       end
 
+    state = unended(state, group.failed)
     drop_blobs(state, Enum.concat([group.blobs | touched]))
 
     for {pid, record, answer} <- Enum.reverse(group.answers),
@@ -378,7 +386,12 @@ defmodule StarweaveImage.Journal do
           group = %{group | index: index, size: group.size + size, bytes: [group.bytes, bytes]}
           answered(group, pid, record, :ok)
         else
-          error -> answered(group, pid, record, error)
+          # Which it would be another time, too.
+          {:error, reason} when reason in [:unencodable, :too_large] ->
+            answered(group, pid, record, {:error, reason})
+
+          error ->
+            answered(%{group | failed: [record | group.failed]}, pid, record, error)
         end
     end
   end
@@ -441,7 +454,31 @@ defmodule StarweaveImage.Journal do
   defp unwritten(state, batch) do
     forgotten = for {_pid, {:forget, id}} <- batch, is_map_key(state.index, id), do: id
     unlogged = Enum.uniq(state.unlogged ++ forgotten)
-    %{state | index: Map.drop(state.index, forgotten), unlogged: unlogged}
+    state = %{state | index: Map.drop(state.index, forgotten), unlogged: unlogged}
+    unended(state, for({_pid, record} <- batch, do: record))
+  end
+
+  # Whoever waits is told of an end that cannot be written, and it is written as soon as it can be: the request
+  # must not be begun again in the next life.
+  defp unended(state, records) do
+    ends = for {:finish, id, _at, _result} = record <- records, into: %{}, do: {id, record}
+    %{state | unended: Map.merge(state.unended, ends)}
+  end
+
+  defp superseded({_pid, record}, state) when elem(record, 0) in [:finish, :forget],
+    do: %{state | unended: Map.delete(state.unended, elem(record, 1))}
+
+  defp superseded(_record, state), do: state
+
+  defp end_again(%{unended: unended} = state) when unended == %{} or state.file == nil, do: state
+
+  defp end_again(%{unended: unended} = state) do
+    ends = for {id, record} <- unended, match?(%{finish: nil}, state.index[id]), do: {nil, record}
+
+    case usable(%{state | unended: %{}}) do
+      {:ok, state} -> append(state, ends)
+      {:error, _reason, state} -> %{state | unended: unended}
+    end
   end
 
   # Those of them that no result has any more.

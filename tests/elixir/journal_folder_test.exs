@@ -122,6 +122,28 @@ defmodule StarweaveImage.JournalFolderTest do
       capture_log(fn -> assert unfinished(open(folder)) -- ["b"] == ~w(a c f) end)
     end
 
+    test "an end that could not be written is written when it can be", %{folder: folder} do
+      journal = used(folder)
+      blobs = Path.join(folder, "blobs")
+      File.rename!(blobs, blobs <> "-moved")
+      File.write!(blobs, "a file")
+      Journal.finish(journal, "a", {:ok, images("a")})
+      assert_receive {:journal, {:finish, "a"}, {:error, "not a directory"}}, 10_000
+      # That of one that is forgotten meanwhile is not that of the next one of its id.
+      Journal.finish(journal, "c", {:ok, images("c")})
+      assert_receive {:journal, {:finish, "c"}, {:error, "not a directory"}}, 10_000
+      Journal.forget(journal, "c")
+      accept(journal, "c")
+      File.rm!(blobs)
+      File.rename!(blobs <> "-moved", blobs)
+      assert await(fn -> unfinished(journal) == ["c"] end)
+      assert Journal.result(journal, "a") == {:ok, {:ok, images("a")}}
+      kill(journal)
+      journal = open(folder)
+      assert %{unfinished: [%{id: "c"}], finished: finished} = Journal.recover(journal)
+      assert Enum.map(finished, & &1.id) -- ["b"] == ["a"]
+    end
+
     test "another journal in its place is left as it is", %{folder: folder} do
       journal = used(folder)
       File.rename!(folder, folder <> "-moved")
