@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "priv" / "python"
 SUPPORT = ROOT / "tests" / "support" / "python"
+NO_HUB_CACHE = "/nonexistent/hub"
 sys.path[:0] = [str(PACKAGE), str(SUPPORT), str(ROOT / "tests" / "contract")]
 
 from sidecar import Sidecar  # noqa: E402
@@ -27,8 +28,9 @@ settings.load_profile("unhurried")
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured in a test stays in it."""
+    """What is measured in a test stays in it, and what models this machine has is nothing to it."""
     monkeypatch.setenv("STARWEAVE_IMAGE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", NO_HUB_CACHE)
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +57,7 @@ class Tracked:
             "STARWEAVE_TEST_MARK": self.mark,
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            "HF_HUB_CACHE": NO_HUB_CACHE,
         }
 
     def alive(self) -> set[int]:
