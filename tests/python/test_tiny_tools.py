@@ -126,15 +126,16 @@ def test_every_word_is_one_token(studio: Studio) -> None:
 
 
 def test_judges_are_right_about_drawn_pictures(studio: Studio) -> None:
-    judge = ThingJudge(studio, coloured=True)
+    shapes = ThingJudge(studio, (), coloured=True)
     for shape in ("circle", "star", "triangle"):
         picture = np.full((EDGE, EDGE, 3), 255, np.uint8)
         cutout = shape_icon(shape, COLOURS["purple"])[::2, ::2]
         picture[30 : 30 + len(cutout), 20 : 20 + len(cutout)][cutout[..., 3] > 128] = COLOURS["purple"]
-        seen = judge(picture)
+        seen = shapes(picture)
         assert (seen.names[0], seen.colour) == (shape, "purple")
+    judge = ThingJudge(studio, studio.things, coloured=False)
     verdicts = []
-    for k in range(200):
+    for k in range(90):
         sample = related(studio, random.Random(f"pair/{k}"))
         facts = sample.facts
         plain = not facts.background and not any(subject.colour for subject in facts.subjects)
@@ -143,4 +144,4 @@ def test_judges_are_right_about_drawn_pictures(studio: Studio) -> None:
             seen = (pair.stand == "beside", pair.first.names[0], pair.second.names[0])
             verdicts.append(seen == (facts.relation == "left", *(subject.key for subject in facts.subjects)))
     # The polygons that stand for things here are cut into one another's likeness more often than icons are.
-    assert len(verdicts) > 20 and np.mean(verdicts) > 0.8
+    assert len(verdicts) > 8 and np.mean(verdicts) > 0.8

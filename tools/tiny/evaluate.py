@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import draw_prompts
+from .colours import COLOURS
 from .icons import Pixels
 from .judges import CountJudge, Seen, ThingJudge, see_pair, train_count_judge
 from .pictures import PLAIN, Facts, Sample, Studio, held_out, one, open_studio, related, several, shape
@@ -77,7 +79,8 @@ def _thing_prompts(studio: Studio) -> Iterator[Sample]:
         yield studio.alone(rng, thing, words)
 
 
-def _alone(seen: Seen, facts: Facts) -> Verdict:
+def _alone(judge: ThingJudge, picture: Pixels, facts: Facts) -> Verdict:
+    seen = judge(picture)
     subject = facts.subjects[0]
     thing = seen.names[:1] == (subject.key,)
     colour = seen.colour == subject.colour
@@ -109,6 +112,12 @@ def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
     return {question: float(np.mean([verdict[question] for verdict in verdicts])) for question in verdicts[0]}
 
 
+def _coloured(facts: Facts) -> bool:
+    """Of one thing: in a colour that its name does not have already, as a green book has."""
+    subject = facts.subjects[0]
+    return _plain(facts) and bool(subject.colour) and subject.key.split()[0] not in COLOURS
+
+
 def _natural(facts: Facts) -> bool:
     """Of two things: such as the judge tells apart when they are small, and coloured only where they are shapes."""
     people = any(s.thing is not None and (s.thing.person or "face" in s.key) for s in facts.subjects)
@@ -129,17 +138,10 @@ def evaluate(
     pipeline = stable_diffusion.from_pretrained(checkpoint)
     pipeline.set_progress_bar_config(disable=True)
     studio = open_studio(cache)
-    judges: dict[str, Any] = {}
-
-    def natural() -> ThingJudge:
-        found: ThingJudge = judges.setdefault("natural", None) or ThingJudge(studio, coloured=False)
-        judges["natural"] = found
-        return found
-
-    def coloured() -> ThingJudge:
-        found: ThingJudge = judges.setdefault("coloured", None) or ThingJudge(studio, coloured=True)
-        judges["coloured"] = found
-        return found
+    # Made when they are needed: the second takes a minute.
+    natural = functools.cache(lambda: ThingJudge(studio, studio.things, coloured=False))
+    coloured = functools.cache(lambda: ThingJudge(studio, studio.things, coloured=True))
+    shapes = functools.cache(lambda: ThingJudge(studio, (), coloured=True))
 
     def line(
         name: str, samples: list[Sample], judge: Callable[[list[Pixels], list[Facts]], list[Verdict]]
@@ -180,11 +182,11 @@ def evaluate(
                 {"number": told == f.count} for told, f in zip(count_judge(pictures), facts, strict=True)
             ],
         )
-    for name, make in (
-        ("colour on thing", lambda rng: one(studio, rng, pairs=True)),
-        ("one shape", lambda rng: shape(studio, rng)),
-        ("shapes, pairs kept out", lambda rng: shape(studio, rng, pairs=True)),
+    for name, make, judge in (
+        ("colour on thing", lambda rng: one(studio, rng, pairs=True), coloured),
+        ("one shape", lambda rng: shape(studio, rng), shapes),
+        ("shapes, pairs kept out", lambda rng: shape(studio, rng, pairs=True), shapes),
     ):
         if wanted(name):
-            samples = prompts(name, count, make, lambda f: _plain(f) and bool(f.subjects[0].colour))
-            line(name, samples, each(lambda p, f: _alone(coloured()(p), f)))
+            samples = prompts(name, count, make, _coloured)
+            line(name, samples, each(functools.partial(_alone, judge())))

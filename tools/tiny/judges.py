@@ -7,7 +7,7 @@ They look at pixels alone and never at the prompt. Each is checked against drawn
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from .colours import COLOURS, Floats, lab_of, recolour
 from .icons import Pixels
 from .pictures import PLAIN, SOFT, Studio, several
 from .shapes import SHAPES, shape_icon
+from .things import Thing
 
 _CELL = 24
 _NAMES = tuple(COLOURS)
@@ -72,11 +73,11 @@ class Seen:
 class ThingJudge:
     """Compares what stands in a picture with things and shapes as the training draws them.
 
-    Before the comparison both are brought to one size and place, so neither counts. Without `coloured` things are known
-    in their own colours alone.
+    Before the comparison both are brought to one size and place, so neither counts. It knows all shapes and of things
+    those that are given, without `coloured` in their own colours alone.
     """
 
-    def __init__(self, studio: Studio, coloured: bool, style: str = PLAIN) -> None:
+    def __init__(self, studio: Studio, things: Iterable[Thing], coloured: bool, style: str = PLAIN) -> None:
         self._names: list[str] = []
         self._colours: list[str] = []
         cells: list[Floats] = []
@@ -91,7 +92,7 @@ class ThingJudge:
                 self._colours.append(colour)
                 cells.append(cell)
 
-        for thing in studio.things:
+        for thing in things:
             key = thing.key(style)
             if key is None:
                 continue
