@@ -29,7 +29,7 @@ defmodule StarweaveImage.JournalFolderTest do
     Process.unlink(journal)
     monitor = Process.monitor(journal)
     Process.exit(journal, :kill)
-    assert_receive {:DOWN, ^monitor, _, _, _}
+    assert_receive {:DOWN, ^monitor, _, _, _}, 10_000
   end
 
   defp unfinished(journal), do: for(%{id: id} <- Journal.recover(journal).unfinished, do: id)
@@ -107,7 +107,7 @@ defmodule StarweaveImage.JournalFolderTest do
           File.rm_rf!(folder)
           File.write!(folder, "a file")
           accept(journal, "d", {:error, "not a directory"})
-          assert_receive {:journal, :health, "not a directory"}
+          assert_receive {:journal, :health, "not a directory"}, 10_000
           accept(journal, "e", {:error, "not a directory"})
           assert {:error, "not a directory"} = Journal.result(journal, "b")
           File.rm!(folder)

@@ -322,12 +322,12 @@ defmodule StarweaveImage.JournalRecordsTest do
           for n <- 1..20 do
             Journal.accept(journal, "x", job("x"))
             Journal.forget(journal, "x")
-            assert_receive {:journal, {:forget, "x"}, :ok}
+            assert_receive {:journal, {:forget, "x"}, :ok}, 10_000
             assert n > 0
           end
 
           Journal.forget(journal, "g")
-          assert_receive {:journal, {:forget, "g"}, :ok}
+          assert_receive {:journal, {:forget, "g"}, :ok}, 10_000
           GenServer.stop(journal)
         end)
 
