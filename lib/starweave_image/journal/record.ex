@@ -49,7 +49,6 @@ defmodule StarweaveImage.Journal.Record do
     notices: :texts,
     attempts: :count
   ]
-  @blob ~r/\A[0-9a-f]{64}\z/
 
   @spec encode(t) :: {:ok, binary} | {:error, :unencodable}
   def encode(record) do
@@ -95,7 +94,7 @@ defmodule StarweaveImage.Journal.Record do
 
   # Whatever in it may be the name of an image file.
   defp blobs(text) when is_binary(text),
-    do: if(text =~ @blob, do: [:binary.copy(text)], else: [])
+    do: if(blob?(text), do: [:binary.copy(text)], else: [])
 
   defp blobs(list) when is_list(list), do: Enum.flat_map(list, &blobs/1)
   defp blobs(%_{}), do: []
@@ -254,7 +253,7 @@ defmodule StarweaveImage.Journal.Record do
   defp valid?({:maybe, type}, value), do: value == nil or valid?(type, value)
   defp valid?({:one_of, atoms}, value), do: named(value, atoms, nil) != nil
   defp valid?(:text, value), do: is_binary(value) and String.valid?(value)
-  defp valid?(:blob, value), do: is_binary(value) and value =~ @blob
+  defp valid?(:blob, value), do: is_binary(value) and blob?(value)
   defp valid?(:boolean, value), do: is_boolean(value)
   defp valid?(:integer, value), do: is_integer(value)
   defp valid?(:count, value), do: is_integer(value) and value >= 0
@@ -264,6 +263,8 @@ defmodule StarweaveImage.Journal.Record do
 
   defp valid?(:numbers, value),
     do: valid?(:map, value) and Enum.all?(value, fn {_name, number} -> is_number(number) end)
+
+  defp blob?(text), do: text =~ ~r/\A[0-9a-f]{64}\z/
 
   defp detail({"field", value}), do: {:field, named(value, Map.keys(Request.__struct__()), value)}
   defp detail({name, value}), do: {named(name, @details, name), value}
