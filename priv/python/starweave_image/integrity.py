@@ -160,7 +160,8 @@ def forget(folder: Path) -> int:
     within = os.path.realpath(folder) + os.sep
     records = _read(_book())
     kept = {path: record for path, record in records.items() if not path.startswith(within)}
-    _write(_book(), kept)
+    if len(kept) < len(records):
+        _write(_book(), kept)
     return len(records) - len(kept)
 
 
