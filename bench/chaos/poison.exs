@@ -25,7 +25,8 @@ defmodule Chaos.Poison do
     orphans = Chaos.orphans(mark)
 
     [
-      {"the poison ends with", inspect(error.kind), error.kind == :sidecar_crashed},
+      {"the poison ends with", "#{inspect(error.kind)}, #{error.message}",
+       error.kind == :sidecar_crashed},
       {"deaths of sidecars", deaths, deaths in 4..10},
       {"good requests done", "#{length(images)} of 50", length(images) == 50},
       {"most attempts of a good one", images |> Enum.map(& &1.attempts) |> Enum.max(), nil},
