@@ -2,13 +2,13 @@
 #
 #     bin/chaos [--full] [--minutes N] [SCENARIO…]
 #
-# Scenarios: killer kills hangs beams poison pair handover soak; by default all, each in a short form. A line for each figure;
+# Scenarios: killer kills supervisors hangs beams poison pair handover soak; by default all, each in a short form. A line for each figure;
 # the exit status is 1 if one is not as it must be. Goals of time, which are the machine's too, are met or missed. docs/reliability.md has results.
 
 for support <- ~w(telemetry os_process),
     do: Code.require_file("../tests/support/#{support}.ex", __DIR__)
 
-for part <- ~w(harness killer kills hangs beams poison pair handover soak),
+for part <- ~w(harness killer kills supervisors hangs beams poison pair handover soak),
     do: Code.require_file("chaos/#{part}.exs", __DIR__)
 
 Logger.configure(level: if(System.get_env("CHAOS_LOG"), do: :debug, else: :emergency))
@@ -16,6 +16,7 @@ Logger.configure(level: if(System.get_env("CHAOS_LOG"), do: :debug, else: :emerg
 scenarios = [
   killer: Chaos.Killer,
   kills: Chaos.Kills,
+  supervisors: Chaos.Supervisors,
   hangs: Chaos.Hangs,
   beams: Chaos.Beams,
   poison: Chaos.Poison,

@@ -34,13 +34,17 @@ defmodule Chaos do
   @doc "The name of a new instance. Every process that it starts has `STARWEAVE_CHAOS` in its environment."
   def start(opts) do
     name = Module.concat(Chaos, "I#{System.unique_integer([:positive])}")
-    defaults = [name: name, python: python(), env: ["STARWEAVE_CHAOS"], max_queue: 1_000]
-    # Deaths in quick succession are what is tried here, not the pauses between them.
-    defaults = defaults ++ [backoff_min: 20, backoff_max: 200]
-    {:ok, supervisor} = StarweaveImage.start_link(Keyword.merge(defaults, opts))
+    {:ok, supervisor} = StarweaveImage.start_link([name: name] ++ options(opts))
     Process.put(name, supervisor)
     :ok = StarweaveImage.await_ready(120_000, name)
     name
+  end
+
+  @doc "The options of such an instance, without a name."
+  def options(opts) do
+    defaults = [python: python(), env: ["STARWEAVE_CHAOS"], max_queue: 1_000]
+    # Deaths in quick succession are what is tried here, not the pauses between them.
+    Keyword.merge(defaults ++ [backoff_min: 20, backoff_max: 200], opts)
   end
 
   def stop(name) do

@@ -122,6 +122,11 @@ defmodule StarweaveImage.Keeper do
         if named?(state.name), do: start(state), else: soon(state, @look_again_ms)
 
       pid ->
+        # Said, for it may be somebody who only happens to have the name.
+        Logger.info(
+          "#{describe(state)} waits until #{inspect(pid)}, which has its name, has ended"
+        )
+
         %{state | awaited: Process.monitor(pid)}
     end
   end
