@@ -493,7 +493,7 @@ defmodule Mix.Tasks.Image.Gen do
       images
       |> Enum.zip(job.files.paths)
       |> Enum.reduce_while(:ok, fn {image, path}, :ok ->
-        case Image.save(image, path) do
+        case saved(image, path) do
           :ok ->
             say(opts, "Saved to #{path}")
             {:cont, :ok}
@@ -501,12 +501,29 @@ defmodule Mix.Tasks.Image.Gen do
           {:error, reason} ->
             text = "#{path} cannot be written: #{:file.format_error(reason)}"
             {:halt, {:error, Error.new(:internal, text)}}
+
+          signal ->
+            {:halt, signal}
         end
       end)
 
     with :ok <- saved do
       Enum.each(images, &say(opts, "Metadata: #{inspect(Client.metadata(&1), limit: :infinity)}"))
       images |> Enum.flat_map(& &1.notices) |> Enum.uniq() |> Enum.each(&say(opts, "Note: #{&1}"))
+    end
+  end
+
+  # In a process of its own, since a pipe may wait for its reader for ever.
+  defp saved(image, path) do
+    %{ref: reference} = Task.async(fn -> {:saved, Image.save(image, path)} end)
+
+    receive do
+      {^reference, {:saved, result}} ->
+        Process.demonitor(reference, [:flush])
+        result
+
+      {:signal, code} ->
+        {:signal, code}
     end
   end
 
