@@ -41,13 +41,15 @@ defmodule StarweaveImage.Environment do
 
   ## Where packages come from
 
-  Versions are exact: `priv/python/constraints.txt`. PyTorch itself is taken from the first of
+  From where `uv`, if it is installed, or else `pip` is configured to look. `priv/python/pins.txt` and the
+  lists of the extras have the SHA-256 of every file; one that differs, wherever it is from, ends the
+  set-up. PyTorch itself is one exact version, without a hash, and is taken from the first of
 
     * a folder of wheels: `wheels:`, `STARWEAVE_IMAGE_WHEELS`, or the folders in `PIP_FIND_LINKS`;
     * PyTorch's own index, where it can be reached (`STARWEAVE_IMAGE_TORCH_INDEX` names a mirror);
     * PyPI, which has one build for each system. On Linux it is CUDA's, with gigabytes of libraries.
 
-  The rest comes from where `uv`, if it is installed, or else `pip` is configured to look.
+  together with the libraries of NVIDIA or AMD that this build of it names.
   """
 
   alias StarweaveImage.Environment.Build

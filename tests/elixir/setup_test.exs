@@ -1,5 +1,6 @@
 defmodule StarweaveImage.SetupTest do
-  # Environments made by the real pip, from a folder and from an index of wheels that hold one empty module each.
+  # Environments made by the real pip, from a folder and from an index of wheels that hold one empty module each, and by
+  # lists that name the versions of the library's own with the hashes of these.
   # Not async: variables of the system's environment belong to the whole VM.
   use ExUnit.Case, async: false
 
@@ -54,11 +55,16 @@ defmodule StarweaveImage.SetupTest do
     })
 
     tag = "cp#{major}#{minor}"
+    packages = Path.join(tmp_dir, "packages")
+    priv = Environment.pythonpath()
+    library(tmp_dir, lists(priv, packages))
 
     {:ok,
      python: python,
      elixir: elixir,
      path: path,
+     packages: packages,
+     priv: priv,
      tag: "#{tag}-#{tag}-#{String.replace(platform, ~r/[-.]/, "_")}"}
   end
 
@@ -69,7 +75,7 @@ defmodule StarweaveImage.SetupTest do
     assert %{"torch" => "2.13.0+cpu"} = installed = installed(python)
     refute installed["pytest"] || installed["openvino"]
     assert Environment.python() == {:ok, python}
-    assert "Installing PyTorch 2.13.0+cpu from a folder of wheels" in lines()
+    assert "PyTorch is 2.13.0+cpu, from a folder of wheels" in lines()
 
     path = System.get_env("PATH")
     System.put_env("PATH", "/nothing")
@@ -108,9 +114,14 @@ defmodule StarweaveImage.SetupTest do
     System.put_env("STARWEAVE_IMAGE_TORCH_INDEX", index <> "/whl")
     System.put_env("PIP_INDEX_URL", index <> "/simple")
 
+    # torch needs it, and this index has another version than the pinned one.
+    numpy = Path.join(context.tmp_dir, "index/whl/cu126/numpy")
+    File.mkdir_p!(numpy)
+    wheel(numpy, "numpy", "99.0", "py3-none-any")
+
     assert {:ok, %{torch: :cuda, python: python}} = make(torch: :cuda)
-    assert installed(python)["torch"] == "2.13.0+cu126"
-    assert "Installing PyTorch 2.13.0+cu126 from #{index}/whl/cu126" in lines()
+    assert %{"torch" => "2.13.0+cu126", "numpy" => "2." <> _} = installed(python)
+    assert "PyTorch is 2.13.0+cu126, from #{index}/whl/cu126" in lines()
   end
 
   test "from PyPI alone, with its build and not a folder's for another device", context do
@@ -132,6 +143,43 @@ defmodule StarweaveImage.SetupTest do
 
     if :os.type() == {:unix, :linux},
       do: assert(Enum.any?(lines(), &(&1 =~ "PyPI's build brings 3 GB for CUDA")))
+  end
+
+  test "a file that is not the pinned one ends it with its name, from a folder and from an index",
+       context do
+    forged = fn folder ->
+      [path] = Path.wildcard(folder <> "/peft-*.whl")
+      [name, version, tag] = path |> Path.basename(".whl") |> String.split("-", parts: 3)
+      wheel(folder, name, version, tag, "print('forged')")
+    end
+
+    sentence =
+      "the Python packages could not be installed: " <>
+        "the file found for peft is not the pinned one (its SHA-256 differs)"
+
+    wheels = wheels(context, ["+cpu"])
+    forged.(wheels)
+    assert {:error, error} = make(torch: :cpu, wheels: wheels)
+    assert Exception.message(error) == sentence
+    assert Path.wildcard(Path.join(context.tmp_dir, "cache/*/cpu")) == []
+    assert {:error, "the Python environment is not set up" <> _} = Environment.python()
+
+    System.put_env("PIP_INDEX_URL", index(context, %{}) <> "/simple")
+    forged.(Path.join(context.tmp_dir, "index/simple/peft"))
+    assert {:error, error} = make(torch: :cpu)
+    assert Exception.message(error) == sentence
+    assert Path.wildcard(Path.join(context.tmp_dir, "cache/*/cpu")) == []
+  end
+
+  test "what an environment has stays when an extra is refused", context do
+    wheels = wheels(context, ["+cpu"])
+    assert {:ok, report} = make(torch: :cpu, wheels: wheels)
+    [path] = Path.wildcard(wheels <> "/pytest-*.whl")
+    File.write!(path, "junk")
+    assert {:error, error} = make(wheels: wheels, dev: true)
+    assert Exception.message(error) =~ "the file found for pytest is not the pinned one"
+    refute installed(report.python)["mypy"]
+    assert Environment.python() == {:ok, report.python}
   end
 
   test "ROCm's build is nowhere but on PyTorch's index", context do
@@ -170,7 +218,7 @@ defmodule StarweaveImage.SetupTest do
     {:ok, port} = :inet.port(listener)
     wheels = wheels(context, ["+cpu"])
 
-    # It has torch, and then waits for ever for an index that takes the connection and does not answer.
+    # It finds torch, and waits for ever for an index that takes the connection and does not answer.
     torch_only = Path.join(context.tmp_dir, "torch-only")
     File.mkdir!(torch_only)
 
@@ -232,6 +280,24 @@ defmodule StarweaveImage.SetupTest do
     assert Exception.message(error) == "unknown option :wheel, did you mean :wheels?"
   end
 
+  test "the lists have the versions that are tested, with hashes, and all that is required", %{
+    priv: priv
+  } do
+    pinned = for [_, name, version] <- pins(priv, "constraints.txt"), do: {name, version}
+    listed = for extra <- ["", "-openvino", "-dev"], do: {extra, pins(priv, "pins#{extra}.txt")}
+
+    every = for {_, list} <- listed, [_, name, version] <- list, uniq: true, do: {name, version}
+    assert Enum.sort(every) == Enum.sort(pinned -- [{"torch", "2.13.0"}])
+
+    for {extra, list} <- listed do
+      names = Enum.map(list, &Enum.at(&1, 1))
+      assert required(priv, "requirements#{extra}.txt") -- ["torch" | names] == []
+
+      for [entry | _] <- list,
+          do: assert(entry =~ ~r/\A\S+( ; .+)?( \\\n    --hash=sha256:[0-9a-f]{64})+\z/)
+    end
+  end
+
   defp make(opts) do
     test = self()
     Environment.setup([progress: &send(test, {:line, &1}), check: false] |> Keyword.merge(opts))
@@ -258,36 +324,71 @@ defmodule StarweaveImage.SetupTest do
         do: line |> String.split() |> List.to_tuple()
   end
 
-  # A folder with a wheel of every package that is asked for, and one of torch for each label.
+  # Each entry of a list, with its name and version.
+  defp pins(priv, file),
+    do: Regex.scan(~r/^([\w-]+)==([^\s;]+).*(?:\n .*)*/m, File.read!(Path.join(priv, file)))
+
+  defp required(priv, file) do
+    for [name] <- Regex.scan(~r/^[a-z_]+/m, File.read!(Path.join(priv, file))),
+        do: String.replace(name, "_", "-")
+  end
+
+  # A wheel of each version of every package that is asked for, but torch, and the lists with the hashes of them.
+  defp lists(priv, folder) do
+    File.mkdir_p!(folder)
+    extras = ["", "-openvino", "-dev"]
+    asked = Enum.flat_map(extras, &required(priv, "requirements#{&1}.txt")) -- ["torch"]
+
+    hashes =
+      for [_, name, version] <- pins(priv, "constraints.txt"), name in asked, into: %{} do
+        path = wheel(folder, String.replace(name, "-", "_"), version, "py3-none-any")
+        {{name, version}, :crypto.hash(:sha256, File.read!(path)) |> Base.encode16(case: :lower)}
+      end
+
+    for extra <- extras do
+      entries =
+        for [entry, name, version] <- pins(priv, "pins#{extra}.txt"), name in asked do
+          [pin | _] = String.split(entry, " \\\n")
+          "#{pin} --hash=sha256:#{hashes[{name, version}]}\n"
+        end
+
+      {"pins#{extra}.txt", entries}
+    end
+  end
+
+  # The library with other lists: a folder of its own in the code path, with links to what is the same.
+  defp library(tmp_dir, lists) do
+    ours = Path.join(tmp_dir, "library/starweave_image")
+    theirs = Application.app_dir(:starweave_image)
+    priv = Path.join(ours, "priv/python")
+    File.mkdir_p!(priv)
+    File.ln_s!(Path.join(theirs, "ebin"), Path.join(ours, "ebin"))
+
+    for name <- ~w(bootstrap.py run.py starweave_image),
+        do: File.ln_s!(Path.join([theirs, "priv/python", name]), Path.join(priv, name))
+
+    for {name, text} <- lists, do: File.write!(Path.join(priv, name), text)
+    put = &(true = :code.replace_path(:starweave_image, to_charlist(Path.join(&1, "ebin"))))
+    put.(ours)
+    on_exit(fn -> put.(theirs) end)
+  end
+
+  # A folder with all of them and one wheel of torch for each label.
   defp wheels(context, labels) do
     folder = Path.join(context.tmp_dir, "wheels")
     File.mkdir_p!(folder)
-    priv = Environment.pythonpath()
-
-    asked =
-      for file <- ~w(requirements.txt requirements-dev.txt),
-          [name] <- Regex.scan(~r/^[a-z_]+/m, File.read!(Path.join(priv, file))),
-          do: String.replace(name, "_", "-")
-
-    for [_, name, version] <-
-          Regex.scan(~r/^([\w-]+)==(\S+)/m, File.read!(Path.join(priv, "constraints.txt"))),
-        name in asked,
-        {version, tag} <-
-          if(name == "torch",
-            do: Enum.map(labels, &{version <> &1, context.tag}),
-            else: [{version, "py3-none-any"}]
-          ),
-        do: wheel(folder, String.replace(name, "-", "_"), version, tag)
-
+    File.cp_r!(context.packages, folder)
+    for label <- labels, do: wheel(folder, "torch", "2.13.0" <> label, context.tag)
     folder
   end
 
-  defp wheel(folder, name, version, tag) do
+  defp wheel(folder, name, version, tag, code \\ "") do
     info = "#{name}-#{version}.dist-info"
+    needs = if name == "torch", do: "Requires-Dist: numpy\n"
 
     files = [
-      {"#{@modules[name] || name}/__init__.py", ""},
-      {"#{info}/METADATA", "Metadata-Version: 2.1\nName: #{name}\nVersion: #{version}\n"},
+      {"#{@modules[name] || name}/__init__.py", code},
+      {"#{info}/METADATA", "Metadata-Version: 2.1\nName: #{name}\nVersion: #{version}\n#{needs}"},
       {"#{info}/WHEEL",
        "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: #{tag}\n"}
     ]
@@ -299,6 +400,7 @@ defmodule StarweaveImage.SetupTest do
 
     path = Path.join(folder, "#{name}-#{version}-#{tag}.whl")
     {:ok, _} = :zip.create(to_charlist(path), entries)
+    path
   end
 
   # A server with PyPI's layout at /simple and PyTorch's at /whl.

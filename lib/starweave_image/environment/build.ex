@@ -14,7 +14,7 @@ defmodule StarweaveImage.Environment.Build do
 
   @source Path.expand("../../../priv/python", __DIR__)
   @files Enum.map(
-           ~w(constraints.txt requirements.txt requirements-openvino.txt requirements-dev.txt),
+           ~w(constraints.txt pins.txt pins-openvino.txt pins-dev.txt),
            &Path.join(@source, &1)
          )
   for file <- @files, do: @external_resource(file)
@@ -274,7 +274,7 @@ defmodule StarweaveImage.Environment.Build do
         missing = missing(opts, marks)
         for extra <- missing, do: progress.("Installing #{@extras[extra]}")
 
-        with :ok <- packages(kind, [], missing, opts, progress),
+        with :ok <- packages(kind, Enum.map(missing, &"pins-#{&1}.txt"), opts, progress),
              do: mark(kind, Keyword.merge(marks, for(extra <- missing, do: {extra, true})))
 
       true ->
@@ -284,11 +284,16 @@ defmodule StarweaveImage.Environment.Build do
 
         remove(kind)
 
-        with {:ok, torch, source} <- torch(kind, base, opts, progress),
+        lists = ["pins.txt" | Enum.map(missing(opts, []), &"pins-#{&1}.txt")]
+
+        # torch comes last: what it needs of PyPI is then there, in the pinned versions, and its index, which has some
+        # of PyPI's packages in others, is asked for nothing but torch and the libraries that this build of it names.
+        with {:ok, torch, folder} <- torch(kind, base, opts, progress),
              :ok <- virtual_environment(kind, base, progress),
-             :ok <- install(kind, ["--no-deps" | torch], progress),
-             _ = progress.("Installing the other packages"),
-             :ok <- packages(kind, source, missing(opts, []), opts, progress) do
+             _ = progress.("Installing the packages"),
+             :ok <- packages(kind, lists, opts, progress),
+             _ = progress.("Installing PyTorch"),
+             :ok <- install(kind, torch, folder, progress) do
           mark(kind, [base: base.path] ++ for({extra, _} <- @extras, do: {extra, opts[extra]}))
         else
           error ->
@@ -315,15 +320,12 @@ defmodule StarweaveImage.Environment.Build do
 
     case line |> String.trim() |> String.split(" ", parts: 2) do
       [version, "http" <> _ = index] ->
-        progress.("Installing PyTorch #{version} from #{index}")
-
-        # What a build for the CPU needs besides is on PyPI, and nothing is asked for where it need not be.
-        source = if kind == :cpu, do: [], else: ["--extra-index-url", index]
-        {:ok, ["torch==#{version}", "--index-url", index], source}
+        progress.("PyTorch is #{version}, from #{index}")
+        {:ok, ["torch==#{version}", "--index-url", index], nil}
 
       [version, folder] ->
-        progress.("Installing PyTorch #{version} from a folder of wheels")
-        {:ok, ["torch==#{version}", "--no-index", "--find-links", folder], []}
+        progress.("PyTorch is #{version}, from a folder of wheels")
+        {:ok, ["torch==#{version}"], folder}
 
       [""] when kind == :rocm ->
         failed(
@@ -333,7 +335,7 @@ defmodule StarweaveImage.Environment.Build do
 
       [""] ->
         progress.(
-          "Installing PyTorch #{@torch} as pip is configured, since its own index cannot be reached"
+          "PyTorch is #{@torch}, from where pip is configured to look, since its own index cannot be reached"
         )
 
         if kind == :cpu and base.linux? do
@@ -344,7 +346,7 @@ defmodule StarweaveImage.Environment.Build do
         end
 
         # `===` passes over a CPU build in a folder that pip is configured to look in.
-        {:ok, ["torch#{if kind == :cuda, do: "===", else: "=="}#{@torch}"], []}
+        {:ok, ["torch#{if kind == :cuda, do: "===", else: "=="}#{@torch}"], nil}
     end
   end
 
@@ -367,42 +369,30 @@ defmodule StarweaveImage.Environment.Build do
 
   defp generation(kind), do: kind
 
-  # A folder that has everything is used alone: the same result with and without a network.
-  defp packages(kind, source, extras, opts, progress) do
-    names = ["requirements.txt" | Enum.map(extras, &"requirements-#{&1}.txt")]
-    wanted = Enum.flat_map(names, &["-r", in_priv(&1)]) ++ ["-c", in_priv("constraints.txt")]
-
-    case wheels(opts) do
-      nil ->
-        install(kind, wanted ++ source, progress)
-
-      folder ->
-        folder = ["--find-links", Path.expand(folder)]
-
-        with {:error, _} <- install(kind, wanted ++ folder ++ ["--no-index"], fn _ -> :ok end),
-             do: install(kind, wanted ++ folder ++ source, progress)
-    end
+  # The lists are complete: a package that is not in them, or whose file has another hash, is not installed. Wheels alone,
+  # since what a source is built with is in no list.
+  defp packages(kind, lists, opts, progress) do
+    lists = Enum.flat_map(lists, &["-r", in_priv(&1)])
+    exactly = ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    install(kind, exactly ++ lists, wheels(opts), progress)
   end
 
-  defp install(kind, arguments, progress) do
-    command =
+  defp install(kind, wanted, nil, progress) do
+    installer =
       case System.find_executable("uv") do
-        nil ->
-          [interpreter(kind), "-I", "-m", "pip", "install"]
-
-        uv ->
-          [uv, "pip", "install", "--compile-bytecode", "--python", interpreter(kind)] ++
-            both(arguments)
+        nil -> [interpreter(kind), "-I", "-m", "pip", "install"]
+        uv -> [uv, "pip", "install", "--compile-bytecode", "--python", interpreter(kind)]
       end
 
-    run(command ++ arguments, "the Python packages could not be installed", progress)
+    run(installer ++ wanted, "the Python packages could not be installed", progress)
   end
 
-  # PyTorch's index has some packages of PyPI too, in other versions than those that are pinned.
-  defp both(arguments) do
-    if "--extra-index-url" in arguments,
-      do: ["--index-strategy", "unsafe-best-match"],
-      else: []
+  # A folder that has everything is used alone: the same result with and without a network.
+  defp install(kind, wanted, folder, progress) do
+    wanted = wanted ++ ["--find-links", Path.expand(folder)]
+
+    with {:error, _} <- install(kind, wanted ++ ["--no-index"], nil, fn _ -> :ok end),
+         do: install(kind, wanted, nil, progress)
   end
 
   defp wheels(opts), do: opts.wheels || variable("STARWEAVE_IMAGE_WHEELS")
@@ -437,11 +427,8 @@ defmodule StarweaveImage.Environment.Build do
         :ok
 
       {_status, lines} ->
-        {:error,
-         Error.new(:unavailable, "#{failure}: #{reason(Enum.join(lines, "\n"))}", %{
-           log: log(),
-           output: lines |> Enum.take(20) |> Enum.reverse()
-         })}
+        {why, details} = reason(Enum.reverse(lines))
+        {:error, Error.new(:unavailable, "#{failure}: #{why}", Map.put(details, :log, log()))}
     end
   end
 
@@ -480,11 +467,23 @@ defmodule StarweaveImage.Environment.Build do
     ]
   end
 
-  defp reason(output) do
-    Enum.find_value(reasons(), "the last lines of the log say why", fn {pattern, reason} ->
-      if output =~ pattern, do: reason
-    end)
+  # With the last lines, where the sentence alone may not be enough.
+  defp reason(lines) do
+    text = Enum.join(lines, "\n")
+
+    case Regex.run(mismatch(), text, capture: :all_but_first) do
+      [package] ->
+        {"the file found for #{package} is not the pinned one (its SHA-256 differs)", %{}}
+
+      nil ->
+        known = Enum.find_value(reasons(), fn {pattern, why} -> if text =~ pattern, do: why end)
+        {known || "the last lines of the log say why", %{output: Enum.take(lines, -20)}}
+    end
   end
+
+  # As pip says it, and as uv does.
+  defp mismatch,
+    do: ~r/(?:DO NOT MATCH THE HASHES.*\n\s+|Hash mismatch for `)([\w.-]+)/
 
   # The kernel's lock, held by a process that ends with this one, however either ends.
   defp locked(base, progress, work) do
