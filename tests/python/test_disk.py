@@ -413,7 +413,7 @@ def test_a_download_makes_room_or_is_refused(here: Machine) -> None:
 def test_a_loaded_model_is_not_deleted(
     pulled: Machine, ready: Callable[..., Sidecar], tracked: Tracked
 ) -> None:
-    env = pulled.env | {"HF_HUB_OFFLINE": "1"}
+    env = pulled.env | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(pulled.cache)}
     sidecar = ready(env=env, models=[{"id": "owner/small"}], default_model="owner/small")
     sidecar.send({"t": "load_model", "id": "load", "model": "owner/small"})
     sidecar.expect("done", id="load", timeout=180)

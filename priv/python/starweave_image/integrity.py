@@ -217,5 +217,5 @@ def _write(book: Path, records: Mapping[str, Record]) -> None:
         fresh = book.with_name(f"{book.name}.{os.getpid()}")
         fresh.write_bytes(msgspec.json.encode(records))
         fresh.replace(book)
-    except OSError:
-        _logger.warning("the checksums of weights could not be kept", exc_info=True)
+    except OSError as error:
+        _logger.warning("the checksums of weights could not be kept: %s", error.strerror)
