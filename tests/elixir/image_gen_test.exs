@@ -308,7 +308,7 @@ defmodule Mix.Tasks.Image.GenTest do
 
     test "a closed terminal" do
       command = @long |> Command.start(terminal: true) |> Command.await_output("Denoising")
-      assert [_, _] = Command.pids(command, "starweave_image port")
+      assert [_, _] = Command.pids(command, "run.py port")
       [terminal] = Command.pids(command, "script -qefc") -- Command.pids(command, "timeout")
       Command.signal(terminal, "KILL")
       assert Command.await_gone(command) < 10_000
@@ -316,7 +316,7 @@ defmodule Mix.Tasks.Image.GenTest do
 
     test "Ctrl-C pressed twice" do
       command = @long |> Command.start(terminal: true) |> Command.await_output("Denoising")
-      assert [_, _] = Command.pids(command, "starweave_image port")
+      assert [_, _] = Command.pids(command, "run.py port")
       command = command |> Command.type("\x03") |> Command.await_output("BREAK")
       Command.type(command, "\x03")
       assert Command.await_gone(command) < 10_000
@@ -328,7 +328,7 @@ defmodule Mix.Tasks.Image.GenTest do
       command =
         @long |> Command.start(terminal: true, env: env) |> Command.await_output("Denoising")
 
-      assert [_, _] = Command.pids(command, "starweave_image port")
+      assert [_, _] = Command.pids(command, "run.py port")
       Command.type(command, "\x03")
       assert Command.await_gone(command) < 10_000
       assert Command.await_exit(command).status == 130
