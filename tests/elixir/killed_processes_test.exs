@@ -150,19 +150,19 @@ defmodule StarweaveImage.KilledProcessesTest do
         :client_keeper,
         :host
       ] do
+    # The end of a reader costs the Python process, and a request that saw many such ends is tried alone.
+    times =
+      cond do
+        part in @of_the_host -> 2
+        part == :log_reader -> 1
+        true -> 6
+      end
+
     test "#{part}: it may be killed again and again", %{name: name, application: application} do
       task = held(name)
       others = bystanders(application, name)
 
-      # The end of a reader costs the Python process, and a request that saw many such ends is tried alone.
-      times =
-        cond do
-          unquote(part in @of_the_host) -> 2
-          unquote(part == :log_reader) -> 1
-          true -> 6
-        end
-
-      Enum.reduce(1..times, find(name, unquote(part)), fn _, pid ->
+      Enum.reduce(1..unquote(times), find(name, unquote(part)), fn _, pid ->
         end_it(pid, :kill)
         replaced(name, unquote(part), pid)
       end)

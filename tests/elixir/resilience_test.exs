@@ -162,7 +162,7 @@ defmodule StarweaveImage.ResilienceTest do
     end
 
     test "waits as long as the starts behind it are killed from outside, up to a number" do
-      instance = start_ready("honest", backoff_max: 50)
+      instance = start_ready("ready_after_seven", backoff_max: 50)
       id = hold(instance)
 
       kill_start = fn killed ->
