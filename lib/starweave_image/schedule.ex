@@ -554,12 +554,12 @@ defmodule StarweaveImage.Schedule do
   @spec order(t, non_neg_integer | :all) :: [id]
   def order(schedule, count \\ :all)
 
-  def order(schedule, :all), do: order(schedule, &RankedSet.to_list/1)
+  def order(schedule, :all), do: in_order(schedule, &RankedSet.to_list/1)
 
-  def order(schedule, count) when is_integer(count),
-    do: schedule |> order(&RankedSet.take(&1, count)) |> Enum.take(count)
+  def order(schedule, count),
+    do: schedule |> in_order(&RankedSet.take(&1, count)) |> Enum.take(count)
 
-  def order(%{waiting: waiting, loners: loners}, keys) when is_function(keys) do
+  defp in_order(%{waiting: waiting, loners: loners}, keys) do
     keys = :lists.merge(keys.(waiting), keys.(loners))
     for {_, _, _, id} <- keys, do: id
   end

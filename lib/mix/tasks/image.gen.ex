@@ -515,10 +515,10 @@ defmodule Mix.Tasks.Image.Gen do
 
   # In a process of its own, since a pipe may wait for its reader for ever.
   defp saved(image, path) do
-    %{ref: reference} = Task.async(fn -> {:saved, Image.save(image, path)} end)
+    Task.async(fn -> {:saved, Image.save(image, path)} end)
 
     receive do
-      {^reference, {:saved, result}} ->
+      {reference, {:saved, result}} ->
         Process.demonitor(reference, [:flush])
         result
 
