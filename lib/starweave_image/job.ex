@@ -5,9 +5,10 @@ defmodule StarweaveImage.Job do
 
   alias StarweaveImage.{Error, Image, Verdict}
 
-  # `serial` tells it from an earlier one of the same id, and is a new one when it has ended. `owners` are the processes that wait for it; when
-  # all are gone it is cancelled, unless it was also submitted. `status`: `:journaling` until it is on disk,
-  # `:open`, `:ending` until its end is on disk, `:finished`. `ends`: lives of the application that ended while it ran.
+  # `serial` tells it from an earlier one of the same id, and is a new one when it has ended. `owners` are the
+  # processes that wait for it; when all are gone it is cancelled, unless it was also submitted. `status`:
+  # `:journaling` until it is on disk, `:open`, `:ending` until its end is on disk, `:finished`. `ends`: lives of the
+  # application that ended while it ran.
   defstruct [
     :request,
     :serial,

@@ -160,10 +160,10 @@ defmodule StarweaveImage.Msgpack do
 
   ## Decoding
   #
-  # One pass of tail calls, so that a failure needs no unwinding and the match context is reused from
-  # value to value (which is why even `next` and `str` match on `<<rest::binary>>`). The open container is in the arguments: its kind (:list, :map, or :one for
-  # the value asked for), how many values it still lacks (keys count), and those read, last first;
-  # `stack` holds the containers around it; `depth` is their number and how many values may still come.
+  # One pass of tail calls, so that a failure needs no unwinding and the match context is reused from value to value
+  # (which is why even `next` and `str` match on `<<rest::binary>>`). The open container is in the arguments: its kind
+  # (:list, :map, or :one for the value asked for), how many values it still lacks (keys count), and those read, last
+  # first; `stack` holds the containers around it; `depth` is their number and how many values may still come.
 
   defguardp is_enough(bytes, count) when byte_size(bytes) >= count
 

@@ -1,7 +1,8 @@
 defmodule StarweaveImage.Operations do
   @moduledoc false
-  # What is asked of all sidecars at once, such as loading a model: each operation is for every one that is at work when it begins, and is answered
-  # when all of these have answered or are gone. Pure; messages and replies are the queue's.
+  # What is asked of all sidecars at once, such as loading a model: each operation is for every one that is at work
+  # when it begins, and is answered when all of these have answered or are gone. Pure; messages and replies are the
+  # queue's.
 
   alias StarweaveImage.Error
 

@@ -3,8 +3,9 @@ defmodule StarweaveImage.Queue do
   # Owns every accepted request until it has its one answer. Sidecars come and go; a request that was
   # running on one that died goes back to its place and is sent again, with the same seed.
   #
-  # Who goes when and where is decided by `Schedule`, what follows from the end of an attempt by `Verdict`, how the sidecars are is known by `Fleet`,
-  # all pure; here are the processes, clocks and messages. Validation is done in the caller, msgpack in the sidecar's owner.
+  # Who goes when and where is decided by `Schedule`, what follows from the end of an attempt by `Verdict`, how the
+  # sidecars are is known by `Fleet`, all pure; here are the processes, clocks and messages. Validation is done in the
+  # caller, msgpack in the sidecar's owner.
 
   use GenServer
   use StarweaveImage.CrashLog

@@ -12,17 +12,18 @@ defmodule StarweaveImage.Schedule do
   # the head. The slot of a request at a sidecar is taken from its dispatch until the sidecar says that it is free,
   # also when the request itself has ended or waits again meanwhile.
   #
-  # A request that must run alone reserves a sidecar, which takes no other until it has run there. Then comes a full load of
-  # the others, if any wait, then the next that must run alone: neither kind keeps the other waiting for ever. Of those that must run
-  # alone, whoever has done so less often goes first.
+  # A request that must run alone reserves a sidecar, which takes no other until it has run there. Then comes a full
+  # load of the others, if any wait, then the next that must run alone: neither kind keeps the other waiting for ever.
+  # Of those that must run alone, whoever has done so less often goes first.
 
   alias StarweaveImage.RankedSet
 
   defmodule Entry do
     @moduledoc false
-    # `place`: `:waiting`, `:aside` (must not go yet), the index of its sidecar, or nil once it has ended. `attempts` counts
-    # dispatches that ended with the sidecar's death, or may yet. `company`: with whom it may run, `:any`, `:alone`, or on `:trial`:
-    # alone at a sidecar that has rested, while the others of the device rest too. `home`: the sidecar that it has reserved.
+    # `place`: `:waiting`, `:aside` (must not go yet), the index of its sidecar, or nil once it has ended. `attempts`
+    # counts dispatches that ended with the sidecar's death, or may yet. `company`: with whom it may run, `:any`,
+    # `:alone`, or on `:trial`: alone at a sidecar that has rested, while the others of the device rest too. `home`:
+    # the sidecar that it has reserved.
     defstruct [
       :id,
       :key,

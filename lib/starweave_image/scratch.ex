@@ -6,7 +6,8 @@ defmodule StarweaveImage.Scratch do
   # one removes it.
 
   @prefix "starweave_image-"
-  # The path of a unix socket has room for 103 bytes on macOS and 107 on Linux; a folder's name takes some 50, and names in it 20.
+  # The path of a unix socket has room for 103 bytes on macOS and 107 on Linux; a folder's name takes some 50, and
+  # names in it 20.
   @longest_parent 30
   # What cannot be told from the name is told by the age.
   @old_s 86_400

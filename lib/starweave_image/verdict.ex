@@ -5,12 +5,13 @@ defmodule StarweaveImage.Verdict do
   # numbers are those of `:rand`.
   #
   # Who is to blame for the death of a sidecar cannot be seen, so blame is bet on. A request that died alone is put on
-  # trial: its sidecar rests for a pause drawn from 0 to `span` ms, then the request runs there alone, and the bet is that the
-  # sidecar will die at the point of the run at which it died the time before. Whoever kills from outside, by whatever
-  # clock, does not know of the draw: he hits a window of w ms with a chance of at most w / `span`. A won bet multiplies the
-  # request's odds by what is fair against that chance, a lost one takes most of them. So a request that does
-  # nothing wrong reaches odds of n with a chance of at most 1 / n, however many trials it sees (the odds are a test
-  # martingale; Ville's inequality). Deaths while the sidecar rests lose the bet; those while it starts, and those in company, are no bets.
+  # trial: its sidecar rests for a pause drawn from 0 to `span` ms, then the request runs there alone, and the bet is
+  # that the sidecar will die at the point of the run at which it died the time before. Whoever kills from outside, by
+  # whatever clock, does not know of the draw: he hits a window of w ms with a chance of at most w / `span`. A won bet
+  # multiplies the request's odds by what is fair against that chance, a lost one takes most of them. So a request
+  # that does nothing wrong reaches odds of n with a chance of at most 1 / n, however many trials it sees (the odds
+  # are a test martingale; Ville's inequality). Deaths while the sidecar rests lose the bet; those while it starts,
+  # and those in company, are no bets.
   #
   # The bet says nothing about a device on which all work dies. That is seen by the others: where their runs
   # end in the same time as badly as those of the request, nobody is given up.
@@ -30,9 +31,10 @@ defmodule StarweaveImage.Verdict do
               since: {0, 0}
   end
 
-  # `done`: requests that ended well. `fallen`: deaths of sidecars that speak against the device: all that came before a request
-  # ended well, alone; one of a request that did not, since further ones may be its own doing; those under no request. `well`: contents that
-  # came to an end, `refused`: those that are not taken in, with the seed of the one that was given up; both until a time.
+  # `done`: requests that ended well. `fallen`: deaths of sidecars that speak against the device: all that came before
+  # a request ended well, alone; one of a request that did not, since further ones may be its own doing; those under
+  # no request. `well`: contents that came to an end, `refused`: those that are not taken in, with the seed of the one
+  # that was given up; both until a time.
   defstruct [
     :max_attempts,
     :max_retries,
