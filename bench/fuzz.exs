@@ -9,7 +9,8 @@ Code.require_file("../tests/support/json.ex", __DIR__)
 Code.require_file("../tests/support/contract.ex", __DIR__)
 
 defmodule Fuzz do
-  alias StarweaveImage.{Contract, Msgpack, Wire}
+  alias StarweaveImage.{Contract, Msgpack}
+  alias StarweaveImage.Sidecar.Wire
 
   # Headers with the longest lengths, and bytes that are easily got wrong.
   @nasty [

@@ -5,7 +5,8 @@
 # The decisions are timed by themselves, and the calls as a caller sees them, to and from the queue's process. Nothing
 # runs: the sidecar of this instance is a program that sleeps.
 
-alias StarweaveImage.{Request, Schedule}
+alias StarweaveImage.Request
+alias StarweaveImage.Queue.Schedule
 
 requests = System.argv() |> List.first("10000") |> String.to_integer()
 

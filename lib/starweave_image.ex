@@ -59,7 +59,7 @@ defmodule StarweaveImage do
       image request 5b66cbd9… done model=starweave/tiny steps=10 images=1 queue_ms=0 total_ms=3592 attempts=1 rss_mb=505
 
   `queue_ms` is until it was last sent to a sidecar, `total_ms` from its acceptance, and memory is that of the process that
-  drew it. `Logger.put_module_level(StarweaveImage.RequestLog, :warning)` silences these lines alone.
+  drew it. `Logger.put_module_level(StarweaveImage.Queue.RequestLog, :warning)` silences these lines alone.
 
   ## Fairness and time-outs
 

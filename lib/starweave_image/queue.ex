@@ -11,20 +11,8 @@ defmodule StarweaveImage.Queue do
   use StarweaveImage.CrashLog
   require Logger
 
-  alias StarweaveImage.{
-    Error,
-    Fleet,
-    Job,
-    Journal,
-    Operations,
-    RateLimit,
-    Request,
-    RequestLog,
-    Schedule,
-    Sidecar,
-    Telemetry,
-    Verdict
-  }
+  alias StarweaveImage.{Error, Journal, Request, Sidecar, Telemetry}
+  alias StarweaveImage.Queue.{Fleet, Job, Operations, RateLimit, RequestLog, Schedule, Verdict}
 
   defstruct [
     :config,

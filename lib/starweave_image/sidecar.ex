@@ -11,7 +11,8 @@ defmodule StarweaveImage.Sidecar do
   use StarweaveImage.CrashLog
   require Logger
 
-  alias StarweaveImage.{Answers, Backoff, Environment, SidecarLog, Telemetry, Wire}
+  alias StarweaveImage.{Backoff, Environment, Telemetry}
+  alias StarweaveImage.Sidecar.{Answers, Log, Wire}
   alias StarweaveImage.Sidecar.{Health, Python}
 
   @tick_ms 250
@@ -29,7 +30,7 @@ defmodule StarweaveImage.Sidecar do
   @stable_ms 30_000
   # A tick that comes later than this says that this process, and maybe all of the machine, stood still.
   @late_ms 1_000
-  @log_over SidecarLog.over()
+  @log_over Log.over()
 
   defstruct [
     :config,
@@ -262,13 +263,13 @@ defmodule StarweaveImage.Sidecar do
 
   defp launch(%{config: config} = state) do
     with {:ok, interpreter} <- Environment.python(python: config[:python]),
-         {:ok, log} <- SidecarLog.start_link(config[:name], state.index) do
+         {:ok, log} <- Log.start_link(config[:name], state.index) do
       case Python.start(interpreter, log.socket, config[:env]) do
         {:ok, python} ->
           {:ok, python, log}
 
         {:error, sentence} ->
-          SidecarLog.stop(log)
+          Log.stop(log)
           {:error, sentence}
       end
     end
@@ -404,7 +405,7 @@ defmodule StarweaveImage.Sidecar do
   # What it says before it knows its generation, such as what is wrong with `hello`, has a 0 in its place.
   defp receive_message(state, %{t: :error, g: g, id: nil} = error)
        when g in [0, state.generation] do
-    message = SidecarLog.printable_lines(error.message)
+    message = Log.printable_lines(error.message)
     Logger.log(if(state.told == message, do: :debug, else: :error), "#{label(state)}: #{message}")
     # Before `ready`, this is why it cannot start.
     if state.ready_at, do: state, else: %{state | failure: message}
@@ -412,7 +413,7 @@ defmodule StarweaveImage.Sidecar do
 
   defp receive_message(state, %{t: :log} = log) do
     metadata = if log.id, do: [request_id: log.id], else: []
-    message = SidecarLog.printable_lines(log.message)
+    message = Log.printable_lines(log.message)
     Logger.log(log.level, "#{label(state)}: #{message}", metadata)
     state
   end
@@ -619,7 +620,7 @@ defmodule StarweaveImage.Sidecar do
   # Also after a clean exit: whoever the process forked and left behind is in its group.
   defp close(state) do
     if state.python, do: Python.close(state.python)
-    if state.log, do: SidecarLog.stop(state.log)
+    if state.log, do: Log.stop(state.log)
     %{state | python: nil, log: nil}
   end
 

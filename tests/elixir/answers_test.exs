@@ -1,7 +1,7 @@
 defmodule StarweaveImage.AnswersTest do
   use ExUnit.Case, async: true
 
-  alias StarweaveImage.Answers
+  alias StarweaveImage.Sidecar.Answers
 
   @last 0x7FFFFFFFFFFFFFFF
 

@@ -1,7 +1,8 @@
 defmodule StarweaveImage.ContractTest do
   use ExUnit.Case, async: true
 
-  alias StarweaveImage.{Contract, Error, Msgpack, Request, Wire}
+  alias StarweaveImage.{Contract, Error, Msgpack, Request}
+  alias StarweaveImage.Sidecar.Wire
 
   doctest StarweaveImage.TestJSON
 

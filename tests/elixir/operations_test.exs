@@ -1,7 +1,8 @@
 defmodule StarweaveImage.OperationsTest do
   use ExUnit.Case, async: true
 
-  alias StarweaveImage.{Error, Operations}
+  alias StarweaveImage.Error
+  alias StarweaveImage.Queue.Operations
 
   defp added, do: Operations.add(Operations.new(), "load", %{t: :load_model}, :caller)
   defp gone, do: Error.new(:unavailable, "it is gone")

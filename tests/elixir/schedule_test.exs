@@ -2,7 +2,7 @@ defmodule StarweaveImage.ScheduleTest do
   # The decisions of the queue, which need neither processes nor clocks: examples, and what must hold whatever happens.
   use ExUnit.Case, async: true
 
-  alias StarweaveImage.{RankedSet, RateLimit, Schedule}
+  alias StarweaveImage.Queue.{RankedSet, RateLimit, Schedule}
 
   @limits [max_queue: 1_000, max_queue_bytes: 1_000_000]
 

@@ -8,7 +8,8 @@ defmodule StarweaveImage.SidecarTest do
   import StarweaveImage.TestOSProcess,
     only: [alive?: 1, await: 1, await_gone: 2, family: 1, signal: 2]
 
-  alias StarweaveImage.{Backoff, Error, Image, Sidecar, SidecarLog}
+  alias StarweaveImage.{Backoff, Error, Image, Sidecar}
+  alias StarweaveImage.Sidecar.Log
 
   # Everything below goes through this: the application goes on, with the same or with a new process.
   defp assert_works(instance) do
@@ -566,7 +567,7 @@ defmodule StarweaveImage.SidecarTest do
 
       owner =
         spawn(fn ->
-          send(test, {:reader, SidecarLog.start_link(__MODULE__, 3)})
+          send(test, {:reader, Log.start_link(__MODULE__, 3)})
           receive do: (:end -> exit(:shutdown))
         end)
 

@@ -7,10 +7,11 @@ defmodule StarweaveImage.StartTest do
   import StarweaveImage.TestInstance
   import StarweaveImage.TestOSProcess, only: [await: 1]
 
-  alias StarweaveImage.{Environment, Error, Image, Scratch, SidecarLog, Variables}
+  alias StarweaveImage.{Environment, Error, Image, Scratch, Variables}
+  alias StarweaveImage.Sidecar.Log
 
   doctest StarweaveImage.Backoff
-  doctest StarweaveImage.SidecarLog
+  doctest StarweaveImage.Sidecar.Log
 
   @moduletag :tmp_dir
   @moduletag timeout: 300_000
@@ -175,9 +176,9 @@ defmodule StarweaveImage.StartTest do
           {"half \xE2\x28", "half \\xE2("},
           {"Grüße, 世界, 🍎", "Grüße, 世界, 🍎"}
         ],
-        do: assert(SidecarLog.printable(written) == shown)
+        do: assert(Log.printable(written) == shown)
 
-    assert SidecarLog.printable_lines("one\n12:00:00.000 [error] two\e[0m") ==
+    assert Log.printable_lines("one\n12:00:00.000 [error] two\e[0m") ==
              "one\n  | 12:00:00.000 [error] two\\e[0m"
   end
 

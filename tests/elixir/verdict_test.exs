@@ -3,7 +3,8 @@ defmodule StarweaveImage.VerdictTest do
   # in simulated time, with the schedule that the queue has.
   use ExUnit.Case, async: true
 
-  alias StarweaveImage.{Error, Request, Schedule, Verdict}
+  alias StarweaveImage.{Error, Request}
+  alias StarweaveImage.Queue.{Schedule, Verdict}
 
   defmodule World do
     # Sidecars, what kills them, and requests, as events on a clock that jumps from one to the next. What the queue does between `Schedule` and

@@ -80,7 +80,8 @@ defmodule Mix.Tasks.Image.Gen do
 
   use Mix.Task
 
-  alias StarweaveImage.{Client, CommandLine, Error, Image, Options, Output, Request}
+  alias StarweaveImage.{Client, Error, Image, Options, Output, Request}
+  alias StarweaveImage.Mix.CommandLine
 
   @failed 1
   @usage 2

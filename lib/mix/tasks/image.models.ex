@@ -41,7 +41,8 @@ defmodule Mix.Tasks.Image.Models do
 
   use Mix.Task
 
-  alias StarweaveImage.{CommandLine, Environment}
+  alias StarweaveImage.Environment
+  alias StarweaveImage.Mix.CommandLine
 
   @commands ~w(list pull verify accept rm prune)
   @usage 2

@@ -30,7 +30,8 @@ defmodule Mix.Tasks.Image.Setup do
 
   use Mix.Task
 
-  alias StarweaveImage.{CommandLine, Environment}
+  alias StarweaveImage.Environment
+  alias StarweaveImage.Mix.CommandLine
 
   @switches [
     torch: :string,

@@ -1,4 +1,4 @@
-defmodule StarweaveImage.CommandLine do
+defmodule StarweaveImage.Mix.CommandLine do
   @moduledoc false
 
   # What all Mix tasks of this library share: arguments are the bytes that were typed, and whoever loses what is

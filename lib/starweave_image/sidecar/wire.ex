@@ -1,4 +1,4 @@
-defmodule StarweaveImage.Wire do
+defmodule StarweaveImage.Sidecar.Wire do
   @moduledoc false
   # Frames and messages of docs/protocol.md, without I/O: bytes in, typed messages out.
 

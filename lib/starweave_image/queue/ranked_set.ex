@@ -1,4 +1,4 @@
-defmodule StarweaveImage.RankedSet do
+defmodule StarweaveImage.Queue.RankedSet do
   @moduledoc false
   # An ordered set that also knows the rank of each element, each operation in O(log n): a weight-balanced
   # tree (Adams 1993) with the parameters of Hirai and Yamamoto, "Balancing weight-balanced trees", 2011.

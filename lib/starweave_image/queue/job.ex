@@ -1,9 +1,10 @@
-defmodule StarweaveImage.Job do
+defmodule StarweaveImage.Queue.Job do
   @moduledoc false
   # What the queue knows of one accepted request: who waits for it, how far it has come, and what its sidecar has
   # sent of it. Where it waits or runs, `Schedule` knows.
 
-  alias StarweaveImage.{Error, Image, Verdict}
+  alias StarweaveImage.{Error, Image}
+  alias StarweaveImage.Queue.Verdict
 
   # `serial` tells it from an earlier one of the same id, and is a new one when it has ended. `owners` are the
   # processes that wait for it; when all are gone it is cancelled, unless it was also submitted. `status`:

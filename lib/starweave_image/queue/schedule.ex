@@ -1,4 +1,4 @@
-defmodule StarweaveImage.Schedule do
+defmodule StarweaveImage.Queue.Schedule do
   @moduledoc false
   # Every decision of the queue, without its processes, clocks and messages: who is taken in, who goes
   # next and where, and who has to step back.
@@ -16,7 +16,7 @@ defmodule StarweaveImage.Schedule do
   # load of the others, if any wait, then the next that must run alone: neither kind keeps the other waiting for ever.
   # Of those that must run alone, whoever has done so less often goes first.
 
-  alias StarweaveImage.RankedSet
+  alias StarweaveImage.Queue.RankedSet
 
   defmodule Entry do
     @moduledoc false

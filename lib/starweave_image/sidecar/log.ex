@@ -1,4 +1,4 @@
-defmodule StarweaveImage.SidecarLog do
+defmodule StarweaveImage.Sidecar.Log do
   @moduledoc false
   # What a sidecar and everything it started write to fds 1 and 2, as lines in Logger. A unix socket,
   # since a port that uses fds 3 and 4 leaves 1 and 2 as they were: the terminal of the application.
@@ -179,7 +179,7 @@ defmodule StarweaveImage.SidecarLog do
   A line from outside as one that only shows text: whatever moves a terminal's cursor, colours it, ends the line or turns the
   direction of writing is escaped, and so is what is no UTF-8.
 
-      iex> StarweaveImage.SidecarLog.printable("\\e[31mred\\tpear\\r\\n")
+      iex> StarweaveImage.Sidecar.Log.printable("\\e[31mred\\tpear\\r\\n")
       "\\\\e[31mred\\tpear"
   """
   @spec printable(binary) :: String.t()

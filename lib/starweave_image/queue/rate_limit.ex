@@ -1,4 +1,4 @@
-defmodule StarweaveImage.RateLimit do
+defmodule StarweaveImage.Queue.RateLimit do
   @moduledoc false
   # Token buckets, one for all callers together and one for each user. A bucket holds as many tokens as
   # its limit allows in one period, so that a burst of that size is free, and fills evenly.

@@ -1,4 +1,4 @@
-defmodule StarweaveImage.Verdict do
+defmodule StarweaveImage.Queue.Verdict do
   @moduledoc false
   # What follows from the end of an attempt: the request goes on in company, alone or on trial; it is tried again
   # later; another model draws it; or it is given up, and its like refused for a while. No process and no clock; random

@@ -1,4 +1,4 @@
-defmodule StarweaveImage.Fleet do
+defmodule StarweaveImage.Queue.Fleet do
   @moduledoc false
   # What the queue knows of its sidecars: which there are, who is active and who stands by, and how each is.
   # Pure; the messages to and from them are the queue's.

@@ -1,4 +1,4 @@
-defmodule StarweaveImage.Operations do
+defmodule StarweaveImage.Queue.Operations do
   @moduledoc false
   # What is asked of all sidecars at once, such as loading a model: each operation is for every one that is at work
   # when it begins, and is answered when all of these have answered or are gone. Pure; messages and replies are the

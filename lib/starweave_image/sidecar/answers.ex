@@ -1,9 +1,9 @@
-defmodule StarweaveImage.Answers do
+defmodule StarweaveImage.Sidecar.Answers do
   @moduledoc false
   # What one Python process has answered so far to what it was asked, and whether what it says next may
   # be said (docs/protocol.md, "Order"). Pure; images are put together here.
 
-  alias StarweaveImage.Answers.Draft
+  alias StarweaveImage.Sidecar.Answers.Draft
 
   defmodule Draft do
     @moduledoc false

@@ -1,14 +1,14 @@
-defmodule StarweaveImage.RequestLog do
+defmodule StarweaveImage.Queue.RequestLog do
   @moduledoc false
   # One line in the application's log for each request that ends, well or not, with `request_id` in its metadata. What was
   # asked for is not in it: logs are kept long, and read by others than the user.
   #
-  # A module of its own so that it has a level of its own: `Logger.put_module_level(StarweaveImage.RequestLog, :warning)`
-  # silences it.
+  # A module of its own so that it has a level of its own:
+  # `Logger.put_module_level(StarweaveImage.Queue.RequestLog, :warning)` silences it.
 
   require Logger
 
-  alias StarweaveImage.Job
+  alias StarweaveImage.Queue.Job
 
   @doc "`outcome` is `:ok` or the error's kind; `memory` is the last heartbeat of the sidecar that worked on it, where one did."
   @spec ended(Job.t(), atom, keyword) :: :ok
