@@ -28,10 +28,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import psutil
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from starweave_image import devices, wire
-from starweave_image.engine import Engine
-from starweave_image.loading import quiet_libraries
-from starweave_image.weights import embedded_folder
+from starweave_image import schema
+from starweave_image.device import devices
+from starweave_image.engine.engine import Engine
+from starweave_image.weights.find import embedded_folder
+from starweave_image.weights.load import quiet_libraries
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -58,21 +59,21 @@ class Ours:
         self.ended: dict[str, tuple[float, Any]] = {}
         self.files: dict[str, bytes] = {}
         self.steps: list[tuple[float, str, int]] = []
-        models = [wire.ModelEntry(id="bench/model", path=str(folder))] if folder else []
+        models = [schema.ModelEntry(id="bench/model", path=str(folder))] if folder else []
         chosen = "bench/model" if folder else "starweave/tiny"
         self.engine = Engine(
-            wire.Config(models=models, default_model=chosen, **config), self._emit, lambda: None
+            schema.Config(models=models, default_model=chosen, **config), self._emit, lambda: None
         )
         self.engine.start()
         self._count = 0
 
-    def _emit(self, message: wire.Outgoing) -> None:
+    def _emit(self, message: schema.Outgoing) -> None:
         now = time.perf_counter()
-        if isinstance(message, wire.Progress) and message.step:
+        if isinstance(message, schema.Progress) and message.step:
             self.steps.append((now, message.id, message.step))
-        if isinstance(message, wire.ImagePart):
+        if isinstance(message, schema.ImagePart):
             self.files[message.id] = bytes(message.data)
-        if isinstance(message, (wire.Done, wire.Error)) and message.id:
+        if isinstance(message, (schema.Done, schema.Error)) and message.id:
             with self._news:
                 self.ended[message.id] = (now, message)
                 self._news.notify_all()
@@ -80,14 +81,14 @@ class Ours:
     def submit(self, **fields: Any) -> str:
         self._count += 1
         id = f"r{self._count}"
-        self.engine.generate(wire.Generate(id=id, metadata=False, **({"prompt": PROMPTS[0]} | fields)))
+        self.engine.generate(schema.Generate(id=id, metadata=False, **({"prompt": PROMPTS[0]} | fields)))
         return id
 
     def wait(self, *ids: str) -> None:
         with self._news:
             self._news.wait_for(lambda: all(id in self.ended for id in ids))
         for id in ids:
-            assert isinstance(self.ended[id][1], wire.Done), self.ended[id][1]
+            assert isinstance(self.ended[id][1], schema.Done), self.ended[id][1]
 
     def draw(self, requests: list[dict[str, Any]]) -> None:
         self.wait(*[self.submit(**fields) for fields in requests])
@@ -558,7 +559,7 @@ def main() -> None:
     os.environ["STARWEAVE_IMAGE_CACHE"] = str(arguments.work / "cache")
     arguments.work.mkdir(parents=True, exist_ok=True)
     quiet_libraries()
-    choice = devices.choose(wire.Config(dtype=arguments.dtype or "auto"))
+    choice = devices.choose(schema.Config(dtype=arguments.dtype or "auto"))
     print(
         f"{choice.device.name}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, "
         f"{choice.device.id}, {choice.dtype} ({choice.reason}), torch {torch.__version__}, "

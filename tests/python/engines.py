@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from starweave_image import wire
-from starweave_image.engine import Engine
+from starweave_image import schema
+from starweave_image.engine.engine import Engine
 
 PATIENCE_S = 180.0
 
@@ -35,7 +35,7 @@ class Bench:
         self.on: dict[str, Callable[[Any], None]] = {}
         self._news = threading.Condition()
         self._count = 0
-        self.engine = Engine(wire.Config(**config), self._emit, self._changed)
+        self.engine = Engine(schema.Config(**config), self._emit, self._changed)
 
     def start(self) -> Bench:
         self.ready = self.engine.start()
@@ -44,24 +44,24 @@ class Bench:
     def submit(self, id: str = "", **fields: Any) -> str:
         self._count += 1
         id = id or f"r{self._count}"
-        self.engine.generate(wire.Generate(id=id, **({"prompt": "a red apple"} | fields)))
+        self.engine.generate(schema.Generate(id=id, **({"prompt": "a red apple"} | fields)))
         return id
 
-    def generate(self, **fields: Any) -> wire.Done | wire.Error:
+    def generate(self, **fields: Any) -> schema.Done | schema.Error:
         return self.end(self.submit(**fields))
 
-    def end(self, id: str) -> wire.Done | wire.Error:
+    def end(self, id: str) -> schema.Done | schema.Error:
         """Wait for the message that ends a request."""
-        end: wire.Done | wire.Error = self.wait_for(
-            lambda: next(iter(self.of(id, wire.Done, wire.Error)), None)
+        end: schema.Done | schema.Error = self.wait_for(
+            lambda: next(iter(self.of(id, schema.Done, schema.Error)), None)
         )
         return end
 
-    def done(self, **fields: Any) -> tuple[wire.Done, list[bytes]]:
+    def done(self, **fields: Any) -> tuple[schema.Done, list[bytes]]:
         """Run a request that must succeed; its last message and its files."""
         id = self.submit(**fields)
         end = self.end(id)
-        assert isinstance(end, wire.Done), end
+        assert isinstance(end, schema.Done), end
         return end, self.files(id)
 
     def wait_for(self, found: Callable[[], Any]) -> Any:
@@ -74,7 +74,7 @@ class Bench:
 
     def files(self, id: str) -> list[bytes]:
         files: dict[int, bytes] = {}
-        for part in self.of(id, wire.ImagePart):
+        for part in self.of(id, schema.ImagePart):
             assert part.offset == len(files.get(part.index, b""))
             files[part.index] = files.get(part.index, b"") + bytes(part.data)
         return [files[index] for index in sorted(files)]
@@ -83,7 +83,7 @@ class Bench:
         with self._news:
             self._news.notify_all()
 
-    def _emit(self, message: wire.Outgoing) -> None:
+    def _emit(self, message: schema.Outgoing) -> None:
         with self._news:
             self.said.append(message)
             self._news.notify_all()

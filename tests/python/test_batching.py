@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from starweave_image.batching import GUARD_S, Batch, Batcher, Call, wait_bound
+from starweave_image.device.batching import GUARD_S, Batch, Batcher, Call, wait_bound
 
 
 def batcher(limit: int = 100) -> Batcher[str]:
@@ -217,6 +217,6 @@ def test_going_back_and_forth_between_keys_does_not_clear_debts() -> None:
 def test_the_policy_needs_no_torch() -> None:
     import subprocess
 
-    code = "import sys, starweave_image.batching as b; assert 'torch' not in sys.modules; print(b.__name__)"
+    code = "import sys, starweave_image.device.batching as b; assert 'torch' not in sys.modules; print(b.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "starweave_image.batching"
+    assert done.stdout.strip() == "starweave_image.device.batching"

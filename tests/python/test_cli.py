@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import PACKAGE, Tracked
 from PIL import Image
-from starweave_image import images
+from starweave_image.pictures import images
 
 
 def run(

@@ -10,14 +10,15 @@ import msgpack
 import msgspec
 import pytest
 from contract import HERE, expand, load, pack
-from starweave_image import wire
+from starweave_image import schema
+from starweave_image.doors import wire
 
 REQUESTS = load("requests.jsonl")
 FRAMES = load("frames.jsonl")
 OUTGOING = {
     struct.__struct_config__.tag: struct
-    for struct in (*wire.Outgoing.__subclasses__(), *wire.Vitals.__subclasses__())
-    if struct is not wire.Vitals
+    for struct in (*schema.Outgoing.__subclasses__(), *schema.Vitals.__subclasses__())
+    if struct is not schema.Vitals
 }
 
 
@@ -38,7 +39,7 @@ def test_request(case: dict[str, Any]) -> None:
     body = pack({"t": "generate", "id": "case", **request})
     if expect == "ok" or "stage" in expect:
         message = wire.decode(body)
-        assert isinstance(message, wire.Generate)
+        assert isinstance(message, schema.Generate)
         for field, value in request.items():
             if value is not None and field in message.__struct_fields__:
                 assert getattr(message, field) == value
@@ -66,7 +67,7 @@ def test_frame_to_the_sidecar(case: dict[str, Any]) -> None:
         if "value" in case:
             assert_holds(msgspec.to_builtins(message, builtin_types=(bytes,)), expand(case["value"]))
         else:
-            assert message == wire.Cancel(id="r1")
+            assert message == schema.Cancel(id="r1")
     elif expect["kind"] == "invalid_frame" and expect.get("exit") == 65:
         with pytest.raises(wire.FramingError):
             list(bodies)
@@ -95,7 +96,7 @@ def test_frame_to_the_application_can_be_said(case: dict[str, Any]) -> None:
 def test_every_message_has_a_golden_frame() -> None:
     said = {case["value"]["t"] for case in FRAMES if case.get("sidecar") == "ok" and "value" in case}
     heard = {case["value"]["t"] for case in FRAMES if case.get("application") == "ok"}
-    assert said == {struct.__struct_config__.tag for struct in wire.Incoming.__subclasses__()}
+    assert said == {struct.__struct_config__.tag for struct in schema.Incoming.__subclasses__()}
     assert heard == set(OUTGOING)
 
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
-from starweave_image import containers, images
 from starweave_image.errors import ImageError
+from starweave_image.pictures import containers, images
 
 RED = (200, 30, 30)
 FORMATS = ["PNG", "JPEG", "WEBP"]

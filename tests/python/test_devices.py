@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from starweave_image import devices
-from starweave_image.devices import Device, decide, present
+from starweave_image.device import devices
+from starweave_image.device.devices import Device, decide, present
 from starweave_image.errors import ImageError
 
 GPU = Device("cuda:0", "A card", "float16", "no native bfloat16", 1)

@@ -22,10 +22,11 @@ from huggingface_hub import constants
 from PIL import Image
 from sidecar import Sidecar
 from stand_in_hub import COMMIT, Hub, Repository, sha256
-from starweave_image import disk, lease, wire
+from starweave_image import schema
 from starweave_image.errors import ImageError
-from starweave_image.hub import File, Plan
-from starweave_image.upkeep import Upkeep
+from starweave_image.weights import disk, lease
+from starweave_image.weights.hub import File, Plan
+from starweave_image.weights.upkeep import Upkeep
 
 NEXT = "fedcba9876543210fedcba9876543210fedcba98"
 CHUNK = 10 * 1024 * 1024  # The hub's client writes this much at a time.
@@ -361,14 +362,14 @@ def await_left(machine: Machine, *names: str) -> None:
 
 def test_models_are_kept_within_a_quota_and_a_number(here: Machine) -> None:
     size = disk.snapshots("owner/small")[0].bytes
-    bounded = Upkeep(wire.Config(disk_quota=3 * size, cleanup_interval_ms=1000), ["owner/older"])
+    bounded = Upkeep(schema.Config(disk_quota=3 * size, cleanup_interval_ms=1000), ["owner/older"])
     bounded.begin()
     await_left(here, "older", "newer", "small")
     # And again, after a while.
     add(here, "third", 1)
     await_left(here, "older", "newer", "small")
     bounded.end()
-    fewer = Upkeep(wire.Config(max_models=1), ["owner/newer"])
+    fewer = Upkeep(schema.Config(max_models=1), ["owner/newer"])
     fewer.begin()
     await_left(here, "newer")
     fewer.end()
@@ -376,7 +377,7 @@ def test_models_are_kept_within_a_quota_and_a_number(here: Machine) -> None:
 
 def test_what_is_in_use_or_pinned_stays_whatever_the_bounds(here: Machine) -> None:
     with_lease = lease.take(here.snapshot("older"))
-    bounded = Upkeep(wire.Config(disk_quota=0, max_models=1, cleanup_interval_ms=1000), ["owner/old"])
+    bounded = Upkeep(schema.Config(disk_quota=0, max_models=1, cleanup_interval_ms=1000), ["owner/old"])
     bounded.begin()
     await_left(here, "old", "older")
     assert with_lease is not None
@@ -391,19 +392,19 @@ def planned(name: str, size: int) -> Plan:
 
 def test_a_download_makes_room_or_is_refused(here: Machine) -> None:
     size = disk.snapshots("owner/small")[0].bytes
-    Upkeep(wire.Config(), []).make_room(planned("next", 10**15))
+    Upkeep(schema.Config(), []).make_room(planned("next", 10**15))
     assert len(left(here)) == 4
-    Upkeep(wire.Config(disk_quota=4 * size), []).make_room(planned("next", size))
+    Upkeep(schema.Config(disk_quota=4 * size), []).make_room(planned("next", size))
     assert left(here) == {"old", "newer", "small"}
     # A new revision of one that is here is no further model, and does not push out the one that it is of.
-    Upkeep(wire.Config(max_models=3), []).make_room(planned("old", size))
+    Upkeep(schema.Config(max_models=3), []).make_room(planned("old", size))
     assert left(here) == {"old", "newer", "small"}
     keep = ["owner/old", "owner/newer", "owner/small"]
     with pytest.raises(ImageError, match="and disk_quota leaves") as refused:
-        Upkeep(wire.Config(disk_quota=4 * size - 1), keep).make_room(planned("next", size))
+        Upkeep(schema.Config(disk_quota=4 * size - 1), keep).make_room(planned("next", size))
     assert refused.value.kind == "model_load_failed"
     with pytest.raises(ImageError, match="there are 3 models already, which is max_models"):
-        Upkeep(wire.Config(max_models=3), keep).make_room(planned("next", size))
+        Upkeep(schema.Config(max_models=3), keep).make_room(planned("next", size))
     assert left(here) == {"old", "newer", "small"}
 
 

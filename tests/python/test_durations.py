@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from starweave_image.durations import Current, Durations, Kind
+from starweave_image.device.durations import Current, Durations, Kind
 
 SMALL, LARGE = Kind("unet", "small", 100), Kind("unet", "large", 400)
 DECODE = Kind("vae", "small", 100)

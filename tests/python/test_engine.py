@@ -14,7 +14,10 @@ import pytest
 import torch
 from engines import PATIENCE_S, Bench, difference
 from PIL import Image
-from starweave_image import images, loading, log, wire
+from starweave_image import schema
+from starweave_image.doors import log
+from starweave_image.pictures import images
+from starweave_image.weights import load as loading
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 4}
 
@@ -37,7 +40,7 @@ def bench(folder: Path) -> Iterator[Bench]:
 
 
 def bench_of(folder: Path, **config: Any) -> Bench:
-    models = [wire.ModelEntry(id="local/sd", path=str(folder))]
+    models = [schema.ModelEntry(id="local/sd", path=str(folder))]
     return Bench(models=models, default_model="local/sd", **config).start()
 
 
@@ -51,21 +54,21 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         assert opened.wait(PATIENCE_S)
         return load(*arguments)
 
-    monkeypatch.setattr("starweave_image.engine.load_pipeline", gated)
+    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", gated)
     yield opened
     opened.set()
 
 
-def error(end: wire.Done | wire.Error) -> wire.Error:
-    assert isinstance(end, wire.Error), end
+def error(end: schema.Done | schema.Error) -> schema.Error:
+    assert isinstance(end, schema.Error), end
     return end
 
 
 def test_a_request_is_accepted_reports_each_step_and_ends_with_its_picture(bench: Bench) -> None:
     done, [data] = bench.done(id="one", seed=7, **SMALL)
     said = bench.of("one")
-    assert [type(message) for message in said[:2]] == [wire.Accepted, wire.Progress]
-    assert said[0] == wire.Accepted(
+    assert [type(message) for message in said[:2]] == [schema.Accepted, schema.Progress]
+    assert said[0] == schema.Accepted(
         id="one",
         model="local/sd",
         width=64,
@@ -76,14 +79,14 @@ def test_a_request_is_accepted_reports_each_step_and_ends_with_its_picture(bench
         seeds=[7],
         format="png",
     )
-    steps = [(m.phase, m.step, m.steps) for m in bench.of("one", wire.Progress)]
+    steps = [(m.phase, m.step, m.steps) for m in bench.of("one", schema.Progress)]
     assert steps == [
         ("loading", 0, 0),
         *(("denoising", step, 4) for step in range(1, 5)),
         ("decoding", 4, 4),
         ("encoding", 4, 4),
     ]
-    assert [type(message) for message in said[-2:]] == [wire.ImagePart, wire.Done]
+    assert [type(message) for message in said[-2:]] == [schema.ImagePart, schema.Done]
     assert Image.open(io.BytesIO(data)).size == (64, 64)
     assert done.timings is not None and set(done.timings) == {
         "queue",
@@ -96,7 +99,7 @@ def test_a_request_is_accepted_reports_each_step_and_ends_with_its_picture(bench
     assert done.timings["denoise"] > 0 and done.timings["total"] >= sum(done.timings.values()) / 2 - 5
     snapshot = bench.engine.snapshot()
     assert snapshot.phase == "ready" and snapshot.grant == 8 and snapshot.resident == ["local/sd"]
-    assert snapshot.counters == wire.Counters(accepted=1, done=1)
+    assert snapshot.counters == schema.Counters(accepted=1, done=1)
 
 
 @pytest.mark.parametrize("reproducible", [True, False])
@@ -116,11 +119,11 @@ def test_eight_at_once_are_what_each_is_alone(folder: Path, reproducible: bool) 
     alone = [bench.done(**fields)[1] for fields in requests]
     ids = [bench.submit(**fields) for fields in requests]
     for id, files in zip(ids, alone, strict=True):
-        assert isinstance(bench.end(id), wire.Done)
+        assert isinstance(bench.end(id), schema.Done)
         assert bench.files(id) == files if reproducible else difference(bench.files(id), files) <= 1
     assert len({files[0] for files in alone}) == len(alone)
     # They advanced together: the longest was in the middle of its steps while each of the others took its first.
-    order = [m.id for m in bench.said if isinstance(m, wire.Progress) and m.phase == "denoising"]
+    order = [m.id for m in bench.said if isinstance(m, schema.Progress) and m.phase == "denoising"]
     longest, *others = ids
     assert max(order.index(id) for id in others) < len(order) - order[::-1].index(longest)
 
@@ -128,8 +131,8 @@ def test_eight_at_once_are_what_each_is_alone(folder: Path, reproducible: bool) 
 def test_nothing_computes_while_a_load_changes_the_default_dtype(folder: Path, tmp_path: Path) -> None:
     other = checkpoints.stable_diffusion_xl(tmp_path / "xl")
     models = [
-        wire.ModelEntry(id="local/sd", path=str(folder)),
-        wire.ModelEntry(id="local/xl", path=str(other)),
+        schema.ModelEntry(id="local/sd", path=str(folder)),
+        schema.ModelEntry(id="local/xl", path=str(other)),
     ]
     bench = Bench(models=models, default_model="local/sd", dtype="bfloat16").start()
     alone = bench.done(seed=1, **SMALL)[1]
@@ -138,18 +141,18 @@ def test_nothing_computes_while_a_load_changes_the_default_dtype(folder: Path, t
 
     def watch(message: Any) -> None:
         # Runs in the thread that holds the device.
-        if isinstance(message, wire.Progress) and message.step == 1:
+        if isinstance(message, schema.Progress) and message.step == 1:
             bench.engine.load_model("load", "local/xl")
             pause = threading.Event()
             for _ in range(2000):
                 seen.append(torch.get_default_dtype())
                 pause.wait(0.001)
-            ended.extend(bench.of("load", wire.Done))
+            ended.extend(bench.of("load", schema.Done))
 
     bench.on["watch"] = watch
-    assert isinstance(bench.end(bench.submit("watch", seed=1, **SMALL)), wire.Done)
+    assert isinstance(bench.end(bench.submit("watch", seed=1, **SMALL)), schema.Done)
     assert ended == [] and set(seen) == {torch.float32}
-    assert isinstance(bench.end("load"), wire.Done)
+    assert isinstance(bench.end("load"), schema.Done)
     assert bench.files("watch") == alone and torch.get_default_dtype() == torch.float32
 
 
@@ -178,7 +181,7 @@ def test_the_highest_seed_that_is_drawn_leaves_room_for_those_of_all_images(
 def test_a_long_schedule_reports_the_steps_it_really_takes(shared: Bench) -> None:
     id = shared.submit(scheduler="heun", **SMALL)
     shared.end(id)
-    denoising = [m for m in shared.of(id, wire.Progress) if m.phase == "denoising"]
+    denoising = [m for m in shared.of(id, schema.Progress) if m.phase == "denoising"]
     assert [m.step for m in denoising] == list(range(1, 8)) and {m.steps for m in denoising} == {7}
 
 
@@ -186,14 +189,14 @@ def test_cancel_ends_a_request_before_its_next_step_and_no_other(bench: Bench) -
     other = bench.submit(seed=3, **(SMALL | {"steps": 8}))
 
     def cancel_after_two(message: Any) -> None:
-        if isinstance(message, wire.Progress) and message.step == 2:
+        if isinstance(message, schema.Progress) and message.step == 2:
             bench.engine.cancel("doomed")
 
     bench.on["doomed"] = cancel_after_two
     ended = error(bench.end(bench.submit("doomed", **(SMALL | {"steps": 50}))))
     assert ended.kind == "cancelled" and not ended.retryable
-    assert max(m.step for m in bench.of("doomed", wire.Progress)) == 2
-    assert isinstance(bench.end(other), wire.Done)
+    assert max(m.step for m in bench.of("doomed", schema.Progress)) == 2
+    assert isinstance(bench.end(other), schema.Done)
     assert bench.files(other) == bench.done(seed=3, **(SMALL | {"steps": 8}))[1]
     assert bench.engine.snapshot().counters.cancelled == 1
 
@@ -204,28 +207,28 @@ def test_cancel_reaches_a_request_that_waits_for_the_device(bench: Bench) -> Non
 
     def waiting(message: Any) -> None:
         # Runs in the thread that holds the device: the second cannot get it before this returns.
-        if isinstance(message, wire.Progress) and message.step == 1:
+        if isinstance(message, schema.Progress) and message.step == 1:
             bench.submit("second", **SMALL)
-            bench.wait_for(lambda: bench.of("second", wire.Accepted) or None)
+            bench.wait_for(lambda: bench.of("second", schema.Accepted) or None)
             bench.engine.cancel("second")
             assert error(bench.end("second")).kind == "cancelled"
 
-    assert isinstance(bench.end(bench.submit("first", **SMALL)), wire.Done)
-    assert not [m for m in bench.of("second", wire.Progress) if m.step]
+    assert isinstance(bench.end(bench.submit("first", **SMALL)), schema.Done)
+    assert not [m for m in bench.of("second", schema.Progress) if m.step]
 
 
 @pytest.mark.parametrize("phase", ["decoding", "encoding"])
 def test_cancel_after_the_last_step_ends_a_request_without_its_picture(bench: Bench, phase: str) -> None:
     def cancel(message: Any) -> None:
-        if isinstance(message, wire.Progress) and message.phase == phase:
+        if isinstance(message, schema.Progress) and message.phase == phase:
             bench.engine.cancel("doomed")
 
     bench.on["doomed"] = cancel
     assert error(bench.end(bench.submit("doomed", **SMALL))).kind == "cancelled"
-    assert bench.of("doomed", wire.Progress)[-1].phase == phase
-    assert bench.of("doomed", wire.ImagePart, wire.Done) == []
+    assert bench.of("doomed", schema.Progress)[-1].phase == phase
+    assert bench.of("doomed", schema.ImagePart, schema.Done) == []
     assert bench.engine.snapshot().counters.cancelled == 1
-    assert isinstance(bench.generate(**SMALL), wire.Done)
+    assert isinstance(bench.generate(**SMALL), schema.Done)
 
 
 def test_cancelling_what_does_not_run_does_nothing(shared: Bench) -> None:
@@ -239,29 +242,29 @@ def test_a_deadline_is_kept_between_steps(bench: Bench) -> None:
     passed = threading.Event()
 
     def linger(message: Any) -> None:
-        if isinstance(message, wire.Progress) and message.step == 1:
+        if isinstance(message, schema.Progress) and message.step == 1:
             passed.wait(1.0)
 
     bench.on["late"] = linger
     ended = error(bench.end(bench.submit("late", timeout_ms=900, **SMALL)))
     assert (ended.kind, ended.retryable) == ("timeout", True)
-    assert max((m.step for m in bench.of("late", wire.Progress)), default=0) <= 1
+    assert max((m.step for m in bench.of("late", schema.Progress)), default=0) <= 1
 
 
 def test_cancel_and_deadline_end_a_request_while_its_model_loads(bench: Bench, gate: threading.Event) -> None:
     ids = [bench.submit(id, **SMALL) for id in ("stays", "leaves")]
     late = bench.submit("late", timeout_ms=50, **SMALL)
-    bench.wait_for(lambda: all(bench.of(id, wire.Progress) for id in ids) or None)
+    bench.wait_for(lambda: all(bench.of(id, schema.Progress) for id in ids) or None)
     assert bench.engine.snapshot().phase == "loading"
     assert [card.state for card in bench.engine.models() if card.id == "local/sd"] == ["loading"]
     bench.engine.load_model("operation", "local/sd")
-    bench.wait_for(lambda: bench.of("operation", wire.Progress) or None)
+    bench.wait_for(lambda: bench.of("operation", schema.Progress) or None)
     for id in ("leaves", "operation"):
         bench.engine.cancel(id)
         assert error(bench.end(id)).kind == "cancelled"
     assert error(bench.end(late)).kind == "timeout"
     gate.set()
-    assert isinstance(bench.end("stays"), wire.Done)
+    assert isinstance(bench.end("stays"), schema.Done)
 
 
 def test_above_capacity_is_overload_and_an_id_that_runs_is_refused(
@@ -274,10 +277,10 @@ def test_above_capacity_is_overload_and_an_id_that_runs_is_refused(
     refused = error(bench.end(bench.submit("c", **SMALL)))
     assert (refused.kind, refused.retryable) == ("overloaded", True)
     bench.submit("a", **SMALL)
-    assert [m.kind for m in bench.of("a", wire.Error)] == ["invalid_request"]
+    assert [m.kind for m in bench.of("a", schema.Error)] == ["invalid_request"]
     gate.set()
-    bench.wait_for(lambda: bench.of("a", wire.Done) or None)
-    assert isinstance(bench.end("b"), wire.Done)
+    bench.wait_for(lambda: bench.of("a", schema.Done) or None)
+    assert isinstance(bench.end("b"), schema.Done)
     assert bench.engine.snapshot().grant == 2
 
 
@@ -286,15 +289,15 @@ def test_who_reads_the_end_of_a_request_may_send_the_next(folder: Path) -> None:
     ended = []
 
     def again(message: Any) -> None:
-        if isinstance(message, wire.Done):
+        if isinstance(message, schema.Done):
             ended.append(message)
             if len(ended) < 6:
                 bench.submit("same", **(SMALL | {"steps": 1}))
 
     bench.on["same"] = again
     bench.submit("same", **(SMALL | {"steps": 1}))
-    bench.wait_for(lambda: bench.of("same", wire.Done)[5:] or None)
-    assert bench.of("same", wire.Error) == []
+    bench.wait_for(lambda: bench.of("same", schema.Done)[5:] or None)
+    assert bench.of("same", schema.Error) == []
 
 
 def test_out_of_memory_and_the_unexpected_end_one_request_only(
@@ -330,7 +333,7 @@ def test_out_of_memory_and_the_unexpected_end_one_request_only(
 
     handler = Ids(logging.ERROR)
     logging.getLogger("starweave_image").addHandler(handler)
-    monkeypatch.setattr("starweave_image.engine.load_pipeline", loaded)
+    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", loaded)
     short = [bench.submit(**(SMALL | {"width": width})) for width in list(failures)]
     long = bench.submit(seed=9, **(SMALL | {"steps": 12}))
     *memory, unexpected = (error(bench.end(id)) for id in short)
@@ -339,8 +342,8 @@ def test_out_of_memory_and_the_unexpected_end_one_request_only(
     assert unexpected.kind == "internal" and "secret" not in unexpected.message
     assert logged == [short[-1]]
     assert "/secret/path" in caplog.text
-    assert isinstance(bench.end(long), wire.Done)
-    assert bench.engine.snapshot().counters == wire.Counters(accepted=4, done=1, failed=3)
+    assert isinstance(bench.end(long), schema.Done)
+    assert bench.engine.snapshot().counters == schema.Counters(accepted=4, done=1, failed=3)
     # Nothing refers any more to what those that ran out of memory had allocated, without a collection.
     bench.engine.drain(PATIENCE_S)
     for thread in [thread for thread in threading.enumerate() if thread.name.startswith("request ")]:
@@ -358,7 +361,7 @@ def test_drain_waits_then_cancels(folder: Path) -> None:
     bench.done(**SMALL)
     patient = bench.submit(**SMALL)
     bench.engine.drain(PATIENCE_S)
-    assert isinstance(bench.end(patient), wire.Done)
+    assert isinstance(bench.end(patient), schema.Done)
     assert bench.engine.snapshot().phase == "draining"
     assert error(bench.generate(**SMALL)).kind == "unavailable"
 
@@ -366,7 +369,7 @@ def test_drain_waits_then_cancels(folder: Path) -> None:
     begun, drained = threading.Event(), threading.Event()
 
     def hold(message: Any) -> None:
-        if isinstance(message, wire.Progress) and message.step == 1:
+        if isinstance(message, schema.Progress) and message.step == 1:
             begun.set()
             assert drained.wait(PATIENCE_S)
 
@@ -381,28 +384,28 @@ def test_drain_waits_then_cancels(folder: Path) -> None:
     ended = error(bench.end(endless))
     # Another sidecar can do it.
     assert (ended.kind, ended.retryable) == ("cancelled", True)
-    assert [type(m) for m in bench.of(endless)].count(wire.Error) == 1
+    assert [type(m) for m in bench.of(endless)].count(schema.Error) == 1
 
 
 def test_a_model_is_loaded_and_unloaded_by_name(bench: Bench) -> None:
     bench.engine.load_model("load", "local/sd")
-    assert isinstance(bench.end("load"), wire.Done)
-    assert [m.phase for m in bench.of("load", wire.Progress)] == ["loading"]
+    assert isinstance(bench.end("load"), schema.Done)
+    assert [m.phase for m in bench.of("load", schema.Progress)] == ["loading"]
     # Whoever has the answer finds the model's new state.
     assert states(bench, "load")["local/sd"] == "loaded"
     assert bench.engine.snapshot().resident == ["local/sd"]
 
     def unload_while_running(message: Any) -> None:
-        if isinstance(message, wire.Progress) and message.step == 1:
+        if isinstance(message, schema.Progress) and message.step == 1:
             bench.engine.unload_model("too soon", "local/sd")
             bench.end("too soon")
 
     bench.on["user"] = unload_while_running
-    assert isinstance(bench.end(bench.submit("user", **SMALL)), wire.Done)
+    assert isinstance(bench.end(bench.submit("user", **SMALL)), schema.Done)
     refused = error(bench.end("too soon"))
     assert (refused.kind, refused.retryable) == ("invalid_request", True)
     bench.engine.unload_model("unload", "local/sd")
-    assert isinstance(bench.end("unload"), wire.Done)
+    assert isinstance(bench.end("unload"), schema.Done)
     assert states(bench, "unload")["local/sd"] == "available"
     assert bench.engine.snapshot().resident == []
     bench.engine.load_model("unknown", "local/nobody")
@@ -412,16 +415,16 @@ def test_a_model_is_loaded_and_unloaded_by_name(bench: Bench) -> None:
 def states(bench: Bench, id: str) -> dict[str, str]:
     """Of each model, as told just before the end of the operation `id`."""
     [*_, told, end] = bench.of(id)
-    assert isinstance(told, wire.ModelsReply) and isinstance(end, wire.Done)
+    assert isinstance(told, schema.ModelsReply) and isinstance(end, schema.Done)
     return {card.id: card.state for card in told.models}
 
 
 def test_a_snapshot_shows_where_each_request_stands(bench: Bench) -> None:
     assert Bench().engine.snapshot().phase == "starting"
-    seen: list[wire.Snapshot] = []
+    seen: list[schema.Snapshot] = []
 
     def look(message: Any) -> None:
-        if isinstance(message, wire.Progress) and message.step == 3:
+        if isinstance(message, schema.Progress) and message.step == 3:
             seen.append(bench.engine.snapshot())
 
     bench.on["watched"] = look

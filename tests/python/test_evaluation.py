@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from starweave_image.training import data, evaluation
-from starweave_image.training.emoji import Emoji, emoji_picture
-from starweave_image.training.judge import ThingJudge, background, nearest_colour, see_shape
-from starweave_image.training.scene_judge import FACTS, rendered, train_scene_judge
-from starweave_image.training.shapes import COLOURS, SHAPES, SIZE, single_shape, two_shapes
-from starweave_image.weights import embedded_folder
+from starweave_image.weights.find import embedded_folder
+from tiny.first import data, evaluation
+from tiny.first.emoji import Emoji, emoji_picture
+from tiny.first.judge import ThingJudge, background, nearest_colour, see_shape
+from tiny.first.scene_judge import FACTS, rendered, train_scene_judge
+from tiny.first.shapes import COLOURS, SHAPES, SIZE, single_shape, two_shapes
 
 TINY = embedded_folder("starweave/tiny")
 

@@ -12,9 +12,10 @@ import checkpoints
 import pytest
 import torch
 from engines import PATIENCE_S, Bench, difference
-from starweave_image import loading, wire
+from starweave_image import schema
+from starweave_image.device.executor import Memory
 from starweave_image.errors import is_device_lost, is_out_of_memory
-from starweave_image.executor import Memory
+from starweave_image.weights import load as loading
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 4}
 
@@ -51,12 +52,12 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Passes]:
         passes.watch(pipeline)
         return pipeline
 
-    monkeypatch.setattr("starweave_image.engine.load_pipeline", watched)
+    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", watched)
     yield passes
 
 
 def bench_of(folder: Path, **config: Any) -> Bench:
-    models = [wire.ModelEntry(id="local/sd", path=str(folder))]
+    models = [schema.ModelEntry(id="local/sd", path=str(folder))]
     return Bench(models=models, default_model="local/sd", dtype="float32", **config).start()
 
 
@@ -65,12 +66,12 @@ def together(bench: Bench, requests: list[dict[str, Any]], name: str = "t") -> l
     hold = threading.Event()
     ids = [f"{name}{index}" for index in range(len(requests))]
     bench.on |= dict.fromkeys(
-        ids, lambda message: hold.wait(PATIENCE_S) if isinstance(message, wire.Accepted) else None
+        ids, lambda message: hold.wait(PATIENCE_S) if isinstance(message, schema.Accepted) else None
     )
     for id, fields in zip(ids, requests, strict=True):
         bench.submit(id, **fields)
     for id in ids:
-        bench.wait_for(lambda id=id: bench.of(id, wire.Accepted) or None)  # type: ignore[misc]
+        bench.wait_for(lambda id=id: bench.of(id, schema.Accepted) or None)  # type: ignore[misc]
     hold.set()
     return ids
 
@@ -95,7 +96,7 @@ def test_requests_that_differ_in_all_but_shape_share_their_passes(folder: Path, 
     passes.rows.clear()
     ids = together(bench, requests)
     for id, files in zip(ids, alone, strict=True):
-        assert isinstance(bench.end(id), wire.Done)
+        assert isinstance(bench.end(id), schema.Done)
         assert difference(bench.files(id), files) <= 1
     # Guidance makes two rows, its lack one: all five together are nine.
     assert max(passes.rows) == 9
@@ -117,7 +118,7 @@ def test_what_is_to_be_reproducible_runs_alone_and_holds_nobody_up(folder: Path,
     exact = SMALL | {"seed": 7, "reproducible": True}
     alone = bench.done(**exact)[1]
     ids = together(bench, [exact, *(SMALL | {"seed": seed} for seed in (1, 2, 3)), exact])
-    assert all(isinstance(bench.end(id), wire.Done) for id in ids)
+    assert all(isinstance(bench.end(id), schema.Done) for id in ids)
     assert bench.files(ids[0]) == bench.files(ids[-1]) == alone
     assert bench_of(folder).done(**exact)[1] == alone
 
@@ -131,17 +132,17 @@ def test_cancel_of_one_member_frees_it_within_a_step_and_changes_no_other(
     ids = together(bench, requests)
 
     def cancel(message: Any) -> None:
-        if isinstance(message, wire.Progress) and message.step and not cancelled:
+        if isinstance(message, schema.Progress) and message.step and not cancelled:
             cancelled.append(message.step)
             bench.engine.cancel("t1")
 
     cancelled: list[int] = []
     bench.on["t1"] = cancel
     ended = bench.end("t1")
-    assert isinstance(ended, wire.Error) and ended.kind == "cancelled"
-    assert max(m.step for m in bench.of("t1", wire.Progress)) == cancelled[0] < 20
+    assert isinstance(ended, schema.Error) and ended.kind == "cancelled"
+    assert max(m.step for m in bench.of("t1", schema.Progress)) == cancelled[0] < 20
     for id, files in ((ids[0], alone[0]), (ids[2], alone[2])):
-        assert isinstance(bench.end(id), wire.Done)
+        assert isinstance(bench.end(id), schema.Done)
         assert difference(bench.files(id), files) <= 1
 
 
@@ -162,9 +163,9 @@ def test_one_who_spoils_a_pass_fails_alone(folder: Path, passes: Passes) -> None
     passes.before = spoil
     ids = together(bench, [*requests, SMALL | {"steps": 5}])
     ended = bench.end(ids[2])
-    assert isinstance(ended, wire.Error) and ended.kind == "internal"
+    assert isinstance(ended, schema.Error) and ended.kind == "internal"
     for id, files in zip(ids, alone, strict=False):
-        assert isinstance(bench.end(id), wire.Done)
+        assert isinstance(bench.end(id), schema.Done)
         assert difference(bench.files(id), files) <= 1
 
 
@@ -186,7 +187,7 @@ def test_out_of_memory_makes_passes_smaller_and_no_request_fails(
     passes.before = lambda arguments: out_of_memory() if len(arguments["sample"]) > 4 else None
     passes.rows.clear()
     ids = together(bench, [fields | {"steps": 12} for fields in requests])
-    assert all(isinstance(bench.end(id), wire.Done) for id in ids)
+    assert all(isinstance(bench.end(id), schema.Done) for id in ids)
     # What was too much is not tried twice.
     too_much = [rows for rows in passes.rows if rows > 4]
     assert too_much and len(too_much) == len(set(too_much))
@@ -194,7 +195,7 @@ def test_out_of_memory_makes_passes_smaller_and_no_request_fails(
     passes.rows.clear()
     ids = together(bench, requests, "again")
     for id, files in zip(ids, alone, strict=True):
-        assert isinstance(bench.end(id), wire.Done)
+        assert isinstance(bench.end(id), schema.Done)
         assert difference(bench.files(id), files) <= 1
     assert max(passes.rows) <= min(too_much)
 
@@ -210,13 +211,13 @@ def test_out_of_memory_with_one_picture_draws_it_by_halves(folder: Path, passes:
     ]
     # What must be reproducible is not drawn in another way than before.
     ended = bench.generate(seed=1, reproducible=True, **SMALL)
-    assert isinstance(ended, wire.Error) and (ended.kind, ended.retryable) == ("out_of_memory", False)
+    assert isinstance(ended, schema.Error) and (ended.kind, ended.retryable) == ("out_of_memory", False)
     passes.before = lambda arguments: None
-    assert isinstance(bench.generate(**SMALL), wire.Done)
+    assert isinstance(bench.generate(**SMALL), schema.Done)
 
 
 def test_out_of_memory_lets_idle_models_go_first(folder: Path, passes: Passes) -> None:
-    models = [wire.ModelEntry(id=f"local/{name}", path=str(folder)) for name in ("sd", "idle")]
+    models = [schema.ModelEntry(id=f"local/{name}", path=str(folder)) for name in ("sd", "idle")]
     bench = Bench(models=models, default_model="local/sd", dtype="float32").start()
     bench.done(model="local/idle", **SMALL)
     alone = bench.done(seed=1, **SMALL)[1]
@@ -243,7 +244,7 @@ def test_out_of_memory_in_the_decoder_draws_tile_by_tile(
         return pipeline
 
     whole = bench_of(folder).done(seed=1, **(SMALL | {"width": 128, "steps": 1}))[1]
-    monkeypatch.setattr("starweave_image.engine.load_pipeline", loaded)
+    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", loaded)
     bench = bench_of(folder)
     done, files = bench.done(seed=1, **(SMALL | {"width": 128, "steps": 1}))
     assert "tile by tile" in caplog.text
@@ -263,7 +264,7 @@ def test_memory_that_is_short_is_told_to_whoever_sends_requests(folder: Path, pa
 
     bench.on["long"] = look
     long = bench.submit("long", **(SMALL | {"steps": 30, "num_images": 4}))
-    assert isinstance(bench.end(long), wire.Done)
+    assert isinstance(bench.end(long), schema.Done)
     assert min(capacity for capacity, _ in told) < 8
     assert all(0 <= grant <= capacity for capacity, grant in told)
     assert bench.engine.snapshot().capacity == 8
@@ -272,8 +273,8 @@ def test_memory_that_is_short_is_told_to_whoever_sends_requests(folder: Path, pa
 def test_two_models_take_turns(tmp_path: Path, folder: Path, passes: Passes) -> None:
     other = checkpoints.stable_diffusion_xl(tmp_path / "xl")
     models = [
-        wire.ModelEntry(id="local/sd", path=str(folder)),
-        wire.ModelEntry(id="local/xl", path=str(other)),
+        schema.ModelEntry(id="local/sd", path=str(folder)),
+        schema.ModelEntry(id="local/xl", path=str(other)),
     ]
     bench = Bench(models=models, default_model="local/sd", dtype="float32").start()
     for model in ("local/sd", "local/xl"):
@@ -281,9 +282,9 @@ def test_two_models_take_turns(tmp_path: Path, folder: Path, passes: Passes) -> 
     many = [SMALL | {"steps": 60, "model": "local/sd"}] * 4
     ids = together(bench, [*many, SMALL | {"steps": 60, "model": "local/xl"}])
     for id in ids:
-        assert isinstance(bench.end(id), wire.Done)
+        assert isinstance(bench.end(id), schema.Done)
     order = [
-        m.id for m in bench.said if isinstance(m, wire.Progress) and m.phase == "denoising" and m.id in ids
+        m.id for m in bench.said if isinstance(m, schema.Progress) and m.phase == "denoising" and m.id in ids
     ]
     # The lone one does not wait for the four to be done, nor they for it.
     first, last = order.index(ids[4]), len(order) - 1 - order[::-1].index(ids[4])
@@ -300,7 +301,7 @@ def test_the_text_encoder_is_asked_once_for_each_text(folder: Path, monkeypatch:
         pipeline.text_encoder.register_forward_pre_hook(lambda module, args: asked.append(1))
         return pipeline
 
-    monkeypatch.setattr("starweave_image.engine.load_pipeline", loaded)
+    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", loaded)
     bench = bench_of(folder)
     first = bench.done(seed=1, **SMALL)[1]
     assert len(asked) == 2
@@ -316,11 +317,11 @@ def test_a_stuck_member_does_not_hold_up_the_others(folder: Path, passes: Passes
     go_on = threading.Event()
     ids = together(bench, [SMALL | {"seed": 1}, SMALL | {"seed": 2}])
     bench.on[ids[0]] = lambda m: (
-        go_on.wait(PATIENCE_S) if isinstance(m, wire.Progress) and m.step == 1 else None
+        go_on.wait(PATIENCE_S) if isinstance(m, schema.Progress) and m.step == 1 else None
     )
-    assert isinstance(bench.end(ids[1]), wire.Done)
+    assert isinstance(bench.end(ids[1]), schema.Done)
     go_on.set()
-    assert isinstance(bench.end(ids[0]), wire.Done)
+    assert isinstance(bench.end(ids[0]), schema.Done)
 
 
 def test_a_pass_that_hangs_is_told_apart_from_requests_that_wait(folder: Path, passes: Passes) -> None:
@@ -338,7 +339,7 @@ def test_a_pass_that_hangs_is_told_apart_from_requests_that_wait(folder: Path, p
     assert hangs.wait(PATIENCE_S)
     ids.append(bench.submit(**SMALL))
 
-    def stands() -> wire.Snapshot | None:
+    def stands() -> schema.Snapshot | None:
         snapshot = bench.engine.snapshot()
         settled = len(snapshot.running) == 2 and all(entry.waits for entry in snapshot.running)
         long = snapshot.device_work is not None and snapshot.device_work.age_ms > 100
@@ -352,16 +353,16 @@ def test_a_pass_that_hangs_is_told_apart_from_requests_that_wait(folder: Path, p
     assert 0 < snapshot.device_work.usual_ms < 60_000
     passes.before = lambda arguments: None
     go_on.set()
-    assert all(isinstance(bench.end(id), wire.Done) for id in ids)
+    assert all(isinstance(bench.end(id), schema.Done) for id in ids)
     assert bench.engine.snapshot().device_work is None
 
 
 def test_one_that_works_outside_of_the_device_does_not_wait(folder: Path) -> None:
     bench = bench_of(folder)
-    seen: list[wire.Running] = []
+    seen: list[schema.Running] = []
     # Runs in the thread that draws the picture.
     bench.on["one"] = lambda message: seen.extend(bench.engine.snapshot().running)
-    assert isinstance(bench.end(bench.submit("one", **SMALL)), wire.Done)
+    assert isinstance(bench.end(bench.submit("one", **SMALL)), schema.Done)
     moments = [(entry.phase, entry.waits) for entry in seen]
     assert {("denoising", False), ("decoding", False), ("encoding", False)} <= set(moments)
     assert all(entry.step_ms > 0 for entry in seen if entry.phase == "decoding")

@@ -22,7 +22,10 @@ import pytest
 import torch
 from engines import PATIENCE_S, Bench, difference, picture_of
 from PIL import Image
-from starweave_image import loading, stacking, weights, wire
+from starweave_image import schema
+from starweave_image.device import stacking
+from starweave_image.weights import find as weights
+from starweave_image.weights import load as loading
 
 Make = Callable[[Path], Path]
 
@@ -121,7 +124,7 @@ class Company:
     def __init__(self, folder: Path, passes: Passes) -> None:
         self.folder = folder
         self.passes = passes
-        models = [wire.ModelEntry(id="local/model", path=str(folder))]
+        models = [schema.ModelEntry(id="local/model", path=str(folder))]
         self.bench = Bench(models=models, default_model="local/model", dtype="float32", capacity=64).start()
 
     def alone(self, requests: list[dict[str, Any]]) -> tuple[list[list[bytes]], list[int]]:
@@ -133,7 +136,7 @@ class Company:
         with self.passes.meeting(sum(fields.get("num_images", 1) for fields in requests)):
             ids = [self.bench.submit(**fields) for fields in requests]
             for id in ids:
-                assert isinstance(end := self.bench.end(id), wire.Done), end
+                assert isinstance(end := self.bench.end(id), schema.Done), end
         return [self.bench.files(id) for id in ids], self.passes.taken()
 
 
@@ -155,7 +158,7 @@ def company_of(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STARWEAVE_IMAGE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("starweave_image.engine.load_pipeline", loaded)
+        patch.setattr("starweave_image.engine.engine.load_pipeline", loaded)
         yield company
 
 
@@ -293,7 +296,7 @@ def test_a_scheduler_that_could_not_make_a_step_is_refused_before_any_work(
     bench = company_of(FAMILIES[name].make).bench
     id = bench.submit(**({"width": 64, "height": 64, "steps": 4} | fields))
     refused = bench.end(id)
-    assert isinstance(refused, wire.Error)
+    assert isinstance(refused, schema.Error)
     assert (refused.kind, refused.field) == ("invalid_request", message.split()[0])
     assert refused.message == message
     assert bench.of(id) == [refused]

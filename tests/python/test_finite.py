@@ -13,7 +13,9 @@ import pytest
 import torch
 from engines import Bench, difference
 from PIL import Image
-from starweave_image import finite, loading, wire
+from starweave_image import schema
+from starweave_image.device import finite
+from starweave_image.weights import load as loading
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 4, "seed": 1}
 NAN, INF = float("nan"), float("inf")
@@ -35,8 +37,8 @@ def bench(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ben
             spoil(pipeline)
             return pipeline
 
-        monkeypatch.setattr("starweave_image.engine.load_pipeline", spoiled)
-        models = [wire.ModelEntry(id="local/test", path=str(checkpoint(make)))]
+        monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", spoiled)
+        models = [schema.ModelEntry(id="local/test", path=str(checkpoint(make)))]
         return Bench(models=models, default_model="local/test", **config).start()
 
     return start
@@ -52,8 +54,8 @@ def fill(part: str, parameter: str, value: float) -> Spoil:
     return lambda pipeline: getattr(pipeline, part).get_parameter(parameter).data.fill_(value)
 
 
-def refused(end: wire.Done | wire.Error) -> str:
-    assert isinstance(end, wire.Error), end
+def refused(end: schema.Done | schema.Error) -> str:
+    assert isinstance(end, schema.Error), end
     assert (end.kind, end.field, end.retryable) == ("internal", "model", False)
     return end.message
 
@@ -151,15 +153,15 @@ def test_in_a_shared_pass_only_those_fail_whose_rows_they_are(
         SMALL | {"steps": steps, "seed": seed} for steps, seed in ((4, 1), (5, 2), (4, 3), (5, 4), (4, 5))
     ]
     alone = [shared.generate(**fields) for fields in wanted]
-    assert [isinstance(end, wire.Done) for end in alone] == [True, False, True, False, True]
+    assert [isinstance(end, schema.Done) for end in alone] == [True, False, True, False, True]
     rows.clear()
     ids = [shared.submit(**fields) for fields in wanted]
     ends = [shared.end(id) for id in ids]
-    assert [isinstance(end, wire.Done) for end in ends] == [True, False, True, False, True]
+    assert [isinstance(end, schema.Done) for end in ends] == [True, False, True, False, True]
     assert {refused(ends[index]) for index in (1, 3)} == {refused(alone[1])}
     assert max(rows) > 2
     # The engine goes on.
-    assert isinstance(shared.generate(**SMALL), wire.Done)
+    assert isinstance(shared.generate(**SMALL), schema.Done)
     assert shared.engine.snapshot().running == []
 
 
@@ -180,7 +182,7 @@ def test_a_scheduler_that_spoils_its_step_is_told_by_the_next_network(
         message = refused(shared.generate(scheduler="euler", **SMALL))
         assert message.startswith(f"what the scheduler made of the denoiser's answers, before {before} (")
     spoil_at = -1
-    assert isinstance(shared.generate(scheduler="euler", **SMALL), wire.Done)
+    assert isinstance(shared.generate(scheduler="euler", **SMALL), schema.Done)
 
 
 @pytest.mark.parametrize("reproducible", [True, False])

@@ -20,15 +20,15 @@ PACKAGE = Path(__file__).parents[2] / "priv" / "python"
 CLIENT = """
 import json, sys
 sys.path[:0] = [{package!r}, {tests!r}]
+from starweave_image import schema
 from engines import Bench
-from starweave_image import wire
 known = json.loads(sys.argv[1])
-entries = [wire.ModelEntry(id=id) for id in known["models"] if known["configured"]]
+entries = [schema.ModelEntry(id=id) for id in known["models"] if known["configured"]]
 bench = Bench(models=entries, offline=known["offline"], **known["config"]).start()
 answers = {{}}
 for model in known["models"]:
     end = bench.generate(model=model, steps=1, seed=1)
-    if isinstance(end, wire.Done):
+    if isinstance(end, schema.Done):
         answers[model] = [end.parameters["width"], end.parameters["environment"]["revision"]]
     else:
         answers[model] = [end.kind, end.message, end.retryable]

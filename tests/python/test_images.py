@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from starweave_image import images
+from starweave_image.pictures import images
 
 FORMATS = ["png", "jpeg", "webp"]
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=200)

@@ -14,9 +14,10 @@ from typing import Any
 import checkpoints
 import pytest
 from engines import Bench
-from starweave_image import integrity, wire
+from starweave_image import schema
 from starweave_image.errors import ImageError
-from starweave_image.integrity import Check
+from starweave_image.weights import integrity
+from starweave_image.weights.integrity import Check
 
 SMALL: dict[str, Any] = {"model": "local/model", "width": 64, "height": 64, "steps": 2, "seed": 1}
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -29,7 +30,7 @@ def folder(checkpoint: Any, tmp_path: Path) -> Path:
 
 
 def bench_of(folder: Path, **entry: Any) -> Bench:
-    return Bench(models=[wire.ModelEntry(id="local/model", path=str(folder), **entry)]).start()
+    return Bench(models=[schema.ModelEntry(id="local/model", path=str(folder), **entry)]).start()
 
 
 def damage(path: Path, in_secret: bool = False) -> bytes:
@@ -45,7 +46,7 @@ def damage(path: Path, in_secret: bool = False) -> bytes:
 
 def refusal(bench: Bench) -> str:
     end = bench.generate(**SMALL)
-    assert isinstance(end, wire.Error) and end.kind == "model_load_failed", end
+    assert isinstance(end, schema.Error) and end.kind == "model_load_failed", end
     assert "/tmp" not in end.message
     return end.message
 
@@ -91,7 +92,7 @@ def test_what_was_changed_is_named_until_it_is_accepted_or_put_back(folder: Path
     bench.done(**SMALL)
     (folder / VAE).write_bytes(changed)
     bench.engine.unload_model("unload", "local/model")
-    bench.wait_for(lambda: bench.of("unload", wire.Done) or None)
+    bench.wait_for(lambda: bench.of("unload", schema.Done) or None)
     assert f"its {VAE} is not" in refusal(bench)
     command = [sys.executable, "-m", "starweave_image", "models", "accept", str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -232,7 +232,7 @@ def test_what_it_forked_ends_with_it(start: Start, tracked: Tracked) -> None:
 
 def test_a_forked_python_child_holds_no_frames(start: Start) -> None:
     program = (
-        "import os; from starweave_image import process; process.prepare(None)\n"
+        "import os; from starweave_image.doors import process; process.prepare(None)\n"
         "child = os.fork()\n"
         "if child == 0:\n"
         "    os._exit(sum(os.path.exists(f'/proc/self/fd/{fd}') for fd in (3, 4)))\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starweave_image.limits import FIRST_ROWS, LONGEST_S, MOST_ROWS, Limits, Profile
+from starweave_image.device.limits import FIRST_ROWS, LONGEST_S, MOST_ROWS, Limits, Profile
 
 MB = 1024 * 1024
 

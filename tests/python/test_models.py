@@ -14,25 +14,26 @@ import checkpoints
 import msgspec
 import pytest
 from engines import PATIENCE_S, Bench, difference
-from starweave_image import loading, wire
-from starweave_image.catalog import ModelCard, find, shipped
+from starweave_image import schema
 from starweave_image.errors import ImageError
-from starweave_image.model_cache import Model, ModelCache
+from starweave_image.weights import load as loading
+from starweave_image.weights.cache import Model, ModelCache
+from starweave_image.weights.catalog import ModelCard, find, shipped
 
 SMALL: dict[str, Any] = {"model": "local/model", "width": 64, "height": 64, "steps": 2, "seed": 1}
 
 
 def bench_of(folder: Path, **config: Any) -> Bench:
-    models = [wire.ModelEntry(id="local/model", path=str(folder))]
+    models = [schema.ModelEntry(id="local/model", path=str(folder))]
     return Bench(models=models, **config).start()
 
 
-def error(end: wire.Done | wire.Error) -> wire.Error:
-    assert isinstance(end, wire.Error), end
+def error(end: schema.Done | schema.Error) -> schema.Error:
+    assert isinstance(end, schema.Error), end
     return end
 
 
-def card(bench: Bench, id: str = "local/model") -> wire.Card:
+def card(bench: Bench, id: str = "local/model") -> schema.Card:
     return next(card for card in bench.engine.models() if card.id == id)
 
 
@@ -79,7 +80,7 @@ def test_what_a_family_does_not_take_is_told(tmp_path: Path) -> None:
 
 def test_a_catalog_model_may_come_from_a_folder(folder: Path) -> None:
     known = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    entry = wire.ModelEntry(id="runwayml/stable-diffusion-v1-5", path=str(folder))
+    entry = schema.ModelEntry(id="runwayml/stable-diffusion-v1-5", path=str(folder))
     bench = Bench(models=[entry]).start()
     assert (card(bench, known).source, card(bench, known).state) == ("local", "available")
     done, _ = bench.done(model="runwayml/stable-diffusion-v1-5", width=256, height=256, steps=1)
@@ -88,10 +89,10 @@ def test_a_catalog_model_may_come_from_a_folder(folder: Path) -> None:
 
 def test_what_may_take_the_place_of_a_model_is_on_its_card(folder: Path) -> None:
     entries = [
-        wire.ModelEntry(id="local/model", path=str(folder), fallbacks=["tiny", "sdxl"]),
-        wire.ModelEntry(id="local/other", path=str(folder)),
-        wire.ModelEntry(id="flux-schnell", fallbacks=[]),
-        wire.ModelEntry(id="sdxl", path=str(folder)),
+        schema.ModelEntry(id="local/model", path=str(folder), fallbacks=["tiny", "sdxl"]),
+        schema.ModelEntry(id="local/other", path=str(folder)),
+        schema.ModelEntry(id="flux-schnell", fallbacks=[]),
+        schema.ModelEntry(id="sdxl", path=str(folder)),
     ]
     bench = Bench(models=entries).start()
     assert card(bench).fallbacks == ["tiny", "sdxl"] and card(bench, "local/other").fallbacks == []
@@ -100,7 +101,7 @@ def test_what_may_take_the_place_of_a_model_is_on_its_card(folder: Path) -> None
     known = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert card(bench, "stabilityai/stable-diffusion-xl-base-1.0").fallbacks == [known]
     with pytest.raises(ImageError, match="model nobody is not known"):
-        Bench(models=[wire.ModelEntry(id="local/model", path=str(folder), fallbacks=["nobody"])]).start()
+        Bench(models=[schema.ModelEntry(id="local/model", path=str(folder), fallbacks=["nobody"])]).start()
 
 
 @pytest.mark.parametrize(
@@ -170,7 +171,7 @@ def test_a_load_that_failed_is_told_and_forgotten_when_one_succeeds(folder: Path
 
 
 def test_a_default_model_that_is_not_there_keeps_the_engine_from_starting(tmp_path: Path) -> None:
-    models = [wire.ModelEntry(id="local/model", path=str(tmp_path / "model"))]
+    models = [schema.ModelEntry(id="local/model", path=str(tmp_path / "model"))]
     with pytest.raises(ImageError, match="local/model .* its folder does not exist"):
         Bench(models=models, default_model="local/model").start()
 
@@ -189,8 +190,8 @@ def test_memory_that_runs_out_in_a_load_is_tried_again_without_the_idle_models(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = [
-        wire.ModelEntry(id="local/model", path=str(folder)),
-        wire.ModelEntry(id="local/other", path=str(checkpoints.stable_diffusion(tmp_path / "other"))),
+        schema.ModelEntry(id="local/model", path=str(folder)),
+        schema.ModelEntry(id="local/other", path=str(checkpoints.stable_diffusion(tmp_path / "other"))),
     ]
     bench = Bench(models=models).start()
     bench.done(**SMALL)
@@ -201,14 +202,14 @@ def test_memory_that_runs_out_in_a_load_is_tried_again_without_the_idle_models(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return load(*arguments)
 
-    monkeypatch.setattr("starweave_image.engine.load_pipeline", crowded)
+    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", crowded)
     bench.done(**(SMALL | {"model": "local/other"}))
     assert bench.engine.snapshot().resident == ["local/other"]
 
     def full(*arguments: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr("starweave_image.engine.load_pipeline", full)
+    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", full)
     refused = error(bench.generate(**SMALL))
     assert (refused.kind, refused.retryable) == ("out_of_memory", False)
 
@@ -252,7 +253,7 @@ def test_words_outside_the_vocabulary_are_told(folder: Path) -> None:
 
 
 def test_an_embedded_model_draws_at_its_scale_and_says_so(folder: Path) -> None:
-    bench = Bench(models=[wire.ModelEntry(id="starweave/tiny", path=str(folder))]).start()
+    bench = Bench(models=[schema.ModelEntry(id="starweave/tiny", path=str(folder))]).start()
     done, _ = bench.done(prompt="a red apple", width=512, height=256, steps=2, seed=1)
     assert done.parameters is not None
     assert (done.parameters["width"], done.parameters["height"]) == (512, 256)
@@ -269,7 +270,7 @@ def test_a_model_that_is_neither_here_nor_configured_is_absent(folder: Path) -> 
 
 
 def test_offline_mode_never_downloads() -> None:
-    entry = wire.ModelEntry(id="stabilityai/sdxl-turbo")
+    entry = schema.ModelEntry(id="stabilityai/sdxl-turbo")
     assert card(Bench(models=[entry]), entry.id).state == "remote"
     bench = Bench(models=[entry], offline=True).start()
     assert card(bench, entry.id).state == "absent"
@@ -595,7 +596,7 @@ def test_a_name_to_preload_that_nobody_knows_keeps_the_engine_from_starting(fold
 
 def test_a_copied_folder_is_another_model(folder: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(folder, tmp_path / "copy"))
-    models = [wire.ModelEntry(id="a", path=str(folder)), wire.ModelEntry(id="b", path=str(copied))]
+    models = [schema.ModelEntry(id="a", path=str(folder)), schema.ModelEntry(id="b", path=str(copied))]
     bench = Bench(models=models, default_model="a").start()
     records = [bench.done(**SMALL | {"model": id})[0].parameters or {} for id in ("a", "b")]
     assert records[0]["environment"] == records[1]["environment"]

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from starweave_image.noise import Between, slerp
+from starweave_image.pictures.noise import Between, slerp
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -14,8 +14,9 @@ import checkpoints
 import pytest
 import torch
 from engines import Bench, difference
-from starweave_image import devices, openvino, wire
-from starweave_image.devices import Device
+from starweave_image import schema
+from starweave_image.device import devices, openvino
+from starweave_image.device.devices import Device
 from starweave_image.errors import ImageError
 
 # requirements-dev.txt says the same.
@@ -46,7 +47,7 @@ def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def bench(folder: Path | None = None, backend: str = "openvino", dtype: str = "float32") -> Bench:
-    models = [wire.ModelEntry(id="test/model", path=str(folder))] if folder else []
+    models = [schema.ModelEntry(id="test/model", path=str(folder))] if folder else []
     default = "test/model" if folder else "starweave/tiny"
     return Bench(models=models, default_model=default, device="cpu", dtype=dtype, backend=backend).start()
 
@@ -97,7 +98,7 @@ def test_reproducible_is_so_in_company(checkpoint: Callable[..., Path]) -> None:
         engine.submit(seed=4, steps=6, reproducible=True),
         *(engine.submit(seed=n, steps=7) for n in range(5)),
     ]
-    assert all(isinstance(engine.end(id), wire.Done) for id in ids)
+    assert all(isinstance(engine.end(id), schema.Done) for id in ids)
     assert engine.files(ids[0]) == alone
 
 
@@ -154,7 +155,7 @@ def test_what_it_does_not_take_torch_computes_and_says_so(
 def test_what_cannot_be_had_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(**config: Any) -> str:
         with pytest.raises(ImageError) as error:
-            devices.choose(wire.Config(backend="openvino", **config))
+            devices.choose(schema.Config(backend="openvino", **config))
         assert error.value.kind == "unavailable"
         return error.value.message
 

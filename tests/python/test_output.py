@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import PACKAGE
 from contract import load
-from starweave_image import output
+from starweave_image.doors import output
 from starweave_image.errors import ImageError
 
 CASES = load("outputs.jsonl")

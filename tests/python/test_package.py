@@ -45,7 +45,7 @@ def test_it_has_the_command_the_catalog_and_the_embedded_model(site: Path) -> No
     entry_points = configparser.ConfigParser()
     entry_points.read(next(site.glob("*.dist-info")) / "entry_points.txt")
     assert dict(entry_points["console_scripts"]) == {"starweave-image": "starweave_image.__main__:main"}
-    assert (site / "starweave_image/catalog.json").is_file()
+    assert (site / "starweave_image/weights/catalog.json").is_file()
     assert (site / "starweave_image/py.typed").is_file()
     assert (site / "starweave_image/models/starweave-tiny/model_index.json").is_file()
     assert not list(site.glob("bootstrap*"))

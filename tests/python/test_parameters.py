@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from starweave_image.images import parameters_text
+from starweave_image.pictures.images import parameters_text
 
 
 def record(**fields: Any) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def test_the_folder_of_a_log_socket_is_removed_by_whoever_is_left(tracked: Track
         "ends = [os.dup(end) for end in (pipes[0][0], pipes[1][1])]\n"
         "ends = [__import__('fcntl').fcntl(end, 0, 20) for end in ends]\n"
         "os.dup2(ends[0], 3); os.dup2(ends[1], 4)\n"
-        "from starweave_image import process\n"
+        "from starweave_image.doors import process\n"
         "try: process.prepare(sys.argv[1])\n"
         "except process.NotAPort as error: print(error)\n"
     )

@@ -212,8 +212,8 @@ def test_another_protocol_version(start: Start) -> None:
 
 def test_no_hello(start: Start) -> None:
     program = (
-        "import os; from starweave_image import process; process.prepare(None);"
-        "from starweave_image.port import Port; os._exit(Port(hello_timeout_s=3).run())"
+        "import os; from starweave_image.doors import process; process.prepare(None);"
+        "from starweave_image.doors.port import Port; os._exit(Port(hello_timeout_s=3).run())"
     )
     sidecar = start("-c", program)
     assert sidecar.expect("heartbeat")["phase"] == "starting"

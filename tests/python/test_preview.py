@@ -20,7 +20,8 @@ from conftest import ROOT, config
 from engines import Bench
 from PIL import Image
 from sidecar import Sidecar
-from starweave_image import preview, wire
+from starweave_image import schema
+from starweave_image.pictures import preview
 
 EMBEDDED = ROOT / "priv" / "models" / "starweave-tiny"
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 12}
@@ -65,16 +66,16 @@ def pipeline_of(folder: Path) -> Any:
 )
 def test_the_last_preview_is_close_to_the_picture(tiny: Bench, hasty: None, prompt: str) -> None:
     id = tiny.submit(prompt=prompt, seed=7, preview=True, **SMALL)
-    assert isinstance(tiny.end(id), wire.Done)
+    assert isinstance(tiny.end(id), schema.Done)
     [file] = tiny.files(id)
-    picture, previews = shown(file), [shown(p.data) for p in tiny.of(id, wire.Preview)]
+    picture, previews = shown(file), [shown(p.data) for p in tiny.of(id, schema.Preview)]
     assert distance(previews[-1], picture) < CLOSE
 
 
 def test_a_red_circle_is_red_in_the_middle_and_white_around_it(tiny: Bench, hasty: None) -> None:
     id = tiny.submit(prompt="a red circle", seed=7, preview=True, **SMALL)
     tiny.end(id)
-    last = shown(tiny.of(id, wire.Preview)[-1].data)
+    last = shown(tiny.of(id, schema.Preview)[-1].data)
     red, green, blue = last[7:9, 7:9].mean((0, 1))
     assert red > 150 and green < 80 and blue < 80
     assert last[1:3, 1:3].min() > 180
@@ -244,7 +245,7 @@ def test_what_is_drawn_is_what_the_pipeline_decodes(make: Callable[..., Any], tm
         return decode(latents, *args, **kwargs)
 
     pipeline.scheduler.step, pipeline.vae.decode = record, see
-    sent: list[wire.Preview] = []
+    sent: list[schema.Preview] = []
     previews = preview.Previews("r", pipeline, (96, 64), (96, 64), sent.append)
     with previews.watch(pipeline, 0):
         pipeline(**call, width=96, height=64, num_inference_steps=2)
@@ -407,7 +408,7 @@ def test_previews_over_the_port(ready: Callable[..., Sidecar]) -> None:
 def test_a_preview_has_the_shape_that_was_asked_for_and_is_small(tiny: Bench) -> None:
     id = tiny.submit(prompt="a red apple", seed=1, preview=True, width=512, height=128, steps=4)
     tiny.end(id)
-    first = tiny.of(id, wire.Preview)[0]
+    first = tiny.of(id, schema.Preview)[0]
     assert (first.width, first.height) == (256, 64)
     assert len(first.data) < 20_000
 
@@ -416,12 +417,12 @@ def test_what_starts_from_an_image_has_previews_too(tiny: Bench, hasty: None) ->
     red = io.BytesIO()
     Image.new("RGB", (64, 64), (222, 38, 38)).save(red, "PNG")
     id = tiny.submit(image=red.getvalue(), strength=0.5, preview=True, seed=1, steps=20)
-    assert isinstance(tiny.end(id), wire.Done)
-    assert [p.step for p in tiny.of(id, wire.Preview)] == [2, 4, 6, 8, 10]
+    assert isinstance(tiny.end(id), schema.Done)
+    assert [p.step for p in tiny.of(id, schema.Preview)] == [2, 4, 6, 8, 10]
 
 
 def test_nothing_is_fitted_for_who_wants_no_preview(tmp_path: Path) -> None:
-    models = [wire.ModelEntry(id="local/sd", path=str(checkpoints.stable_diffusion(tmp_path / "sd")))]
+    models = [schema.ModelEntry(id="local/sd", path=str(checkpoints.stable_diffusion(tmp_path / "sd")))]
     bench = Bench(models=models, default_model="local/sd").start()
     known = len(preview._maps)
     bench.done(width=64, height=64, steps=2)
@@ -435,7 +436,7 @@ def test_a_failure_ends_the_previews_and_not_the_request(caplog: pytest.LogCaptu
     call = {"prompt": "a red apple", "num_inference_steps": 4, "width": 64, "height": 64, "output_type": "pt"}
     wanted = pipeline(**call, generator=torch.Generator().manual_seed(1)).images
     pipeline.vae.encoder = None
-    sent: list[wire.Preview] = []
+    sent: list[schema.Preview] = []
     previews = preview.Previews("unlucky", pipeline, (64, 64), (64, 64), sent.append)
     with caplog.at_level(logging.ERROR):
         for index in (0, 1):
@@ -443,5 +444,5 @@ def test_a_failure_ends_the_previews_and_not_the_request(caplog: pytest.LogCaptu
                 made = pipeline(**call, generator=torch.Generator().manual_seed(1)).images
             assert torch.equal(made, wanted)
     assert not sent
-    [record] = [r for r in caplog.records if r.name == "starweave_image.preview"]
+    [record] = [r for r in caplog.records if r.name == "starweave_image.pictures.preview"]
     assert record.getMessage() == "request unlucky goes on without previews"

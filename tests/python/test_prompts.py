@@ -11,7 +11,8 @@ import checkpoints
 import diffusers
 import pytest
 from engines import Bench
-from starweave_image import images, wire
+from starweave_image import schema
+from starweave_image.pictures import images
 from starweave_image.tasks import text_to_image
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "seed": 1}
@@ -99,7 +100,7 @@ def test_a_prompt_is_composed_before_it_is_tokenized_and_kept_as_it_was_typed(
     checkpoint: Callable[[Callable[[Path], Path]], Path],
 ) -> None:
     folder = str(checkpoint(checkpoints.stable_diffusion))
-    bench = Bench(models=[wire.ModelEntry(id="local/sd", path=folder)], default_model="local/sd").start()
+    bench = Bench(models=[schema.ModelEntry(id="local/sd", path=folder)], default_model="local/sd").start()
     typed = "a café, Ångström"
     apart, whole = (unicodedata.normalize(form, typed) for form in ("NFD", "NFC"))
     assert apart != whole

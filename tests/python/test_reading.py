@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starweave_image import reading
-from starweave_image.reading import Vocabulary
-from starweave_image.synonyms import READ_AS
-from starweave_image.training import emoji, scenes, shapes
+from starweave_image.tasks import reading
+from starweave_image.tasks.reading import Vocabulary
+from starweave_image.tasks.synonyms import READ_AS
+from tiny.first import emoji, scenes, shapes
 
 TINY = Path(__file__).parents[2] / "priv/models/starweave-tiny"
 KNOWN = reading.vocabulary(TINY)

@@ -9,8 +9,8 @@ from typing import Any
 import checkpoints
 import diffusers
 import pytest
-from starweave_image import schedulers
 from starweave_image.errors import ImageError
+from starweave_image.pictures import schedulers
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LISTED = sorted(

@@ -22,10 +22,10 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sidecar import Sidecar
-from starweave_image import wire
-from starweave_image.catalog import shipped
-from starweave_image.layout import spellings
-from starweave_image.tasks.offered import class_for, offered
+from starweave_image import schema
+from starweave_image.weights.catalog import shipped
+from starweave_image.weights.layout import spellings
+from starweave_image.weights.offered import class_for, offered
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "seed": 1}
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -73,17 +73,17 @@ def instead(path: Path, content: bytes | str | None = None, link: str | None = N
 
 
 def bench_of(*folders: Path, **config: Any) -> Bench:
-    models = [wire.ModelEntry(id=f"local/{folder.name}", path=str(folder)) for folder in folders]
+    models = [schema.ModelEntry(id=f"local/{folder.name}", path=str(folder)) for folder in folders]
     return Bench(models=models, **config).start()
 
 
-def states(bench: Bench) -> dict[str, wire.Card]:
+def states(bench: Bench) -> dict[str, schema.Card]:
     return {card.id: card for card in bench.engine.models()}
 
 
 def refusal(bench: Bench, name: str = "model", **fields: Any) -> str:
     end = bench.generate(model=f"local/{name}", **SMALL | fields)
-    assert isinstance(end, wire.Error), end
+    assert isinstance(end, schema.Error), end
     assert end.kind == "model_load_failed", end
     assert "/tmp" not in end.message and end.message.startswith(f"local/{name} ")
     return end.message
@@ -188,7 +188,7 @@ def test_what_others_left_in_the_hubs_cache_keeps_nobody_from_being_served(
     assert told[known[-1].id].state == "absent"
     bench.done(**SMALL)
     # A download may mend what is not all there, and nothing else.
-    entries = [wire.ModelEntry(id=card.id) for card in known]
+    entries = [schema.ModelEntry(id=card.id) for card in known]
     assert states(Bench(models=entries).start())[known[0].id].state == "remote"
 
 
@@ -334,14 +334,14 @@ def test_the_libraries_see_nothing_but_what_passed(copy: Callable[..., Path], tm
     assert {name for name in seen if name.startswith("unet/")} == {"unet/config.json", UNET}
     assert {name for name in seen if "/" not in name} == {INDEX}
     bench.engine.unload_model("unload", "local/model")
-    bench.wait_for(lambda: bench.of("unload", wire.Done) or None)
+    bench.wait_for(lambda: bench.of("unload", schema.Done) or None)
     assert not view.exists()
 
 
 def test_the_view_of_a_process_that_was_killed_is_swept_away(copy: Callable[..., Path]) -> None:
     views = Path(os.environ["STARWEAVE_IMAGE_CACHE"]) / "views"
     script = (
-        "import os, sys, time; from pathlib import Path; from starweave_image.screening import View, screen\n"
+        "import os, sys, time; from pathlib import Path; from starweave_image.weights.screening import View, screen\n"
         "view = View(screen(Path(sys.argv[1]), 'x/y')); print('made', flush=True); time.sleep(1000)"
     )
     folder = copy()
@@ -466,7 +466,7 @@ def test_a_folder_may_have_any_name_and_be_a_link(copy: Callable[..., Path], nam
     folder = copy(name)
     link = folder.parent / "link"
     link.symlink_to(folder)
-    models = [wire.ModelEntry(id=id, path=str(path)) for id, path in (("a", folder), ("b", link))]
+    models = [schema.ModelEntry(id=id, path=str(path)) for id, path in (("a", folder), ("b", link))]
     bench = Bench(models=models).start()
     assert bench.done(model="a", **SMALL)[1][0] and bench.done(model="b", **SMALL)[1][0]
 
@@ -511,9 +511,9 @@ def test_what_a_card_says_is_what_a_model_does(
             continue
         end = bench.generate(model="local/model", **SMALL | {"steps": 4} | given)
         if task in tasks:
-            assert isinstance(end, wire.Done), (task, end)
+            assert isinstance(end, schema.Done), (task, end)
         else:
-            assert isinstance(end, wire.Error) and end.kind == "invalid_request", (task, end)
+            assert isinstance(end, schema.Error) and end.kind == "invalid_request", (task, end)
             assert end.field in ("image", "mask")
 
 

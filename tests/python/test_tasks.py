@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from engines import Bench, picture_of
 from PIL import Image
-from starweave_image import images, wire
-from starweave_image.catalog import find, fitted, shipped
+from starweave_image import schema
 from starweave_image.errors import ImageError
+from starweave_image.pictures import images
+from starweave_image.weights.catalog import find, fitted, shipped
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 4, "seed": 1, "guidance_scale": 3.0}
 
@@ -48,8 +49,8 @@ def tiny() -> Bench:
     return Bench().start()
 
 
-def error(end: wire.Done | wire.Error) -> wire.Error:
-    assert isinstance(end, wire.Error), end
+def error(end: schema.Done | schema.Error) -> schema.Error:
+    assert isinstance(end, schema.Error), end
     return end
 
 
@@ -68,7 +69,7 @@ def error(end: wire.Done | wire.Error) -> wire.Error:
 def test_every_family_starts_from_an_image(
     checkpoint: Callable[[Callable[[Path], Path]], Path], make: Callable[[Path], Path]
 ) -> None:
-    models = [wire.ModelEntry(id="local/model", path=str(checkpoint(make)))]
+    models = [schema.ModelEntry(id="local/model", path=str(checkpoint(make)))]
     bench = Bench(models=models, default_model="local/model", dtype="float32").start()
     requests: list[dict[str, Any]] = [
         SMALL,
@@ -76,9 +77,9 @@ def test_every_family_starts_from_an_image(
         SMALL | {"image": IMAGE, "mask": MASK, "strength": 1.0},
     ]
     ids = [bench.submit(**fields) for fields in requests]
-    assert all(isinstance(bench.end(id), wire.Done) for id in ids)
+    assert all(isinstance(bench.end(id), schema.Done) for id in ids)
     assert len({bench.files(id)[0] for id in ids}) == 3
-    progress = bench.of(ids[1], wire.Progress)
+    progress = bench.of(ids[1], schema.Progress)
     steps = [p for p in progress if p.phase == "denoising" and p.step]
     assert [(p.step, p.steps) for p in steps] == [(1, 2), (2, 2)]
     assert progress[-2].phase == "decoding"
@@ -190,7 +191,7 @@ def test_what_cannot_be_used_is_refused_before_any_work(
     refused = error(tiny.end(id))
     assert (refused.kind, refused.field) == ("invalid_request", field)
     assert refused.message.startswith(message)
-    assert tiny.of(id, wire.Accepted, wire.Progress) == []
+    assert tiny.of(id, schema.Accepted, schema.Progress) == []
 
 
 def test_an_image_is_upright_and_has_no_holes() -> None:

@@ -20,13 +20,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from starweave_image.training import cli, tiny
-from starweave_image.training.data import Counts, build_pool
-from starweave_image.training.denoiser import Denoiser, DenoiserRecipe, train_denoiser
-from starweave_image.training.emoji import Emoji, emoji_picture, everyday_things
-from starweave_image.training.loop import learning_rate
-from starweave_image.training.scenes import landscape
-from starweave_image.training.shapes import (
+from tiny.first import cli, tiny
+from tiny.first.data import Counts, build_pool
+from tiny.first.denoiser import Denoiser, DenoiserRecipe, train_denoiser
+from tiny.first.emoji import Emoji, emoji_picture, everyday_things
+from tiny.first.loop import learning_rate
+from tiny.first.scenes import landscape
+from tiny.first.shapes import (
     COLOURS,
     HELD_OUT,
     SHAPES,
@@ -35,8 +35,8 @@ from starweave_image.training.shapes import (
     single_shape,
     two_shapes,
 )
-from starweave_image.training.vae import VaeRecipe, train_vae
-from starweave_image.training.vocabulary import CONTEXT, build_tokenizer, learn_merges, words_of
+from tiny.first.vae import VaeRecipe, train_vae
+from tiny.first.vocabulary import CONTEXT, build_tokenizer, learn_merges, words_of
 
 SMALL_VAE = VaeRecipe(width=8, encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1), steps=3, batch=8)
 SMALL_DENOISER = DenoiserRecipe(
@@ -297,7 +297,7 @@ def test_the_command_line_parses_without_loading_torch(tmp_path: Path) -> None:
     assert callable(arguments.run)
     assert (arguments.out, arguments.steps, arguments.seed) == (tmp_path, 7, 3)
     assert arguments.no_emoji
-    check = "import sys, starweave_image.training.cli; sys.exit('torch' in sys.modules)"
+    check = "import sys, tiny.first.cli; sys.exit('torch' in sys.modules)"
     search = [p for p in sys.path if p]
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path[:0] = {search!r}; {check}"], check=False

@@ -10,7 +10,8 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starweave_image import wire
+from starweave_image import schema
+from starweave_image.doors import wire
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(16)
 
@@ -79,7 +80,7 @@ INCOMING: list[dict[str, Any]] = [
     {"t": "shutdown", "g": 7, "grace_ms": 0},
 ]
 
-CARD = wire.Card(
+CARD = schema.Card(
     id="starweave/tiny",
     name="Tiny",
     description="small",
@@ -89,8 +90,8 @@ CARD = wire.Card(
     source="embedded",
     revision=None,
     licence="Apache-2.0",
-    defaults=wire.Defaults(width=64, height=64, steps=20, guidance_scale=5.0),
-    limits=wire.Limits(
+    defaults=schema.Defaults(width=64, height=64, steps=20, guidance_scale=5.0),
+    limits=schema.Limits(
         min_size=64, max_size=256, multiple_of=8, max_steps=100, max_pixels=65536, max_guidance=20.0
     ),
     memory_bytes=1,
@@ -102,14 +103,14 @@ VITALS: dict[str, Any] = {
     "uptime_ms": 1,
     "capacity": 8,
     "grant": 7,
-    "running": [wire.Running(id="r", phase="denoising", step=1, steps=2, step_age_ms=3, step_ms=4)],
+    "running": [schema.Running(id="r", phase="denoising", step=1, steps=2, step_age_ms=3, step_ms=4)],
     "resident": ["starweave/tiny"],
-    "device_memory": wire.DeviceMemory(used=1, total=2),
+    "device_memory": schema.DeviceMemory(used=1, total=2),
     "rss": 3,
-    "counters": wire.Counters(accepted=1),
+    "counters": schema.Counters(accepted=1),
 }
-OUTGOING: list[wire.Outgoing] = [
-    wire.Ready(
+OUTGOING: list[schema.Outgoing] = [
+    schema.Ready(
         g=7,
         pid=1,
         versions={"python": "3"},
@@ -120,7 +121,7 @@ OUTGOING: list[wire.Outgoing] = [
         default_model="starweave/tiny",
         catalog=[CARD],
     ),
-    wire.Accepted(
+    schema.Accepted(
         id="r",
         model="m",
         width=64,
@@ -131,14 +132,16 @@ OUTGOING: list[wire.Outgoing] = [
         seeds=[0, 2**63 - 1],
         format="png",
     ),
-    wire.Progress(id="r", phase="denoising", step=1, steps=2, elapsed_ms=3),
-    wire.Preview(id="r", image=0, step=1, format="jpeg", width=8, height=8, data=b"x"),
-    wire.Done(id="r", model="m", parameters={"seed": 1, "prompt": "é"}, timings={"total": 1}, notices=["n"]),
-    wire.Error(id=None, kind="invalid_frame", message="no"),
-    wire.ModelsReply(id="r", models=[CARD]),
-    wire.StatsReply(id="r", **VITALS),
-    wire.Heartbeat(**VITALS),
-    wire.Log(level="info", message="hello"),
+    schema.Progress(id="r", phase="denoising", step=1, steps=2, elapsed_ms=3),
+    schema.Preview(id="r", image=0, step=1, format="jpeg", width=8, height=8, data=b"x"),
+    schema.Done(
+        id="r", model="m", parameters={"seed": 1, "prompt": "é"}, timings={"total": 1}, notices=["n"]
+    ),
+    schema.Error(id=None, kind="invalid_frame", message="no"),
+    schema.ModelsReply(id="r", models=[CARD]),
+    schema.StatsReply(id="r", **VITALS),
+    schema.Heartbeat(**VITALS),
+    schema.Log(level="info", message="hello"),
 ]
 
 
@@ -183,16 +186,16 @@ def test_every_incoming_message_is_read_from_another_encoder(fields: dict[str, A
 
 
 @pytest.mark.parametrize("message", OUTGOING, ids=name)
-def test_every_outgoing_message_is_read_by_another_decoder(message: wire.Outgoing) -> None:
+def test_every_outgoing_message_is_read_by_another_decoder(message: schema.Outgoing) -> None:
     frame = b"".join(wire.encode(message))
     assert struct.unpack(">I", frame[:4]) == (len(frame) - 4,)
     assert msgpack.unpackb(frame[4:]) == plain(message)
 
 
-@pytest.mark.parametrize("size", [1, 255, 256, 65535, 65536, wire.MAX_PART])
+@pytest.mark.parametrize("size", [1, 255, 256, 65535, 65536, schema.MAX_PART])
 def test_image_data_is_framed_without_a_copy(size: int) -> None:
     data = memoryview(bytes(size))
-    part = wire.ImagePart(
+    part = schema.ImagePart(
         id="r", index=0, seed=1, format="png", width=8, height=8, sha256="0", size=size, offset=0, data=data
     )
     buffers = wire.encode(part)
@@ -204,7 +207,7 @@ def test_image_data_is_framed_without_a_copy(size: int) -> None:
 
 def test_a_frame_above_the_limit_is_not_encoded() -> None:
     with pytest.raises(wire.FramingError):
-        wire.encode(wire.Log(level="info", message="x" * wire.MAX_FRAME))
+        wire.encode(schema.Log(level="info", message="x" * wire.MAX_FRAME))
 
 
 # Framing
@@ -271,7 +274,9 @@ def test_a_body_that_is_no_map_is_an_invalid_frame(body: bytes) -> None:
 
 
 def test_nesting_of_32_is_taken() -> None:
-    assert wire.decode(b"\x83\xa1t\xa6models\xa2id\xa1a\xa1x" + b"\x91" * 31 + b"\x01") == wire.Models(id="a")
+    assert wire.decode(b"\x83\xa1t\xa6models\xa2id\xa1a\xa1x" + b"\x91" * 31 + b"\x01") == schema.Models(
+        id="a"
+    )
 
 
 def test_too_many_values_are_refused_before_one_of_them_is_made() -> None:
@@ -293,14 +298,14 @@ def test_too_many_values_are_refused_before_one_of_them_is_made() -> None:
 def test_bytes_and_text_count_once_however_long() -> None:
     files = {"image": PNG + bytes(12 * 1024 * 1024 - len(PNG)), "extra": ["x" * 70_000] * 100}
     body = msgpack.packb({"t": "generate", "id": "a", "prompt": "an apple", **files})
-    assert isinstance(wire.decode(body), wire.Generate)
+    assert isinstance(wire.decode(body), schema.Generate)
 
 
 def test_text_that_is_no_utf8_is_said_all_the_same() -> None:
     name = os.fsdecode(b"mod\xe8le")
-    said = b"".join(wire.encode(wire.Error(id=None, kind="internal", message=f"{name} is damaged")))
+    said = b"".join(wire.encode(schema.Error(id=None, kind="internal", message=f"{name} is damaged")))
     assert msgpack.unpackb(said[4:])["message"] == "mod?le is damaged"
-    done = wire.Done(id="a", parameters={"prompt": name, name: [name]}, notices=[name])
+    done = schema.Done(id="a", parameters={"prompt": name, name: [name]}, notices=[name])
     said = b"".join(wire.encode(done))
     assert msgpack.unpackb(said[4:])["parameters"] == {"prompt": "mod?le", "mod?le": ["mod?le"]}
 
@@ -351,7 +356,7 @@ def test_any_value_of_any_field_is_taken_or_refused_by_name(tag: str, fields: di
 def test_good_values_round_trip(prompt: str, seed: int | None, guidance: float, width: int) -> None:
     fields = {"t": "generate", "id": "r", "prompt": prompt, "seed": seed, "guidance_scale": guidance}
     message = wire.decode(msgpack.packb({**fields, "width": width}))
-    assert isinstance(message, wire.Generate)
+    assert isinstance(message, schema.Generate)
     assert (message.prompt, message.seed, message.width) == (prompt, seed, width)
     assert message.guidance_scale == guidance
     assert wire.decode(b"".join(wire.encode(message))[4:]) == message
@@ -407,7 +412,7 @@ def test_null_counts_as_absent() -> None:
     message = wire.decode(
         msgpack.packb({"t": "generate", "id": "r", "prompt": "x", "num_images": None, "g": None})
     )
-    assert message == wire.Generate(id="r", prompt="x")
+    assert message == schema.Generate(id="r", prompt="x")
 
 
 def test_another_version_is_told_from_a_bad_hello() -> None:

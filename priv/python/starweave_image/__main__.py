@@ -8,9 +8,9 @@ import os
 import sys
 from typing import NoReturn
 
-from . import paths, streams
+from . import paths
+from .doors import streams
 from .errors import missing_package
-from .training import cli as training
 
 FAILED = 1
 USAGE = 2
@@ -115,7 +115,6 @@ def _parser() -> argparse.ArgumentParser:
     port.set_defaults(run=_port)
     port.add_argument("--log-socket", metavar="PATH", help="unix socket that takes what libraries print")
 
-    training.add_commands(commands)
     return parser
 
 
@@ -183,38 +182,38 @@ def _add_models_commands(models: argparse.ArgumentParser) -> None:
 
 
 def _port(args: argparse.Namespace) -> int:
-    from . import process
+    from .doors import process
 
     try:
         process.prepare(args.log_socket)
     except process.NotAPort as error:
         print(f"starweave-image port: {error}", file=sys.stderr)
         return PORT_USAGE
-    from .port import Port
+    from .doors.port import Port
 
     return Port().run()
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from . import cli
+    from .doors import command_line as cli
 
     return cli.generate(args)
 
 
 def _models(args: argparse.Namespace) -> int:
-    from . import cli
+    from .doors import command_line as cli
 
     return cli.models(args)
 
 
 def _disk(args: argparse.Namespace) -> int:
-    from . import models_cli
+    from .doors import models as models_cli
 
     return models_cli.run(args)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from . import doctor
+    from .doors import doctor
 
     report = doctor.examine(args.device, args.dtype)
     print(json.dumps(report) if args.json else doctor.describe(report))

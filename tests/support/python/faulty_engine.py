@@ -1,7 +1,7 @@
 """The sidecar with an engine that fails to load any model."""
 
 from starweave_image.__main__ import main
-from starweave_image.engine import Engine
+from starweave_image.engine.engine import Engine
 
 
 def load_model(engine, id, model):

@@ -118,7 +118,7 @@ def main() -> None:
 
 def generate(packed: bytes) -> Any:
     """What the sidecar makes of a `generate` message: its fields, or the error that it would send."""
-    from starweave_image import wire
+    from starweave_image.doors import wire
 
     try:
         return msgspec.to_builtins(wire.decode(packed), builtin_types=(bytes,))

@@ -1,0 +1,195 @@
+"""The commands `generate` and `models`: the engine in this process, without Elixir."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import re
+import sys
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from .. import schema
+from ..errors import ImageError, Kind
+from . import output, wire
+
+FAILED = 1
+USAGE = 2
+UNAVAILABLE = 69
+INTERRUPTED = 130
+
+_EXIT_CODES: dict[Kind, int] = {
+    "invalid_request": USAGE,
+    "model_not_found": USAGE,
+    "unavailable": UNAVAILABLE,
+}
+# One byte more than a picture may have, so that a larger one is seen to be too large.
+_MOST_READ = 12 * 1024 * 1024 + 1
+_REQUEST_ID = "command-line"
+_REQUEST_FIELDS = (
+    "prompt",
+    "negative_prompt",
+    "model",
+    "width",
+    "height",
+    "steps",
+    "guidance_scale",
+    "seed",
+    "num_images",
+    "scheduler",
+    "style",
+    "quality",
+    "strength",
+    "variation_strength",
+    "variation_seed",
+    "metadata",
+    "preview",
+)
+
+
+def exit_code(error: ImageError) -> int:
+    return _EXIT_CODES.get(error.kind, FAILED)
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Make the images, write them and print where they are; returns the exit code."""
+    path = args.out
+    try:
+        config, request = _config(args), _request(args)
+        plan = output.plan(path, request.num_images, bool(request.preview))
+        # What is printed would stand in the picture.
+        said = sys.stderr if output.is_stdout(path) else sys.stdout
+        images, done = _run(request, config, plan.preview)
+        assert done.parameters is not None
+        for path, data, seed in zip(plan.paths, images, done.parameters["seeds"], strict=True):
+            output.write(path, data)
+            print(path, file=said, flush=True)
+            print(f"seed {seed}", file=sys.stderr)
+        for notice in done.notices:
+            print(f"Note: {notice}", file=sys.stderr)
+    except ImageError as error:
+        print(f"starweave-image: {error.message}", file=sys.stderr)
+        return exit_code(error)
+    except OSError as error:
+        print(f"starweave-image: {path} cannot be written: {error.strerror}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def models(args: argparse.Namespace) -> int:
+    """Print the catalog; returns the exit code."""
+    from ..engine.engine import Engine
+
+    try:
+        cards = Engine(_config(args), lambda message: None, lambda: None).models()
+    except ImageError as error:
+        print(f"starweave-image: {error.message}", file=sys.stderr)
+        return exit_code(error)
+    if args.json:
+        print(msgspec.json.encode(cards).decode())
+    else:
+        for card in cards:
+            print(f"{card.id:48} {card.state:10} {card.name}")
+    return 0
+
+
+def _request(args: argparse.Namespace) -> schema.Generate:
+    fields: dict[str, Any] = {name: getattr(args, name) for name in _REQUEST_FIELDS}
+    fields["format"] = output.format_of(args.out) if args.format is None else args.format
+    if args.model and os.path.isdir(args.model):
+        fields["model"] = _local_id(args.model)
+    fields["image"], fields["mask"] = _file(args.image, "image"), _file(args.mask, "mask")
+    request = wire.parse({"t": "generate", "id": _REQUEST_ID, **fields})
+    assert isinstance(request, schema.Generate)
+    return request
+
+
+def _file(path: str | None, field: str) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            return file.read(_MOST_READ)
+    except OSError as error:
+        raise ImageError("invalid_request", f"{field} cannot be read: {error.strerror}", field) from None
+
+
+def _config(args: argparse.Namespace) -> schema.Config:
+    """The configuration that the arguments ask for: a model named by hand may be loaded."""
+    models = []
+    model = getattr(args, "model", None)
+    if model and os.path.isdir(model):
+        if any("\ud800" <= letter <= "\udfff" for letter in os.path.abspath(model)):
+            raise ImageError("invalid_request", "model must be a folder whose path is UTF-8", "model")
+        models = [{"id": _local_id(model), "path": os.path.abspath(model)}]
+    elif model and model.startswith((".", "/", "~")):
+        raise ImageError(
+            "invalid_request", f"model must be a model's id or a folder that exists, got {model}", "model"
+        )
+    elif model:
+        models = [{"id": model}]
+    config = {"models": models, "device": args.device, "dtype": args.dtype, "capacity": 1}
+    try:
+        hello = wire.parse({"t": "hello", "v": schema.VERSION, "g": 1, "config": config})
+    except wire.InvalidMessage as error:
+        raise ImageError(error.kind, error.message.removeprefix("config."), error.field) from None
+    assert isinstance(hello, schema.Hello)
+    return hello.config
+
+
+def _local_id(folder: str) -> str:
+    # As `mix image.gen` names it: what is in no id, byte by byte, becomes a hyphen.
+    name = re.sub(rb"[^A-Za-z0-9._-]", b"-", os.fsencode(os.path.basename(os.path.abspath(folder))))
+    return "local/" + (name.decode().lstrip(".")[:200] or "model")
+
+
+def _run(request: schema.Generate, config: schema.Config, preview: str) -> tuple[list[bytes], schema.Done]:
+    """The images; while they are made, the file `preview` shows the latest preview if that was asked for."""
+    from ..engine.engine import Engine
+
+    events: queue.SimpleQueue[schema.Outgoing] = queue.SimpleQueue()
+    engine = Engine(config, events.put, lambda: None)
+    engine.start()
+    engine.generate(request)
+    images: list[bytearray] = [bytearray() for _ in range(request.num_images)]
+    previewed = False
+    try:
+        while True:
+            match events.get():
+                case schema.Progress() as progress:
+                    _show(progress)
+                case schema.Preview() as latest:
+                    # One that cannot be written is no reason to stop: the image may yet be.
+                    with suppress(OSError):
+                        output.write(preview, latest.data)
+                    if not previewed:
+                        print_over("")
+                        print(f"Preview in {preview}, until the end", file=sys.stderr)
+                    previewed = True
+                case schema.ImagePart() as part:
+                    images[part.index] += part.data
+                case schema.Error() as error:
+                    raise ImageError(error.kind, error.message, error.field, error.retryable)
+                case schema.Done() as done:
+                    return [bytes(image) for image in images], done
+    finally:
+        print_over("")
+        if previewed:
+            with suppress(OSError):
+                os.unlink(preview)
+
+
+def _show(progress: schema.Progress) -> None:
+    steps = f" {progress.step}/{progress.steps}" if progress.steps else ""
+    print_over(f"{progress.phase}{steps}")
+
+
+def print_over(line: str) -> None:
+    """Write over the one progress line of a terminal; nothing elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,68 @@
+"""The sidecar's sign of life, from a thread of its own."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from .. import clock, schema
+
+# A thread that sleeps wakes up so much too late only if the process was stopped, or the interpreter held.
+_LATE_S = 1.0
+_STARTED = time.monotonic()
+
+
+class Heartbeat:
+    """Sends a heartbeat each `interval` seconds, and at once when `beat` is called."""
+
+    def __init__(
+        self, snapshot: Callable[[], schema.Snapshot], send: Callable[[schema.Outgoing], None]
+    ) -> None:
+        self.interval = 1.0
+        self._snapshot = snapshot
+        self._send = send
+        self._seq = 0
+        self._due = threading.Event()
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+
+    def beat(self) -> None:
+        self._due.set()
+
+    def vitals(self) -> dict[str, Any]:
+        """The fields that a heartbeat and a `stats` reply share."""
+        return {
+            **msgspec.structs.asdict(self._snapshot()),
+            "seq": self._seq,
+            "uptime_ms": int((time.monotonic() - _STARTED) * 1000),
+            "rss": _resident_bytes(),
+        }
+
+    def _run(self) -> None:
+        while True:
+            self._due.clear()
+            self._send(schema.Heartbeat(**self.vitals()))
+            self._seq += 1
+            asleep = time.monotonic()
+            self._due.wait(self.interval)
+            late_s = time.monotonic() - asleep - self.interval
+            if late_s > _LATE_S:
+                clock.stood_still(late_s)
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        # Elsewhere the peak stands in for it: in bytes on macOS, else in KiB.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

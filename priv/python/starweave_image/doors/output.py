@@ -1,0 +1,227 @@
+"""Where an image goes. lib/starweave_image/output.ex has the same rules, and tests/contract/outputs.jsonl is what both are
+held to.
+
+A regular file is replaced as a whole, with its mode and owner: a reader sees the old picture or the new one, and where there
+is no room the old one stays. Of a link that is so for the file that it leads to. Where that cannot be, since nothing
+may be created in the folder or the owner would be another, the file is overwritten. Anything else (a device, a pipe) is
+written into.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ..errors import ImageError
+
+_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+_LINKS = 40
+# What a full disk refuses before anything is drawn for it.
+_PROBE = bytes(64 * 1024)
+# A folder in which nothing can be created, while a file in it may be writable.
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The files for the images, in their order, and for a preview."""
+
+    paths: list[str]
+    preview: str
+
+
+def format_of(out: str) -> str:
+    """The format that a name asks for, PNG where it has no ending; raises `invalid_request` for another one."""
+    ending = _ending(out).lower()
+    if ending and ending not in _FORMATS:
+        raise _refused(f"must end in .png, .jpg, .jpeg or .webp, got {ending}")
+    return _FORMATS.get(ending, "png")
+
+
+def plan(out: str, count: int, preview: bool) -> Plan:
+    """The files for `count` images; raises `invalid_request` unless all of them can be written.
+
+    It is asked before anything is drawn, so it opens no pipe: that would wait for a reader.
+    """
+    root, ending = _split(out)
+    paths = [out] if count == 1 else [f"{root}-{number}{ending}" for number in range(1, count + 1)]
+    names = Plan(paths, f"{root}.preview.jpg")
+    if out == "-":
+        raise _refused("must name a file, not -")
+    # Beside a device or a pipe nothing is to be created.
+    if (count > 1 or preview) and _is_written_into(out):
+        raise _refused(f"must be a file for several images or a preview, got {out}")
+    for path in [names.preview, *paths] if preview else paths:
+        try:
+            check(path)
+        except OSError as error:
+            raise _refused(_sentence(error, path)) from None
+    return names
+
+
+def check(path: str) -> None:
+    """Raises OSError where a file cannot be written, as far as that can be known without writing it."""
+    path, found = _target(path)
+    if found is not None:
+        _writable(path)
+    if found is None or stat.S_ISREG(found.st_mode):
+        try:
+            _probe(path)
+        except OSError as error:
+            if found is None or error.errno not in _CLOSED:
+                raise
+
+
+def write(path: str, data: bytes | memoryview) -> None:
+    """Writes a file, raises OSError; a pipe waits for its reader."""
+    path, found = _target(path)
+    if found is None:
+        _replace(path, None, data)
+    elif not stat.S_ISREG(found.st_mode):
+        # Appending: what else the standard output got in a file stays.
+        _fill(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY), data, sync=False)
+    else:
+        _writable(path)
+        try:
+            _replace(path, found, data)
+        except OSError as error:
+            if error.errno not in _CLOSED:
+                raise
+            _overwrite(path, data)
+
+
+def is_stdout(path: str) -> bool:
+    """Whether what is written there goes where this process prints."""
+    try:
+        return _is_written_into(path) and os.path.samestat(os.stat(path), os.fstat(1))
+    except OSError:
+        return False
+
+
+def _is_written_into(path: str) -> bool:
+    try:
+        found = _target(path)[1]
+    except OSError:
+        return False
+    return found is not None and not stat.S_ISREG(found.st_mode)
+
+
+# What an open file of a process is, is not said by a name, which may be gone.
+_OPEN_FILE = os.stat_result((stat.S_IFCHR,) + (0,) * 9)
+
+
+def _target(path: str) -> tuple[str, os.stat_result | None]:
+    """Where that leads, and what is there: None where nothing is."""
+    for _ in range(_LINKS):
+        try:
+            found = os.lstat(path)
+        except FileNotFoundError:
+            if not path or path.endswith("/"):
+                raise
+            return path, None
+        if stat.S_ISDIR(found.st_mode):
+            raise _os_error(errno.EISDIR)
+        if stat.S_ISSOCK(found.st_mode):
+            raise _os_error(errno.ENXIO)
+        if not stat.S_ISLNK(found.st_mode):
+            return path, found
+        if path.startswith(("/proc/", "/dev/fd/")):
+            return path, _OPEN_FILE
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    raise _os_error(errno.ELOOP)
+
+
+def _writable(path: str) -> None:
+    if not os.access(path, os.W_OK):
+        raise _os_error(errno.EACCES)
+
+
+def _probe(path: str) -> None:
+    part, file = _create_beside(path)
+    try:
+        _fill(file, _PROBE, sync=False)
+    finally:
+        os.unlink(part)
+
+
+def _replace(path: str, found: os.stat_result | None, data: bytes | memoryview) -> None:
+    part, file = _create_beside(path)
+    try:
+        try:
+            if found is not None:
+                _make_alike(file, found)
+        except OSError:
+            os.close(file)
+            raise
+        _fill(file, data, sync=True)
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def _make_alike(file: int, found: os.stat_result) -> None:
+    own = os.fstat(file)
+    # The owner first: to change it takes some bits from the mode.
+    if (own.st_uid, own.st_gid) != (found.st_uid, found.st_gid):
+        os.fchown(file, found.st_uid, found.st_gid)
+    os.fchmod(file, stat.S_IMODE(found.st_mode))
+
+
+def _overwrite(path: str, data: bytes | memoryview) -> None:
+    file = os.open(path, os.O_WRONLY)
+    try:
+        os.ftruncate(file, len(data))
+    except OSError:
+        os.close(file)
+        raise
+    _fill(file, data, sync=True)
+
+
+def _fill(file: int, data: bytes | memoryview, sync: bool) -> None:
+    with os.fdopen(file, "wb", buffering=0) as stream:
+        left = memoryview(data)
+        while left:
+            left = left[stream.write(left) :]
+        if sync:
+            os.fsync(file)
+
+
+def _create_beside(path: str) -> tuple[str, int]:
+    # A short name that nobody can guess, so that one of 255 bytes has room beside it; and a new file, so
+    # that no link which waits there is followed.
+    part = os.path.join(os.path.dirname(path), f".{secrets.token_urlsafe(12)}.part")
+    return part, os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
+def _split(out: str) -> tuple[str, str]:
+    ending = _ending(out)
+    return out[: len(out) - len(ending)], ending
+
+
+def _ending(out: str) -> str:
+    """From the last dot of the name on, unless the name begins with it."""
+    name = out.rpartition("/")[2]
+    at = name.rfind(".")
+    return name[at:] if at > 0 else ""
+
+
+def _sentence(error: OSError, path: str) -> str:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return f"must be in a folder that exists, got {path}"
+    if error.errno == errno.EISDIR:
+        return f"must be a file, {path} is a folder"
+    return f"cannot be written, {(error.strerror or 'unknown error').lower()}: {path}"
+
+
+def _refused(sentence: str) -> ImageError:
+    return ImageError("invalid_request", f"out {sentence}", "out")
+
+
+def _os_error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))

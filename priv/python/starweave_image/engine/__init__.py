@@ -1,0 +1,1 @@
+"""The life of the engine, and the run of one request."""

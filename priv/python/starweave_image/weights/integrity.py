@@ -1,0 +1,221 @@
+"""Whether weights are what they were: their SHA-256, compared at the first load after a file has changed.
+
+What a file should be is pinned by the configuration, or is the name that the hub's cache gave its content, or is what the
+file was when it was first loaded here. What was computed is kept in the user's cache folder together with what tells that
+a file has changed: size, time and inode. So a start hashes nothing twice. What shows no such change is hashed again in the
+background, slowly, once in the life of a process: disks forget too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ..errors import ImageError
+from ..paths import cache_folder
+from . import outside
+from .layout import unfit
+from .outside import Unreadable
+
+_logger = logging.getLogger(__name__)
+
+_BLOCK = 4 * 2**20
+# In the background, for each second of work so many of rest.
+_REST = 3.0
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+class Record(msgspec.Struct, frozen=True):
+    """A file as it was when it was hashed; times in nanoseconds."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _File:
+    """A weight file: its name within the model, where it is, what it should be if that is known, and why one should
+    think so."""
+
+    name: str
+    path: Path
+    should: str | None
+    otherwise: str
+
+
+class Check:
+    """The comparison of a model's weight files, which begins at once in a thread of its own; the load goes on beside it."""
+
+    def __init__(self, id: str, weights: Mapping[str, Path], pins: Mapping[str, str]) -> None:
+        self._id = id
+        self._records = _read(_book())
+        self._seen: dict[str, Record] = {}
+        self._error: ImageError | None = None
+        self._fresh: list[_File] = []
+        self._old: list[_File] = []
+        for name in pins:
+            if name not in weights:
+                raise unfit(id, f"has no {name}, whose checksum the configuration pins")
+        for name, path in sorted(weights.items()):
+            self._sort(name, path, pins.get(name))
+        self._thread = threading.Thread(target=self._compare, name=f"checksums {id}", daemon=True)
+        self._thread.start()
+
+    def _sort(self, name: str, path: Path, pin: str | None) -> None:
+        real = Path(os.path.realpath(path))
+        record = self._records.get(str(real))
+        if pin is not None:
+            file = _File(name, real, pin, "is not the file that the configuration pins")
+        elif _SHA256.fullmatch(real.name):
+            why = "is damaged: `mix image.models verify --repair` fetches it again"
+            file = _File(name, real, real.name, why)
+        else:
+            why = (
+                "is not what it was when it was first loaded here: if it was meant to change, "
+                "`mix image.models accept` takes it as it is"
+            )
+            file = _File(name, real, record.sha256 if record else None, why)
+        if record is not None and file.should == record.sha256 and _matches(record, real):
+            self._seen[name] = record
+            self._old.append(file)
+        else:
+            self._fresh.append(file)
+
+    def wait(self) -> str:
+        """One digest over all weights, once they have been compared; raises `model_load_failed` for the first file that is
+        not what it should be, and for one that was changed meanwhile."""
+        self._thread.join()
+        if self._error is not None:
+            raise ImageError(self._error.kind, self._error.message, retryable=self._error.retryable)
+        for file in self._fresh + self._old:
+            if not _matches(self._seen[file.name], file.path):
+                why = f"could not be loaded: its {file.name} was changed meanwhile"
+                raise ImageError("model_load_failed", f"{self._id} {why}", retryable=True)
+        return _digest({name: record.sha256 for name, record in self._seen.items()})
+
+    def _compare(self) -> None:
+        try:
+            for file in self._fresh:
+                record = _hashed(file.path)
+                if file.should not in (None, record.sha256):
+                    self._error = unfit(self._id, f"cannot be loaded: its {file.name} {file.otherwise}")
+                    return
+                self._seen[file.name] = record
+        except (OSError, Unreadable):
+            _logger.warning("the weights of %s could not be read", self._id, exc_info=True)
+            self._error = unfit(self._id, "cannot be loaded: its weights could not be read to their end")
+            return
+        if self._fresh:
+            _keep({str(file.path): self._seen[file.name] for file in self._fresh})
+
+    def again(self, damaged: Callable[[str], None]) -> None:
+        """Hash in the background what was taken for unchanged; `damaged` is told a sentence if it has changed after all."""
+        if self._old:
+            threading.Thread(
+                target=self._recheck, args=(damaged,), name=f"checksums {self._id}", daemon=True
+            ).start()
+
+    def _recheck(self, damaged: Callable[[str], None]) -> None:
+        for file in self._old:
+            try:
+                record = _hashed(file.path, _REST)
+            except (OSError, Unreadable):
+                # Deleted, perhaps, which takes nothing from what is loaded; the next load will tell.
+                continue
+            if record.sha256 == file.should:
+                continue
+            _logger.error("%s of a loaded model is not what it was: %s", file.path, self._id)
+            # Remembered as what it should be, of a file that is not there: the next load compares it again.
+            _keep({str(file.path): Record(-1, -1, -1, file.should or "")})
+            damaged(f"{self._id} cannot be used any more: its {file.name} {file.otherwise}")
+            return
+
+
+def checksum(folder: Path) -> str:
+    """The digest that `Check.wait` gives of a folder's safetensors, computed anew."""
+    files = {f"{file.parent.name}/{file.name}": file for file in folder.glob("*/*.safetensors")}
+    return _digest({name: _hashed(file).sha256 for name, file in files.items()})
+
+
+def _digest(sums: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for name, sha256 in sorted(sums.items()):
+        digest.update(f"{name}\0{sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def forget(folder: Path) -> int:
+    """Take the files of a folder as they are when they are next loaded; how many were known."""
+    within = os.path.realpath(folder) + os.sep
+    records = _read(_book())
+    kept = {path: record for path, record in records.items() if not path.startswith(within)}
+    if len(kept) < len(records):
+        _write(_book(), kept)
+    return len(records) - len(kept)
+
+
+def _matches(record: Record, path: Path) -> bool:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    return (found.st_size, found.st_mtime_ns, found.st_ino) == (record.size, record.mtime_ns, record.inode)
+
+
+def _hashed(path: Path, rest: float = 0.0) -> Record:
+    outside.size_of(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        # Of before: what is written meanwhile shows in them.
+        found = os.fstat(content.fileno())
+        begun = time.monotonic()
+        while block := content.read(_BLOCK):
+            digest.update(block)
+            if rest:
+                time.sleep(rest * (time.monotonic() - begun))
+                begun = time.monotonic()
+    return Record(found.st_size, found.st_mtime_ns, found.st_ino, digest.hexdigest())
+
+
+# What is kept
+
+_writing = threading.Lock()
+
+
+def _book() -> Path:
+    return cache_folder() / "checksums.json"
+
+
+def _read(book: Path) -> dict[str, Record]:
+    try:
+        return outside.read_json(book, dict[str, Record], outside.LARGE)
+    except Unreadable:
+        return {}
+
+
+def _keep(records: Mapping[str, Record]) -> None:
+    with _writing:
+        # Other sidecars write the same file; and what is gone need not be remembered.
+        known = {path: record for path, record in _read(_book()).items() if os.path.exists(path)}
+        _write(_book(), known | dict(records))
+
+
+def _write(book: Path, records: Mapping[str, Record]) -> None:
+    try:
+        book.parent.mkdir(parents=True, exist_ok=True)
+        fresh = book.with_name(f"{book.name}.{os.getpid()}")
+        fresh.write_bytes(msgspec.json.encode(records))
+        fresh.replace(book)
+    except OSError as error:
+        _logger.warning("the checksums of weights could not be kept: %s", error.strerror)
