@@ -52,7 +52,7 @@ defmodule StarweaveImage.Environment do
   together with the libraries of NVIDIA or AMD that this build of it names.
   """
 
-  alias StarweaveImage.Environment.Build
+  alias StarweaveImage.Environment.{Build, Program}
   alias StarweaveImage.{Error, Options}
 
   @type torch :: :cpu | :cuda | :rocm
@@ -92,16 +92,6 @@ defmodule StarweaveImage.Environment do
     end
   end
 
-  @doc false
-  # How the command `starweave-image` of this library is run by an interpreter: its arguments, and the changes to the
-  # variables of the environment. Those of Python itself are the application's own and mean other programs.
-  @spec command([String.t()]) :: {[String.t()], [{String.t(), String.t() | nil}]}
-  def command(arguments) do
-    theirs = for {"PYTHON" <> _ = name, _value} <- System.get_env(), do: {name, nil}
-    env = List.keystore(theirs, "PYTHONUNBUFFERED", 0, {"PYTHONUNBUFFERED", "1"})
-    {[Path.join(pythonpath(), "run.py") | arguments], env}
-  end
-
   @doc """
   The folder that the Python package `starweave_image` is in.
 
@@ -109,7 +99,7 @@ defmodule StarweaveImage.Environment do
       true
   """
   @spec pythonpath() :: Path.t()
-  def pythonpath, do: Application.app_dir(:starweave_image, "priv/python")
+  defdelegate pythonpath, to: Program
 
   @doc """
   Makes the environment if it is not there, and checks it.
@@ -165,9 +155,9 @@ defmodule StarweaveImage.Environment do
   def doctor(opts \\ []) do
     with {:ok, %{python: name}} <- validate(opts, @interpreter),
          {:ok, python} <- unavailable(interpreter(name)) do
-      {arguments, env} = command(["doctor"])
+      {arguments, env} = Program.command(["doctor"])
 
-      case run(python, arguments, env: env, stderr_to_stdout: true) do
+      case Program.run(python, arguments, env: env, stderr_to_stdout: true) do
         {:error, reason} ->
           unavailable({:error, "Python cannot be started (#{reason}): run `mix image.setup`"})
 
@@ -179,16 +169,6 @@ defmodule StarweaveImage.Environment do
           {:error, Error.new(:unavailable, message, %{doctor: String.trim_trailing(text)})}
       end
     end
-  end
-
-  @doc false
-  # As `System.cmd/3`, but that a program which cannot be started is no exception.
-  @spec run(Path.t(), [String.t()], keyword) ::
-          {Collectable.t(), non_neg_integer} | {:error, atom}
-  def run(program, arguments, options) do
-    System.cmd(program, arguments, options)
-  rescue
-    error in ErlangError -> {:error, error.original}
   end
 
   @doc false

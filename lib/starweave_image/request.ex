@@ -4,6 +4,8 @@ defmodule StarweaveImage.Request do
   # So that each image of the request has one that JavaScript, JSON and spreadsheets keep to the last digit.
   @drawn Integer.pow(2, 53) - @max_images
   @day 86_400_000
+  # A bare name: to write it as a module would make this one depend on the whole API.
+  @instance :"Elixir.StarweaveImage"
 
   @schema [
     model: {:model_id, nil, "The instance's `:default_model` unless given."},
@@ -48,7 +50,7 @@ defmodule StarweaveImage.Request do
     id:
       {:id, nil,
        "Name of the request, drawn at random unless given. A second request with the id and the content of one that waits, runs or is done is that request, with other content it is refused; one that failed may be asked for again."},
-    instance: {:atom, StarweaveImage, "Which of several running instances."},
+    instance: {:atom, @instance, "Which of several running instances."},
     user_id:
       {{:text, 1, 128}, nil,
        "On whose behalf: users of a priority are served one by one, however many requests each has. It is in the telemetry events."},

@@ -106,8 +106,10 @@ defmodule StarweaveImage.Supervisor do
 
   @day 86_400_000
   @week 7 * @day
+  # A bare name: to write it as a module would make this one depend on the whole API.
+  @name :"Elixir.StarweaveImage"
   @schema [
-    name: {:atom, StarweaveImage, "Registered name; callers choose an instance by `:instance`."},
+    name: {:atom, @name, "Registered name; callers choose an instance by `:instance`."},
     enabled: {:boolean, true, "false starts no Python; requests answer `:disabled`."},
     models:
       {{:custom,
@@ -231,7 +233,7 @@ defmodule StarweaveImage.Supervisor do
       do: raise(ArgumentError, "the options of an instance must be a keyword list")
 
     case Options.check(:name, :atom, opts[:name]) do
-      {:ok, name} -> name || StarweaveImage
+      {:ok, name} -> name || @name
       {:error, _field, message} -> raise ArgumentError, message
     end
   end

@@ -42,6 +42,7 @@ defmodule Mix.Tasks.Image.Models do
   use Mix.Task
 
   alias StarweaveImage.Environment
+  alias StarweaveImage.Environment.Program
   alias StarweaveImage.Mix.CommandLine
 
   @commands ~w(list pull verify accept rm prune)
@@ -132,9 +133,9 @@ defmodule Mix.Tasks.Image.Models do
 
   defp python(python, name, options) do
     # Attached: it ends with this VM, whose end closes its standard input.
-    {arguments, env} = Environment.command(["models", name, "--attached" | options])
+    {arguments, env} = Program.command(["models", name, "--attached" | options])
 
-    case Environment.run(python, arguments, env: env, into: IO.stream(:stdio, :line)) do
+    case Program.run(python, arguments, env: env, into: IO.stream(:stdio, :line)) do
       {:error, reason} -> Mix.raise("Python cannot be started (#{reason}): run `mix image.setup`")
       {_output, code} -> code
     end

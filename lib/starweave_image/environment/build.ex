@@ -10,7 +10,10 @@ defmodule StarweaveImage.Environment.Build do
   #
   # A virtual environment holds absolute paths, so it is made in place and never moved.
 
-  alias StarweaveImage.{Environment, Error}
+  alias StarweaveImage.Environment.Program
+  alias StarweaveImage.Error
+
+  @type kind :: :cpu | :cuda | :rocm
 
   @source Path.expand("../../../priv/python", __DIR__)
   @files Enum.map(
@@ -74,7 +77,7 @@ defmodule StarweaveImage.Environment.Build do
   """
 
   @doc "The kind of the complete environment that was asked for last, or a sentence about why there is none."
-  @spec current() :: {:ok, Environment.torch()} | {:error, String.t()}
+  @spec current() :: {:ok, kind} | {:error, String.t()}
   def current do
     with {:ok, root} <- root(),
          {:ok, name} <- File.read(Path.join(root, "current")),
@@ -94,7 +97,7 @@ defmodule StarweaveImage.Environment.Build do
     end
   end
 
-  @spec interpreter(Environment.torch()) :: Path.t()
+  @spec interpreter(kind) :: Path.t()
   def interpreter(kind), do: Path.join(folder(kind), "bin/python")
 
   @doc "A variable of the system's environment; an empty one counts as not set."
@@ -102,7 +105,7 @@ defmodule StarweaveImage.Environment.Build do
   def variable(name), do: with("" <- System.get_env(name), do: nil)
 
   @doc "The kind that suits this machine."
-  @spec device() :: Environment.torch()
+  @spec device() :: kind
   def device do
     cond do
       nvidia?() -> :cuda
@@ -112,7 +115,7 @@ defmodule StarweaveImage.Environment.Build do
   end
 
   @doc "Makes `kind` complete and current; says whether it was complete before."
-  @spec ensure(Environment.torch(), map, (String.t() -> any)) ::
+  @spec ensure(kind, map, (String.t() -> any)) ::
           {:ok, :found | :made} | {:error, Error.t()}
   def ensure(kind, opts, progress) do
     with :ok <- known(),
@@ -134,18 +137,18 @@ defmodule StarweaveImage.Environment.Build do
   end
 
   @doc "Whether its packages can be imported."
-  @spec intact?(Environment.torch()) :: boolean
+  @spec intact?(kind) :: boolean
   def intact?(kind) do
     imports =
       "import accelerate, diffusers, msgspec, numpy, peft, PIL, safetensors, torch, transformers"
 
     match?(
       {_, 0},
-      Environment.run(interpreter(kind), ["-I", "-c", imports], env: @env, stderr_to_stdout: true)
+      Program.run(interpreter(kind), ["-I", "-c", imports], env: @env, stderr_to_stdout: true)
     )
   end
 
-  @spec remove(Environment.torch()) :: :ok
+  @spec remove(kind) :: :ok
   def remove(kind) do
     File.rm_rf!(folder(kind))
     :ok
@@ -217,7 +220,7 @@ defmodule StarweaveImage.Environment.Build do
   defp nvidia? do
     case System.find_executable("nvidia-smi") do
       nil -> Path.wildcard("/dev/nvidia[0-9]*") != []
-      smi -> match?({"GPU " <> _, 0}, Environment.run(smi, ["-L"], stderr_to_stdout: true))
+      smi -> match?({"GPU " <> _, 0}, Program.run(smi, ["-L"], stderr_to_stdout: true))
     end
   end
 
@@ -239,7 +242,7 @@ defmodule StarweaveImage.Environment.Build do
 
   defp describe(name) do
     with path when path != nil <- System.find_executable(name),
-         {text, 0} <- Environment.run(path, bootstrap(["describe"]), stderr_to_stdout: true) do
+         {text, 0} <- Program.run(path, bootstrap(["describe"]), stderr_to_stdout: true) do
       facts =
         for [_, key, value] <- Regex.scan(~r/^(\w+) (.+)$/m, text), into: %{}, do: {key, value}
 
@@ -397,7 +400,7 @@ defmodule StarweaveImage.Environment.Build do
 
   defp wheels(opts), do: opts.wheels || variable("STARWEAVE_IMAGE_WHEELS")
   defp words(name), do: String.split(variable(name) || "")
-  defp in_priv(file), do: Path.join(Environment.pythonpath(), file)
+  defp in_priv(file), do: Path.join(Program.pythonpath(), file)
   defp bootstrap(arguments), do: ["-I", in_priv("bootstrap.py") | arguments]
 
   # Running commands

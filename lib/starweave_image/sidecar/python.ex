@@ -3,7 +3,7 @@ defmodule StarweaveImage.Sidecar.Python do
   # The Python process of a sidecar, as the operating system knows it: how it is started, signalled, and why it ended.
   # Nothing here raises: whatever goes wrong is a sentence, and the application stays up.
 
-  alias StarweaveImage.Environment
+  alias StarweaveImage.Environment.Program
 
   # Between the kill of a process group and its exit status: the kernel needs moments, unless the
   # child sits in uninterruptible sleep, and then waiting longer helps nobody.
@@ -28,7 +28,7 @@ defmodule StarweaveImage.Sidecar.Python do
   @doc "Starts one that connects its log to `log_socket` and sees, beside what all may see, the variables named in `extra`."
   @spec start(Path.t(), Path.t(), [String.t()]) :: {:ok, t} | {:error, String.t()}
   def start(interpreter, log_socket, extra) do
-    {arguments, env} = Environment.command(["port", "--log-socket", log_socket])
+    {arguments, env} = Program.command(["port", "--log-socket", log_socket])
 
     port =
       Port.open({:spawn_executable, interpreter}, [
