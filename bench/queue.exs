@@ -137,7 +137,9 @@ row.("cancel", times)
 callers =
   for n <- 1..1_000,
       do:
-        spawn(fn -> StarweaveImage.generate("a red apple", instance: Bench.Queue, id: "c#{n}") end)
+        spawn(fn ->
+          StarweaveImage.generate("a red apple", instance: Bench.Queue, id: "c#{n}")
+        end)
 
 queued = fn -> StarweaveImage.status(Bench.Queue).queue.queued end
 wait = fn wait, n -> if queued.() == n, do: :ok, else: wait.(wait, n) end
