@@ -201,8 +201,8 @@ defmodule StarweaveImage.Queue do
   ## What the sidecars say
 
   @impl true
-  def handle_cast({:sidecar, pid, index, generation, event}, state) do
-    case known_sidecar(state, index, pid, generation) do
+  def handle_cast({:sidecar, owner, index, generation, event}, state) do
+    case known_sidecar(state, index, owner, generation) do
       nil -> {:noreply, state}
       state -> {:noreply, state |> sidecar_event(index, event) |> settle() |> dispatch()}
     end
@@ -633,31 +633,21 @@ defmodule StarweaveImage.Queue do
 
   ## Events of a sidecar
 
-  # Also of one that was removed meanwhile: then nil.
-  defp known_sidecar(state, index, pid, generation) do
-    case Fleet.get(state.fleet, index) do
-      nil ->
-        nil
-
-      %{pid: ^pid, generation: ^generation} ->
-        state
-
-      %{pid: ^pid} ->
-        seat(state, index, generation: generation)
-
-      seat ->
-        # The new owner may be heard before the end of the old one is, which may still have something to say.
-        if pid in seat.former, do: nil, else: new_sidecar(state, seat, pid, generation)
+  # Nil where the news are of a sidecar that was removed, or of an owner whose place another one has taken.
+  defp known_sidecar(state, index, owner, generation) do
+    case Fleet.owner(state.fleet, index, owner) do
+      :present -> seat(state, index, generation: generation)
+      :new -> state |> new_sidecar(index, owner) |> seat(index, generation: generation)
+      :former -> nil
+      :of_no_seat -> nil
     end
   end
 
-  defp new_sidecar(state, %{index: index} = seat, pid, generation) do
-    former = Enum.filter([seat.pid | seat.former], &(&1 && Process.alive?(&1)))
+  defp new_sidecar(state, index, {birth, pid}) do
     state = sidecar_gone(state, index)
     # It was started with the role of its predecessor's first day.
     Sidecar.set_role(pid, Fleet.get(state.fleet, index).role)
-    monitor = Process.monitor(pid)
-    seat(state, index, pid: pid, monitor: monitor, generation: generation, former: former)
+    seat(state, index, pid: pid, birth: birth, monitor: Process.monitor(pid))
   end
 
   defp sidecar_gone(state, index) do

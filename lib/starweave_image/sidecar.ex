@@ -37,6 +37,8 @@ defmodule StarweaveImage.Sidecar do
     :index,
     :role,
     :queue,
+    # Larger than that of any owner before, by which the queue knows who is the present one.
+    :birth,
     :python,
     :log,
     :started_at,
@@ -84,7 +86,16 @@ defmodule StarweaveImage.Sidecar do
   def init({index, config, role}) do
     # Killing a child that has output queued can send this process an `:epipe` exit.
     Process.flag(:trap_exit, true)
-    state = %__MODULE__{config: config, index: index, role: role, queue: config[:name]}
+    birth = System.unique_integer([:monotonic])
+
+    state = %__MODULE__{
+      config: config,
+      index: index,
+      role: role,
+      queue: config[:name],
+      birth: birth
+    }
+
     {:ok, state, {:continue, :start}}
   end
 
@@ -639,8 +650,10 @@ defmodule StarweaveImage.Sidecar do
     )
   end
 
-  defp tell(state, event),
-    do: GenServer.cast(state.queue, {:sidecar, self(), state.index, state.generation, event})
+  defp tell(state, event) do
+    owner = {state.birth, self()}
+    GenServer.cast(state.queue, {:sidecar, owner, state.index, state.generation, event})
+  end
 
   defp label(%{role: :standby, index: index}), do: "image sidecar #{index} (standby)"
   defp label(%{index: index}), do: "image sidecar #{index}"

@@ -379,4 +379,34 @@ defmodule StarweaveImage.ResilienceTest do
       assert {:ok, %Image{attempts: 1}} = StarweaveImage.await(id, 20_000, instance)
     end
   end
+
+  describe "an owner whose place another one has taken" do
+    # The keeper is killed: the next one starts its owner at once, while the old owner still ends its Python process.
+    test "is heard no more, by a queue too busy to hear of either before both have spoken" do
+      instance = start_ready("works_past_shutdown", shutdown_grace: 300)
+      id = hold(instance)
+      [old, queue] = [owner(instance), Process.whereis(instance)]
+      {:links, links} = Process.info(old, :links)
+      [keeper] = for pid <- links, is_pid(pid), pid != queue, keeper?(pid), do: pid
+
+      :ok = :sys.suspend(queue)
+      Process.exit(keeper, :kill)
+      assert await(fn -> ready_in_mailbox?(queue) and not Process.alive?(old) end)
+      :ok = :sys.resume(queue)
+
+      assert await(fn -> running_at(instance, id) end)
+      assert {:ok, %Image{data: "release" <> _}} = generate(instance, "release")
+      assert {:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance)
+    end
+
+    defp keeper?(pid) do
+      {:dictionary, dictionary} = Process.info(pid, :dictionary)
+      List.keymember?(dictionary, StarweaveImage.Keeper, 0)
+    end
+
+    defp ready_in_mailbox?(queue) do
+      {:messages, messages} = Process.info(queue, :messages)
+      Enum.any?(messages, &(inspect(&1) =~ "{:ready, "))
+    end
+  end
 end

@@ -80,10 +80,14 @@ defmodule StarweaveImage.TestInstance do
     id
   end
 
-  @doc "Returns when the fake works on the request."
+  @doc "Returns when a fake of the instance works on the request."
   @spec await_running(atom, String.t()) :: :ok
   def await_running(name, id) do
-    running? = fn -> Enum.any?(sidecar(name)[:requests] || [], &(&1.id == id)) end
+    running? = fn ->
+      Enum.any?(StarweaveImage.status(name).sidecars, fn sidecar ->
+        Enum.any?(sidecar.requests, &(&1.id == id))
+      end)
+    end
 
     assert TestOSProcess.await(running?),
            "#{id} never ran: #{inspect(StarweaveImage.status(name))}"

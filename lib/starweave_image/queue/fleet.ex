@@ -19,9 +19,9 @@ defmodule StarweaveImage.Queue.Fleet do
       :catalog,
       :heartbeat,
       :error,
+      # Of its present owner process, or of the last one.
+      birth: nil,
       role: :active,
-      # Owner processes that another one has taken the place of, and that may not have ended yet.
-      former: [],
       draining?: false,
       stopping?: false,
       generation: 0,
@@ -55,6 +55,21 @@ defmodule StarweaveImage.Queue.Fleet do
 
   @spec get(t, index) :: Seat.t() | nil
   def get(fleet, index), do: fleet.seats[index]
+
+  @doc """
+  Whose news these are. Each owner process is born with a larger number than those before it, so that a former one is
+  known as such however late it is heard: its keeper may have been killed, and the next owner is heard while it still
+  ends its Python process.
+  """
+  @spec owner(t, index, {birth :: integer, pid}) :: :present | :new | :former | :of_no_seat
+  def owner(fleet, index, {birth, _pid}) do
+    case fleet.seats do
+      %{^index => %{birth: ^birth}} -> :present
+      %{^index => %{birth: last}} when last == nil or birth > last -> :new
+      %{^index => _} -> :former
+      _ -> :of_no_seat
+    end
+  end
 
   @spec find(t, reference) :: index | nil
   def find(fleet, monitor),
