@@ -97,7 +97,7 @@ end
 before = memory.()
 for n <- 1..requests, do: {:ok, _} = StarweaveImage.submit("a red apple", opts.(n))
 held = memory.() - before
-%{queue: %{queued: ^requests}} = StarweaveImage.status(Bench.Queue)
+%{queue: %{queued: ^requests}} = StarweaveImage.status(instance: Bench.Queue)
 
 IO.puts("\n| Call | p50, µs | p99, µs |\n|---|---|---|")
 {times, _} = timed.(nil, 5_000, fn n, _ -> {:ok, _} = Request.new("a red apple", opts.(n)) end)
@@ -113,7 +113,7 @@ requested = for n <- 1..5_000, do: Request.new("a red apple", opts.(requests + n
 row.("submit", times)
 
 {times, _} =
-  timed.(nil, 5_000, fn n, _ -> :ok = StarweaveImage.subscribe("r#{n}", Bench.Queue) end)
+  timed.(nil, 5_000, fn n, _ -> :ok = StarweaveImage.subscribe("r#{n}", instance: Bench.Queue) end)
 
 row.("subscribe, with its place", times)
 
@@ -128,10 +128,15 @@ end
 flush.(flush)
 
 {times, _} =
-  timed.(nil, 5_000, fn n, _ -> :ok = StarweaveImage.unsubscribe("r#{n}", Bench.Queue) end)
+  timed.(nil, 5_000, fn n, _ ->
+    :ok = StarweaveImage.unsubscribe("r#{n}", instance: Bench.Queue)
+  end)
 
 row.("unsubscribe", times)
-{times, _} = timed.(nil, 5_000, fn n, _ -> :ok = StarweaveImage.cancel("r#{n}", Bench.Queue) end)
+
+{times, _} =
+  timed.(nil, 5_000, fn n, _ -> :ok = StarweaveImage.cancel("r#{n}", instance: Bench.Queue) end)
+
 row.("cancel", times)
 
 callers =
@@ -141,7 +146,7 @@ callers =
           StarweaveImage.generate("a red apple", instance: Bench.Queue, id: "c#{n}")
         end)
 
-queued = fn -> StarweaveImage.status(Bench.Queue).queue.queued end
+queued = fn -> StarweaveImage.status(instance: Bench.Queue).queue.queued end
 wait = fn wait, n -> if queued.() == n, do: :ok, else: wait.(wait, n) end
 wait.(wait, requests + 1_000)
 
@@ -153,7 +158,7 @@ wait.(wait, requests + 1_000)
   end)
 
 row.("take out the request of a caller that dies, and ask until it is", times)
-{times, _} = timed.(nil, 1_000, fn _, _ -> StarweaveImage.status(Bench.Queue) end)
+{times, _} = timed.(nil, 1_000, fn _, _ -> StarweaveImage.status(instance: Bench.Queue) end)
 row.("status", times)
 
 IO.puts("\n#{Float.round(held / requests / 1024, 2)} KiB a waiting request, its prompt included.")

@@ -40,7 +40,7 @@ defmodule StarweaveImage do
   Python process dies or hangs, what it was running is sent again with the same seed, until its deadline or until there
   is evidence that this request, and nothing else, ends the process; with `:standby` a spare takes over at once. What
   failed in a way that may pass is tried again. No function here leaves a message in the caller's mailbox, but those
-  that were asked for with `subscribe/1`.
+  that were asked for with `subscribe/2`.
 
   In an instance with a `:journal`, what is submitted with `durable: true` outlives the BEAM: it is on disk when `submit/2` returns,
   goes on with the next start, and its result is kept there for `:result_ttl`.
@@ -69,21 +69,50 @@ defmodule StarweaveImage do
 
   alias StarweaveImage.{Environment, Error, Image, Options, Queue, Request}
 
+  @typedoc "A request's name: 1 to 128 of `A-Z a-z 0-9 . _ : -`."
   @type id :: String.t()
+
+  @typedoc "Which of several running instances, by its `:name`; `StarweaveImage` unless given."
+  @type instance_option :: {:instance, atom}
+
+  @typedoc """
+  What happens to a request, as `stream/2` and `subscribe/2` tell it. The last event is an error, or the last image.
+  """
   @type event ::
-          {:queued,
-           %{
-             position: pos_integer,
-             attempt: pos_integer,
-             estimated_start_ms: non_neg_integer | nil
-           }}
-          | {:progress, map}
+          {:queued, queued}
+          | {:progress, progress}
           | {:preview, preview}
           | {:image, Image.t()}
           | {:error, Error.t()}
 
   @typedoc """
-  How image number `image` (from 0) of request `id` stands after `step` steps: a picture file of at most 256 pixels a side.
+  The request waits at place `position` (1 is next) for its attempt number `attempt`. `estimated_start_ms` says in how
+  many milliseconds that will begin, and is nil while no sidecar is up.
+  """
+  @type queued :: %{
+          position: pos_integer,
+          attempt: pos_integer,
+          estimated_start_ms: non_neg_integer | nil
+        }
+
+  @typedoc """
+  Image number `image` (from 0) of `num_images` has made `step` of `steps` steps, `elapsed_ms` milliseconds after attempt
+  number `attempt` began. `eta_ms` says in how many milliseconds the request's last step will be made, and is nil before
+  two steps were timed.
+  """
+  @type progress :: %{
+          phase: :loading | :denoising | :decoding | :encoding,
+          image: non_neg_integer,
+          num_images: pos_integer,
+          step: non_neg_integer,
+          steps: non_neg_integer,
+          elapsed_ms: non_neg_integer,
+          eta_ms: non_neg_integer | nil,
+          attempt: pos_integer
+        }
+
+  @typedoc """
+  How image number `image` (from 0) of request `id` looks after `step` steps: a picture file of at most 256 pixels a side.
   """
   @type preview :: %{
           id: id,
@@ -95,8 +124,145 @@ defmodule StarweaveImage do
           data: binary
         }
 
+  @typedoc """
+  What an instance is doing. `error` is one sentence on why a sidecar is down. `journal` is nil for an instance without
+  one; else `error` says why it is not `usable?`.
+  """
+  @type status :: %{
+          state: :starting | :loading | :ready | :busy | :stalled | :down | :disabled,
+          error: String.t() | nil,
+          default_model: String.t() | nil,
+          sidecars: [sidecar],
+          journal: %{usable?: boolean, error: String.t() | nil} | nil,
+          queue: queue
+        }
+
+  @typedoc """
+  How many requests wait (`queued`, of at most `limit`) and run, and the `bytes` (of at most `max_bytes`) of input that
+  they hold. `estimated_start_ms` says in how many milliseconds a request that comes now would begin, from the times of
+  earlier ones, and is nil while no sidecar is up. `next` has the first 20 that wait.
+  """
+  @type queue :: %{
+          queued: non_neg_integer,
+          running: non_neg_integer,
+          limit: non_neg_integer,
+          bytes: non_neg_integer,
+          max_bytes: non_neg_integer,
+          estimated_start_ms: non_neg_integer | nil,
+          next: [%{id: id, position: pos_integer, estimated_start_ms: non_neg_integer | nil}]
+        }
+
+  @typedoc """
+  A Python process. A `:standby` one has everything imported and takes over from an `:active` one that dies.
+  `generation` counts the starts of the process. `running` are the ids of the requests that were sent to it, `requests`
+  what its last heartbeat said of them, `resident` the models that it has loaded. `rss` and `device_memory` are bytes,
+  `counters` requests since its start. What only the process itself can say (`device`, `dtype`, `rss`, …) is nil or
+  empty while it is not up.
+  """
+  @type sidecar :: %{
+          index: pos_integer,
+          role: :active | :standby,
+          state: :starting | :loading | :ready | :busy | :stalled | :down,
+          draining: boolean,
+          generation: non_neg_integer,
+          os_pid: pos_integer | nil,
+          uptime_ms: non_neg_integer,
+          device: String.t() | nil,
+          device_name: String.t() | nil,
+          dtype: String.t() | nil,
+          versions: %{optional(String.t()) => String.t()},
+          capacity: non_neg_integer,
+          running: [id],
+          requests: [running],
+          resident: [String.t()],
+          device_memory: %{used: non_neg_integer, total: non_neg_integer} | nil,
+          rss: non_neg_integer | nil,
+          counters: %{optional(:accepted | :done | :failed | :cancelled) => non_neg_integer},
+          error: String.t() | nil
+        }
+
+  @typedoc """
+  A request at work in a sidecar, at `step` of `steps`. The last step was made `step_age_ms` milliseconds ago; one takes
+  `step_ms`, 0 where that is not known. `waits` says whether it waits for its turn on the device.
+  """
+  @type running :: %{
+          id: id,
+          phase: String.t(),
+          step: non_neg_integer,
+          steps: non_neg_integer,
+          step_age_ms: non_neg_integer,
+          step_ms: non_neg_integer,
+          waits: boolean | nil
+        }
+
+  @typedoc """
+  A model's card. `defaults` hold where a request does not say otherwise, and `limits` are what it may ask for: pixels of
+  a side (`min_size`, `max_size`, `multiple_of`), pixels of a picture, steps, guidance scale. `memory_bytes` is an
+  estimate of what it takes on the device.
+
+  A model that is `:available` is on the disk, a `:remote` one would be downloaded, an `:absent` one is not to be had here,
+  and of a `:failed` one `error` says why. A loaded one also has the `bytes` of its weights, `parked` (whether they
+  are in main memory and not on the device), `idle_ms` since its last use and `load_ms`, the time of its load.
+  """
+  @type model :: %{
+          id: String.t(),
+          name: String.t(),
+          description: String.t(),
+          aliases: [String.t()],
+          tasks: [String.t()],
+          pipeline: String.t(),
+          source: String.t(),
+          revision: String.t() | nil,
+          licence: String.t(),
+          defaults: %{
+            width: pos_integer,
+            height: pos_integer,
+            steps: pos_integer,
+            guidance_scale: float,
+            scheduler: String.t() | nil
+          },
+          limits: %{
+            min_size: pos_integer,
+            max_size: pos_integer,
+            multiple_of: pos_integer,
+            max_steps: pos_integer,
+            max_pixels: pos_integer,
+            max_guidance: float
+          },
+          memory_bytes: non_neg_integer,
+          fallbacks: [String.t()] | nil,
+          state: :loaded | :loading | :available | :remote | :absent | :failed,
+          error: String.t() | nil,
+          bytes: non_neg_integer | nil,
+          parked: boolean | nil,
+          idle_ms: non_neg_integer | nil,
+          load_ms: non_neg_integer | nil
+        }
+
   # How much later than a request's own deadline its answer may come before the queue counts as dead.
   @slack_ms 5_000
+
+  # The options of what is no request: of a question, and of what may take long.
+  @asking [instance: {:atom, __MODULE__, ""}]
+  @operation @asking ++ [timeout: {:wait, 3_600_000, ""}]
+
+  # The status where nothing runs that could tell it.
+  @down %{
+    state: :down,
+    error: nil,
+    default_model: nil,
+    sidecars: [],
+    journal: nil,
+    queue: %{
+      queued: 0,
+      running: 0,
+      limit: 0,
+      bytes: 0,
+      max_bytes: 0,
+      estimated_start_ms: nil,
+      next: []
+    }
+  }
 
   @doc """
   An instance as a child of a supervisor.
@@ -119,7 +285,7 @@ defmodule StarweaveImage do
   Raises `ArgumentError` on a wrong option.
 
       iex> {:ok, pid} = StarweaveImage.start_link(name: MyApp.NoImages, enabled: false)
-      iex> StarweaveImage.status(MyApp.NoImages).state
+      iex> StarweaveImage.status(instance: MyApp.NoImages).state
       :disabled
       iex> Supervisor.stop(pid)
       :ok
@@ -277,7 +443,7 @@ defmodule StarweaveImage do
 
   @doc """
   Hands a request in and returns once it is accepted. It outlives the caller: ask for the result
-  with `await/2`, from any process, or watch it with `subscribe/1`.
+  with `await/3`, from any process, or watch it with `subscribe/2`.
 
   With `:id` it is idempotent: asking again for the same under an id that is known joins that request, whether it waits, runs or is
   done, and asking for something else under it is `:invalid_request` with `details.conflict`. Results are kept for the instance's `:result_ttl`.
@@ -311,14 +477,13 @@ defmodule StarweaveImage do
   Errors: what the request ended with; `:timeout` where it has not ended, `:invalid_request` where no request has this id
   (or it ended longer ago than the instance's `:result_ttl`), and `:unavailable` where no instance runs.
 
-      iex> {:error, error} = StarweaveImage.await("order-17", 1_000, :no_such_instance)
+      iex> {:error, error} = StarweaveImage.await("order-17", 1_000, instance: :no_such_instance)
       iex> error.kind
       :unavailable
   """
-  @spec await(id, timeout_ms :: pos_integer, instance :: atom) ::
-          {:ok, Image.t()} | {:error, Error.t()}
-  def await(id, timeout \\ 600_000, instance \\ __MODULE__) do
-    with {:ok, [image | _]} <- await_many(id, timeout, instance), do: {:ok, image}
+  @spec await(id, timeout, [instance_option]) :: {:ok, Image.t()} | {:error, Error.t()}
+  def await(id, timeout \\ 600_000, opts \\ []) do
+    with {:ok, [image | _]} <- await_many(id, timeout, opts), do: {:ok, image}
   end
 
   @doc """
@@ -328,10 +493,10 @@ defmodule StarweaveImage do
       iex> error.details.field
       :id
   """
-  @spec await_many(id, timeout_ms :: pos_integer, instance :: atom) ::
-          {:ok, [Image.t()]} | {:error, Error.t()}
-  def await_many(id, timeout \\ 600_000, instance \\ __MODULE__) do
+  @spec await_many(id, timeout, [instance_option]) :: {:ok, [Image.t()]} | {:error, Error.t()}
+  def await_many(id, timeout \\ 600_000, opts \\ []) do
     with {:ok, id} <- checked_id(id),
+         {:ok, instance} <- instance(opts),
          {:ok, answer} <- call(instance, {:await, id}, timeout),
          do: answer
   end
@@ -423,22 +588,23 @@ defmodule StarweaveImage do
       iex> StarweaveImage.subscribe("no-such-request")
       {:error, :not_found}
   """
-  @spec subscribe(id, instance :: atom) :: :ok | {:error, :not_found | Error.t()}
-  def subscribe(id, instance \\ __MODULE__) do
+  @spec subscribe(id, [instance_option]) :: :ok | {:error, :not_found | Error.t()}
+  def subscribe(id, opts \\ []) do
     with {:ok, id} <- checked_id(id),
+         {:ok, instance} <- instance(opts),
          {:ok, answer} <- call(instance, {:subscribe, id, {:process, self()}}),
          do: answer
   end
 
   @doc """
-  Ends `subscribe/1`; when it returns, no event of the request is in the mailbox or will come.
+  Ends `subscribe/2`; when it returns, no event of the request is in the mailbox or will come.
 
       iex> StarweaveImage.unsubscribe("no-such-request")
       :ok
   """
-  @spec unsubscribe(id, instance :: atom) :: :ok | {:error, Error.t()}
-  def unsubscribe(id, instance \\ __MODULE__) do
-    with {:ok, id} <- checked_id(id) do
+  @spec unsubscribe(id, [instance_option]) :: :ok | {:error, Error.t()}
+  def unsubscribe(id, opts \\ []) do
+    with {:ok, id} <- checked_id(id), {:ok, instance} <- instance(opts) do
       answer = call(instance, {:unsubscribe, id, {:process, self()}})
       drop_subscribed(id)
       with {:ok, answer} <- answer, do: answer
@@ -459,9 +625,10 @@ defmodule StarweaveImage do
       iex> StarweaveImage.cancel("no-such-request")
       {:error, :not_found}
   """
-  @spec cancel(id, instance :: atom) :: :ok | {:error, :not_found | :finished | Error.t()}
-  def cancel(id, instance \\ __MODULE__) do
+  @spec cancel(id, [instance_option]) :: :ok | {:error, :not_found | :finished | Error.t()}
+  def cancel(id, opts \\ []) do
     with {:ok, id} <- checked_id(id),
+         {:ok, instance} <- instance(opts),
          {:ok, answer} <- call(instance, {:cancel, id}, :infinity),
          do: answer
   end
@@ -474,13 +641,15 @@ defmodule StarweaveImage do
 
       [%{id: "starweave/tiny", state: :loaded} | _] = StarweaveImage.models()
 
-      iex> {:error, error} = StarweaveImage.models(:no_such_instance)
+      iex> {:error, error} = StarweaveImage.models(instance: :no_such_instance)
       iex> error.kind
       :unavailable
   """
-  @spec models(instance :: atom) :: [map] | {:error, Error.t()}
-  def models(instance \\ __MODULE__) do
-    with {:ok, models} <- call(instance, :models), do: models
+  @spec models([instance_option]) :: [model] | {:error, Error.t()}
+  def models(opts \\ []) do
+    with {:ok, instance} <- instance(opts),
+         {:ok, models} <- call(instance, :models),
+         do: models
   end
 
   @doc """
@@ -515,15 +684,10 @@ defmodule StarweaveImage do
 
   defp operation(type, id, opts) do
     with {:ok, model} <- argument(:model, :model_id, id),
-         {:ok, opts} <- operation(opts),
+         {:ok, opts} <- checked(opts, @operation),
          {:ok, answer} <- call(opts.instance, {:operation, type, model}, opts.timeout),
          do: answer
   end
-
-  # Of what is not a request.
-  @operation [instance: {:atom, __MODULE__, ""}, timeout: {:wait, 3_600_000, ""}]
-
-  defp operation(opts), do: opts |> Options.validate(@operation) |> refusal()
 
   @doc """
   What the instance is doing. Answers within milliseconds, whatever runs.
@@ -536,29 +700,14 @@ defmodule StarweaveImage do
       %{state: :ready, error: nil, sidecars: [%{device: "cpu"}], queue: %{queued: 0, running: 0}} =
         StarweaveImage.status()
 
-      iex> StarweaveImage.status(:no_such_instance).state
+      iex> StarweaveImage.status(instance: :no_such_instance).state
       :down
   """
-  @spec status(instance :: atom) :: map
-  def status(instance \\ __MODULE__) do
-    instance = :instance |> argument(:atom, instance) |> right!()
-
-    case call(instance, :status) do
-      {:ok, status} ->
-        status
-
-      {:error, error} ->
-        queue = %{
-          queued: 0,
-          running: 0,
-          limit: 0,
-          bytes: 0,
-          max_bytes: 0,
-          estimated_start_ms: nil,
-          next: []
-        }
-
-        %{state: :down, error: error.message, default_model: nil, sidecars: [], queue: queue}
+  @spec status([instance_option]) :: status
+  def status(opts \\ []) do
+    case opts |> instance() |> right!() |> call(:status) do
+      {:ok, status} -> status
+      {:error, error} -> %{@down | error: error.message}
     end
   end
 
@@ -568,25 +717,26 @@ defmodule StarweaveImage do
   Waits for nobody, whatever runs or is read from the journal: it looks at what was last known, and asks no process. So it is
   safe where nothing may be held up, as when a LiveView mounts.
 
-      iex> StarweaveImage.available?(:no_such_instance)
+      iex> StarweaveImage.available?(instance: :no_such_instance)
       false
   """
-  @spec available?(instance :: atom) :: boolean
-  def available?(instance \\ __MODULE__),
-    do: :instance |> argument(:atom, instance) |> right!() |> Queue.available?()
+  @spec available?([instance_option]) :: boolean
+  def available?(opts \\ []), do: opts |> instance() |> right!() |> Queue.available?()
 
   @doc """
   Waits until a sidecar is up, or until it is known why none can be: for scripts, which have nothing else to do meanwhile.
 
       :ok = StarweaveImage.await_ready()
 
-      iex> {:error, error} = StarweaveImage.await_ready(1_000, :no_such_instance)
+      iex> {:error, error} = StarweaveImage.await_ready(1_000, instance: :no_such_instance)
       iex> error.kind
       :unavailable
   """
-  @spec await_ready(timeout_ms :: pos_integer, instance :: atom) :: :ok | {:error, Error.t()}
-  def await_ready(timeout \\ 120_000, instance \\ __MODULE__) do
-    with {:ok, answer} <- call(instance, :await_ready, timeout), do: answer
+  @spec await_ready(timeout, [instance_option]) :: :ok | {:error, Error.t()}
+  def await_ready(timeout \\ 120_000, opts \\ []) do
+    with {:ok, instance} <- instance(opts),
+         {:ok, answer} <- call(instance, :await_ready, timeout),
+         do: answer
   end
 
   @doc """
@@ -634,7 +784,7 @@ defmodule StarweaveImage do
   @spec drain_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | :timeout | Error.t()}
   def drain_sidecar(index, opts \\ []) do
     with {:ok, index} <- checked_index(index),
-         {:ok, opts} <- operation(opts) do
+         {:ok, opts} <- checked(opts, @operation) do
       case call(opts.instance, {:drain, index}, opts.timeout) do
         {:ok, answer} -> answer
         {:error, %{kind: :timeout}} -> {:error, :timeout}
@@ -655,7 +805,7 @@ defmodule StarweaveImage do
   @spec resume_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | Error.t()}
   def resume_sidecar(index, opts \\ []) do
     with {:ok, index} <- checked_index(index),
-         {:ok, opts} <- operation(opts),
+         {:ok, opts} <- checked(opts, @operation),
          {:ok, answer} <- call(opts.instance, {:resume, index}),
          do: answer
   end
@@ -714,6 +864,17 @@ defmodule StarweaveImage do
     :exit, _reason ->
       {:error, ended(instance)}
   end
+
+  defp instance(opts) do
+    with {:ok, opts} <- checked(opts, @asking), do: {:ok, opts.instance}
+  end
+
+  # The name of an instance where its options belong is the likeliest mistake.
+  defp checked(name, _schema) when is_atom(name) and name not in [nil, true, false] do
+    refuse(nil, "options must be a keyword list or a map, such as [instance: #{inspect(name)}]")
+  end
+
+  defp checked(opts, schema), do: opts |> Options.validate(schema) |> refusal()
 
   defp gone(instance), do: unavailable("no instance named #{inspect(instance)} runs")
   defp ended(instance), do: unavailable("the instance named #{inspect(instance)} ended meanwhile")

@@ -41,7 +41,10 @@ defmodule Chaos.Handover do
     )
 
     {:ok, _} = draw(instance, seed)
-    active = Enum.find(StarweaveImage.status(instance).sidecars, &(&1.role == :active)).os_pid
+
+    active =
+      Enum.find(StarweaveImage.status(instance: instance).sidecars, &(&1.role == :active)).os_pid
+
     Watch.flush()
     task = Task.async(fn -> draw(instance, 100 + seed) end)
 

@@ -36,7 +36,7 @@ defmodule Chaos do
     name = Module.concat(Chaos, "I#{System.unique_integer([:positive])}")
     {:ok, supervisor} = StarweaveImage.start_link([name: name] ++ options(opts))
     Process.put(name, supervisor)
-    :ok = StarweaveImage.await_ready(120_000, name)
+    :ok = StarweaveImage.await_ready(120_000, instance: name)
     name
   end
 
@@ -358,7 +358,7 @@ defmodule Chaos.Strikes do
   defp target(instance, phase) do
     receive do
       {:telemetry, [_, _, :request, :progress], _, %{instance: ^instance, phase: ^phase, id: id}} ->
-        sidecars = StarweaveImage.status(instance).sidecars
+        sidecars = StarweaveImage.status(instance: instance).sidecars
 
         Enum.find_value(sidecars, &(id in &1.running && &1.os_pid)) || target(instance, phase)
     end

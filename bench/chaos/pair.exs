@@ -65,7 +65,7 @@ defmodule Chaos.Pair do
   defp kill(instance, ends) do
     active =
       for %{role: :active, os_pid: pid} when pid != nil <-
-            StarweaveImage.status(instance).sidecars,
+            StarweaveImage.status(instance: instance).sidecars,
           do: pid
 
     if active != [], do: Chaos.signal(Enum.random(active), "KILL")

@@ -30,7 +30,7 @@ defmodule Chaos.Soak do
     Task.await_many(tasks, :infinity)
     kills = Task.await(killer, :infinity)
     rows = Task.await(log, :infinity)
-    %{queue: queue} = StarweaveImage.status(instance)
+    %{queue: queue} = StarweaveImage.status(instance: instance)
     Chaos.stop(instance)
     orphans = Chaos.orphans(mark)
 
@@ -124,12 +124,12 @@ defmodule Chaos.Soak do
 
   defp act(:submitted, i, _) do
     {:ok, id} = StarweaveImage.submit(prompt(), opts(i))
-    StarweaveImage.await(id, 120_000, i) |> outcome()
+    StarweaveImage.await(id, 120_000, instance: i) |> outcome()
   end
 
   defp act(:durable, i, _) do
     {:ok, id} = StarweaveImage.submit(prompt(), opts(i, durable: true))
-    StarweaveImage.await(id, 120_000, i) |> outcome()
+    StarweaveImage.await(id, 120_000, instance: i) |> outcome()
   end
 
   defp act(:invalid, i, _) do
@@ -154,8 +154,8 @@ defmodule Chaos.Soak do
   defp act(:cancelled, i, _) do
     {:ok, id} = StarweaveImage.submit(prompt(), opts(i, steps: 20))
     Process.sleep(:rand.uniform(200))
-    StarweaveImage.cancel(id, i)
-    StarweaveImage.await(id, 120_000, i) |> outcome()
+    StarweaveImage.cancel(id, instance: i)
+    StarweaveImage.await(id, 120_000, instance: i) |> outcome()
   end
 
   defp act(:deserted, i, _) do
@@ -168,7 +168,7 @@ defmodule Chaos.Soak do
     Process.exit(caller, :kill)
     receive do: ({:DOWN, ^monitor, _, _, _} -> :ok)
 
-    if await(fn -> StarweaveImage.cancel(id, i) == {:error, :not_found} end, 5_000),
+    if await(fn -> StarweaveImage.cancel(id, instance: i) == {:error, :not_found} end, 5_000),
       do: :cancelled,
       else: :goes_on
   end
@@ -235,7 +235,7 @@ defmodule Chaos.Soak do
 
     done = for({{_, :ok}, n} <- :ets.tab2list(counts), do: n) |> Enum.sum()
     sizes = Enum.map_join([:python, :beam, :total], ", ", &Chaos.mebibytes(row[&1]))
-    %{queue: queue} = StarweaveImage.status(instance)
+    %{queue: queue} = StarweaveImage.status(instance: instance)
     left = div(ends - Chaos.now(), 1_000)
 
     IO.puts(

@@ -62,7 +62,7 @@ defmodule Chaos.Supervisors do
     {:ok, application} =
       Supervisor.start_link([bystander(:other), images], strategy: :one_for_one)
 
-    :ok = StarweaveImage.await_ready(120_000, name)
+    :ok = StarweaveImage.await_ready(120_000, instance: name)
     {name, application}
   end
 
@@ -94,7 +94,7 @@ defmodule Chaos.Supervisors do
     Process.exit(pid, :kill)
 
     back? = fn ->
-      find(name, part) not in [nil, pid] and StarweaveImage.available?(name) and
+      find(name, part) not in [nil, pid] and StarweaveImage.available?(instance: name) and
         Process.whereis(Module.concat(name, "Client")) != nil
     end
 

@@ -46,7 +46,7 @@ defmodule StarweaveImage.Request do
     reproducible: {:boolean, false, "The same bytes for the same request, whatever else runs."},
     preview:
       {:boolean, false,
-       "Small pictures of how the image forms, as `{:preview, preview}` events of `StarweaveImage.stream/2` and `StarweaveImage.subscribe/1`: at most ten an image."},
+       "Small pictures of how the image forms, as `{:preview, preview}` events of `StarweaveImage.stream/2` and `StarweaveImage.subscribe/2`: at most ten an image."},
     id:
       {:id, nil,
        "Name of the request, drawn at random unless given. A second request with the id and the content of one that waits, runs or is done is that request, with other content it is refused; one that failed may be asked for again."},

@@ -11,15 +11,15 @@ defmodule StarweaveImage.AbsentInstanceTest do
     generate_many: quote(do: &StarweaveImage.generate_many("a fig", 2, instance: &1)),
     submit: quote(do: &StarweaveImage.submit("a fig", instance: &1)),
     stream: quote(do: &(StarweaveImage.stream("a fig", instance: &1) |> Enum.to_list() |> hd())),
-    await: quote(do: &StarweaveImage.await("a", 5_000, &1)),
-    await_many: quote(do: &StarweaveImage.await_many("a", 5_000, &1)),
-    subscribe: quote(do: &StarweaveImage.subscribe("a", &1)),
-    unsubscribe: quote(do: &StarweaveImage.unsubscribe("a", &1)),
-    cancel: quote(do: &StarweaveImage.cancel("a", &1)),
-    models: quote(do: &StarweaveImage.models/1),
+    await: quote(do: &StarweaveImage.await("a", 5_000, instance: &1)),
+    await_many: quote(do: &StarweaveImage.await_many("a", 5_000, instance: &1)),
+    subscribe: quote(do: &StarweaveImage.subscribe("a", instance: &1)),
+    unsubscribe: quote(do: &StarweaveImage.unsubscribe("a", instance: &1)),
+    cancel: quote(do: &StarweaveImage.cancel("a", instance: &1)),
+    models: quote(do: &StarweaveImage.models(instance: &1)),
     load_model: quote(do: &StarweaveImage.load_model("a/b", instance: &1)),
     unload_model: quote(do: &StarweaveImage.unload_model("a/b", instance: &1)),
-    await_ready: quote(do: &StarweaveImage.await_ready(5_000, &1)),
+    await_ready: quote(do: &StarweaveImage.await_ready(5_000, instance: &1)),
     add_sidecar: quote(do: &StarweaveImage.add_sidecar(instance: &1)),
     drain_sidecar: quote(do: &StarweaveImage.drain_sidecar(1, instance: &1)),
     resume_sidecar: quote(do: &StarweaveImage.resume_sidecar(1, instance: &1)),
@@ -52,9 +52,9 @@ defmodule StarweaveImage.AbsentInstanceTest do
 
   test "status and available? tell it as a state" do
     absent = Module.concat(__MODULE__, Absent)
-    assert %{state: :down, error: error, sidecars: []} = StarweaveImage.status(absent)
+    assert %{state: :down, error: error, sidecars: []} = StarweaveImage.status(instance: absent)
     assert error =~ "no instance named #{inspect(absent)} runs"
-    refute StarweaveImage.available?(absent)
+    refute StarweaveImage.available?(instance: absent)
   end
 
   test "the sidecars may be gone while the queue still answers" do

@@ -40,7 +40,7 @@ defmodule StarweaveImage.ArgumentsTest do
     # A dot, a hyphen and so on: `pictures/apple.png` and `apple pie` are no ids.
     id: [],
     model: [:path],
-    instance: [:atom],
+    instance: [nil, :atom],
     wait: [],
     index: [],
     # A function of one argument: String.length/1.
@@ -75,26 +75,35 @@ defmodule StarweaveImage.ArgumentsTest do
       {:variations, nil, :options, &StarweaveImage.variations("a", &1)},
       {:submit, :prompt, :prompt, &StarweaveImage.submit(&1, @nowhere)},
       {:submit, nil, :options, &StarweaveImage.submit("a", &1)},
-      {:await, :id, :id, &StarweaveImage.await(&1, 1, :no_such_instance)},
-      {:await, :timeout, :wait, &StarweaveImage.await("a", &1, :no_such_instance)},
-      {:await, :instance, :instance, &StarweaveImage.await("a", 1, &1)},
-      {:await_many, :id, :id, &StarweaveImage.await_many(&1, 1, :no_such_instance)},
-      {:await_many, :timeout, :wait, &StarweaveImage.await_many("a", &1, :no_such_instance)},
-      {:await_many, :instance, :instance, &StarweaveImage.await_many("a", 1, &1)},
-      {:subscribe, :id, :id, &StarweaveImage.subscribe(&1, :no_such_instance)},
-      {:subscribe, :instance, :instance, &StarweaveImage.subscribe("a", &1)},
-      {:unsubscribe, :id, :id, &StarweaveImage.unsubscribe(&1, :no_such_instance)},
-      {:unsubscribe, :instance, :instance, &StarweaveImage.unsubscribe("a", &1)},
-      {:models, :instance, :instance, &StarweaveImage.models/1},
-      {:cancel, :id, :id, &StarweaveImage.cancel(&1, :no_such_instance)},
-      {:cancel, :instance, :instance, &StarweaveImage.cancel("a", &1)},
+      {:await, :id, :id, &StarweaveImage.await(&1, 1, instance: :no_such_instance)},
+      {:await, :timeout, :wait, &StarweaveImage.await("a", &1, instance: :no_such_instance)},
+      {:await, :instance, :instance, &StarweaveImage.await("a", 1, instance: &1)},
+      {:await, nil, :options, &StarweaveImage.await("a", 1, &1)},
+      {:await_many, :id, :id, &StarweaveImage.await_many(&1, 1, instance: :no_such_instance)},
+      {:await_many, :timeout, :wait,
+       &StarweaveImage.await_many("a", &1, instance: :no_such_instance)},
+      {:await_many, :instance, :instance, &StarweaveImage.await_many("a", 1, instance: &1)},
+      {:await_many, nil, :options, &StarweaveImage.await_many("a", 1, &1)},
+      {:subscribe, :id, :id, &StarweaveImage.subscribe(&1, instance: :no_such_instance)},
+      {:subscribe, :instance, :instance, &StarweaveImage.subscribe("a", instance: &1)},
+      {:subscribe, nil, :options, &StarweaveImage.subscribe("a", &1)},
+      {:unsubscribe, :id, :id, &StarweaveImage.unsubscribe(&1, instance: :no_such_instance)},
+      {:unsubscribe, :instance, :instance, &StarweaveImage.unsubscribe("a", instance: &1)},
+      {:unsubscribe, nil, :options, &StarweaveImage.unsubscribe("a", &1)},
+      {:models, nil, :options, &StarweaveImage.models/1},
+      {:models, :instance, :instance, &StarweaveImage.models(instance: &1)},
+      {:cancel, :id, :id, &StarweaveImage.cancel(&1, instance: :no_such_instance)},
+      {:cancel, :instance, :instance, &StarweaveImage.cancel("a", instance: &1)},
+      {:cancel, nil, :options, &StarweaveImage.cancel("a", &1)},
       {:load_model, :model, :model, &StarweaveImage.load_model(&1, @nowhere)},
       {:load_model, nil, :options, &StarweaveImage.load_model("a", &1)},
       {:unload_model, :model, :model, &StarweaveImage.unload_model(&1, @nowhere)},
       {:unload_model, :timeout, :wait, &StarweaveImage.unload_model("a", timeout: &1 || -1)},
       {:unload_model, nil, :options, &StarweaveImage.unload_model("a", &1)},
-      {:await_ready, :timeout, :wait, &StarweaveImage.await_ready(&1, :no_such_instance)},
-      {:await_ready, :instance, :instance, &StarweaveImage.await_ready(1, &1)},
+      {:await_ready, :timeout, :wait,
+       &StarweaveImage.await_ready(&1, instance: :no_such_instance)},
+      {:await_ready, :instance, :instance, &StarweaveImage.await_ready(1, instance: &1)},
+      {:await_ready, nil, :options, &StarweaveImage.await_ready(1, &1)},
       {:add_sidecar, nil, :options, &StarweaveImage.add_sidecar/1},
       {:drain_sidecar, :index, :index, &StarweaveImage.drain_sidecar(&1, @nowhere)},
       {:drain_sidecar, nil, :options, &StarweaveImage.drain_sidecar(1, &1)},
@@ -120,8 +129,10 @@ defmodule StarweaveImage.ArgumentsTest do
       {:to_data_uri, ~r/image must be/, :image, &Image.to_data_uri/1},
       {:generate!, ~r/prompt/, :prompt, &StarweaveImage.generate!(&1, @nowhere)},
       {:generate!, ~r/options/, :options, &StarweaveImage.generate!("a", &1)},
-      {:status, ~r/instance/, :instance, &StarweaveImage.status/1},
-      {:available?, ~r/instance/, :instance, &StarweaveImage.available?/1}
+      {:status, ~r/instance/, :instance, &StarweaveImage.status(instance: &1)},
+      {:status, ~r/options/, :options, &StarweaveImage.status/1},
+      {:available?, ~r/options/, :options, &StarweaveImage.available?/1},
+      {:available?, ~r/instance/, :instance, &StarweaveImage.available?(instance: &1)}
     ]
   end
 
@@ -192,6 +203,13 @@ defmodule StarweaveImage.ArgumentsTest do
     assert {:error, %{message: "image is required"}} = StarweaveImage.edit(nil, "a pear")
     assert {:error, %{message: "mask is required"}} = StarweaveImage.inpaint(@png, nil, "a pear")
     assert {:error, %{message: "image is required"}} = StarweaveImage.variations(nil)
+  end
+
+  test "the name of an instance in place of the options: the error names the option" do
+    said = "options must be a keyword list or a map, such as [instance: MyApp.Images]"
+    assert {:error, %{message: ^said}} = StarweaveImage.await("a", 1_000, MyApp.Images)
+    assert {:error, %{message: ^said}} = StarweaveImage.cancel("a", MyApp.Images)
+    assert_raise ArgumentError, said, fn -> StarweaveImage.status(MyApp.Images) end
   end
 
   test "options of an instance: a wrong value ends the program's start with one sentence" do

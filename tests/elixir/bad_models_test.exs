@@ -38,7 +38,7 @@ defmodule StarweaveImage.BadModelsTest do
     assert {:ok, image} = StarweaveImage.generate("a red apple", here ++ @small)
     assert image.model == "starweave/tiny"
 
-    cards = Map.new(StarweaveImage.models(__MODULE__), &{&1.id, &1})
+    cards = Map.new(StarweaveImage.models(instance: __MODULE__), &{&1.id, &1})
     assert %{state: :failed, tasks: [], error: deep} = cards["my/deep"]
     assert deep == "my/deep cannot be loaded: its unet/config.json is nested too deeply"
     assert %{state: :failed, error: "my/gone is incomplete: its vae" <> _} = cards["my/gone"]

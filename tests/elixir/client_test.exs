@@ -88,7 +88,7 @@ defmodule StarweaveImage.ClientTest do
       assert Client.available?(client: client, wait: false)
       for name <- [client, ready], do: :sys.resume(name)
 
-      [%{os_pid: os_pid}] = StarweaveImage.status(ready).sidecars
+      [%{os_pid: os_pid}] = StarweaveImage.status(instance: ready).sidecars
       TestOSProcess.signal(os_pid, "KILL")
       assert TestOSProcess.await(fn -> not Client.available?(client: client, wait: false) end)
       assert TestOSProcess.await(fn -> Client.available?(client: client, wait: false) end)

@@ -39,16 +39,19 @@ defmodule StarweaveImage.CodeReloadTest do
         {:ok, held} = StarweaveImage.submit("hold", instance: instance)
         await_running(instance, held)
         {:ok, waiting} = StarweaveImage.submit("a fig", instance: instance)
-        :ok = StarweaveImage.subscribe(waiting, instance)
+        :ok = StarweaveImage.subscribe(waiting, instance: instance)
         before = processes(instance)
 
         reload_all()
 
         assert processes(instance) == before
         assert os_pid(instance) == os_pid
-        assert :ok = StarweaveImage.cancel(held, instance)
+        assert :ok = StarweaveImage.cancel(held, instance: instance)
         assert_receive {:starweave_image, ^waiting, {:image, %Image{}}}, 20_000
-        assert {:ok, %Image{attempts: 1}} = StarweaveImage.await(waiting, 20_000, instance)
+
+        assert {:ok, %Image{attempts: 1}} =
+                 StarweaveImage.await(waiting, 20_000, instance: instance)
+
         stop_supervised!(instance)
       end)
 
@@ -86,13 +89,13 @@ defmodule StarweaveImage.CodeReloadTest do
     journal = Path.join(folder, "journal")
     instance = start_ready("honest", journal: journal)
     {:ok, id} = StarweaveImage.submit("a fig", instance: instance, durable: true)
-    assert {:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance)
+    assert {:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance: instance)
     :ok = stop_supervised(instance)
     instance = start_ready("honest", journal: journal)
 
     # Who reads it waits for the journal meanwhile, in code of ours.
     :ok = :sys.suspend(Module.concat(instance, "Journal"))
-    :ok = StarweaveImage.subscribe(id, instance)
+    :ok = StarweaveImage.subscribe(id, instance: instance)
     readers = fn -> instance |> :sys.get_state() |> Map.fetch!(:readers) |> Map.keys() end
     assert [reader] = readers.()
     monitor = Process.monitor(reader)

@@ -24,7 +24,7 @@ defmodule StarweaveImage.DurableTest do
   defp again(instance, journal, opts \\ []) do
     :ok = stop_supervised(instance)
     instance = start("honest", [journal: journal] ++ opts)
-    assert :ok = StarweaveImage.await_ready(20_000, instance)
+    assert :ok = StarweaveImage.await_ready(20_000, instance: instance)
     instance
   end
 
@@ -38,9 +38,9 @@ defmodule StarweaveImage.DurableTest do
       {:ok, urgent} = submit(instance, "a pear", priority: :interactive)
 
       instance = again(instance, journal, capacity: 1)
-      assert {:ok, %Image{}} = StarweaveImage.await(urgent, 20_000, instance)
+      assert {:ok, %Image{}} = StarweaveImage.await(urgent, 20_000, instance: instance)
       await_running(instance, id)
-      assert StarweaveImage.status(instance).queue.queued == 3
+      assert StarweaveImage.status(instance: instance).queue.queued == 3
 
       assert {:error, %Error{details: %{conflict: true}}} =
                submit(instance, "hold", id: id, seed: 8)
@@ -54,28 +54,32 @@ defmodule StarweaveImage.DurableTest do
 
       instance = again(instance, journal, capacity: 2)
       assert {:ok, _} = StarweaveImage.generate("release", instance: instance)
-      assert {:ok, [one, two]} = StarweaveImage.await_many(id, 20_000, instance)
+      assert {:ok, [one, two]} = StarweaveImage.await_many(id, 20_000, instance: instance)
       assert {one.seed, two.seed} == {7, 8}
 
       for n <- 1..3 do
         expected = "fig #{n}, seed #{n}"
-        assert {:ok, %Image{data: ^expected}} = StarweaveImage.await("f#{n}", 20_000, instance)
+
+        assert {:ok, %Image{data: ^expected}} =
+                 StarweaveImage.await("f#{n}", 20_000, instance: instance)
       end
     end
 
     test "that is done is not done again, and its images outlive the process", %{journal: journal} do
       instance = start_ready("honest", journal: journal)
       {:ok, id} = submit(instance, "a fig", num_images: 3)
-      assert {:ok, [image | _] = images} = StarweaveImage.await_many(id, 20_000, instance)
+
+      assert {:ok, [image | _] = images} =
+               StarweaveImage.await_many(id, 20_000, instance: instance)
 
       instance = again(instance, journal)
-      await = fn -> StarweaveImage.await_many(id, 20_000, instance) end
+      await = fn -> StarweaveImage.await_many(id, 20_000, instance: instance) end
       answers = for _ <- 1..3, do: Task.async(await)
       assert Task.await_many(answers, 30_000) == List.duplicate({:ok, images}, 3)
       assert {:ok, ^id} = submit(instance, "a fig", id: id, num_images: 3)
       assert {:error, %Error{details: %{conflict: true}}} = submit(instance, "a pear", id: id)
-      assert {:error, :finished} = StarweaveImage.cancel(id, instance)
-      :ok = StarweaveImage.subscribe(id, instance)
+      assert {:error, :finished} = StarweaveImage.cancel(id, instance: instance)
+      :ok = StarweaveImage.subscribe(id, instance: instance)
       assert_receive {:starweave_image, ^id, {:image, ^image}}, 10_000
       assert [_report] = received(instance)
     end
@@ -83,11 +87,11 @@ defmodule StarweaveImage.DurableTest do
     test "whose image was damaged on the disk is drawn again", %{journal: journal} do
       instance = start_ready("honest", journal: journal)
       {:ok, id} = submit(instance, "a fig")
-      assert {:ok, image} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, image} = StarweaveImage.await(id, 20_000, instance: instance)
       instance = again(instance, journal)
       [file] = journal |> Path.join("**/#{image.sha256}") |> Path.wildcard()
       File.write!(file, "another")
-      assert {:ok, drawn} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, drawn} = StarweaveImage.await(id, 20_000, instance: instance)
       assert {drawn.data, drawn.seed} == {image.data, image.seed}
       assert id in received(instance)
     end
@@ -105,14 +109,14 @@ defmodule StarweaveImage.DurableTest do
       instance = start_ready("honest", journal: journal)
       {:ok, id} = submit(instance, "a fig")
       {:ok, _} = submit(instance, "a plum")
-      assert {:ok, image} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, image} = StarweaveImage.await(id, 20_000, instance: instance)
       :ok = stop_supervised(instance)
       log = Path.join(journal, "journal")
       File.write!(log, String.replace(File.read!(log), "a fig", "a pig", global: false))
       instance = start_ready("honest", journal: journal)
 
       for _ <- 1..2 do
-        assert {:ok, kept} = StarweaveImage.await(id, 20_000, instance)
+        assert {:ok, kept} = StarweaveImage.await(id, 20_000, instance: instance)
         assert {kept.data, kept.prompt} == {image.data, "a fig"}
       end
 
@@ -122,33 +126,36 @@ defmodule StarweaveImage.DurableTest do
     test "that was refused another try is as it was", %{journal: journal} do
       instance = start_ready("honest", journal: journal, capacity: 1, max_queue: 1)
       late = held(instance, timeout: 200)
-      assert {:error, error} = StarweaveImage.await(late, 20_000, instance)
+      assert {:error, error} = StarweaveImage.await(late, 20_000, instance: instance)
       # One runs and one waits, so that there is no room.
       held(instance)
       {:ok, _} = submit(instance, "hold")
       assert {:error, %Error{kind: :overloaded}} = submit(instance, "hold", id: late)
 
       instance = again(instance, journal)
-      assert {:error, ^error} = StarweaveImage.await(late, 20_000, instance)
+      assert {:error, ^error} = StarweaveImage.await(late, 20_000, instance: instance)
     end
 
     test "that was cancelled or failed stays so", %{journal: journal} do
       instance = start_ready("honest", journal: journal)
       running = held(instance)
-      assert :ok = StarweaveImage.cancel(running, instance)
+      assert :ok = StarweaveImage.cancel(running, instance: instance)
       late = held(instance, timeout: 200)
 
       assert {:error, %Error{kind: :timeout} = error} =
-               StarweaveImage.await(late, 20_000, instance)
+               StarweaveImage.await(late, 20_000, instance: instance)
 
       instance = again(instance, journal)
-      assert {:error, %Error{kind: :cancelled}} = StarweaveImage.await(running, 20_000, instance)
-      assert {:error, ^error} = StarweaveImage.await(late, 20_000, instance)
+
+      assert {:error, %Error{kind: :cancelled}} =
+               StarweaveImage.await(running, 20_000, instance: instance)
+
+      assert {:error, ^error} = StarweaveImage.await(late, 20_000, instance: instance)
       assert [_report] = received(instance)
 
       # Until it is asked for again.
       assert {:ok, ^late} = submit(instance, "a fig", id: late)
-      assert {:ok, %Image{}} = StarweaveImage.await(late, 20_000, instance)
+      assert {:ok, %Image{}} = StarweaveImage.await(late, 20_000, instance: instance)
     end
 
     test "has its timeout also while nothing runs", %{journal: journal} do
@@ -158,19 +165,27 @@ defmodule StarweaveImage.DurableTest do
       began = System.monotonic_time(:millisecond)
       assert await(fn -> System.monotonic_time(:millisecond) - began > 1_500 end)
       instance = start("honest", journal: journal)
-      assert {:error, %Error{kind: :timeout}} = StarweaveImage.await(id, 20_000, instance)
+
+      assert {:error, %Error{kind: :timeout}} =
+               StarweaveImage.await(id, 20_000, instance: instance)
     end
 
     test "is forgotten with its result", %{journal: journal} do
       instance = start_ready("honest", journal: journal, max_results: 1)
       for id <- ~w(a b), do: {:ok, ^id} = submit(instance, "a fig", id: id)
-      for id <- ~w(a b), do: StarweaveImage.await(id, 20_000, instance)
+      for id <- ~w(a b), do: StarweaveImage.await(id, 20_000, instance: instance)
       instance = again(instance, journal)
-      assert {:error, %Error{kind: :invalid_request}} = StarweaveImage.await("a", 1_000, instance)
-      assert {:ok, %Image{}} = StarweaveImage.await("b", 1_000, instance)
+
+      assert {:error, %Error{kind: :invalid_request}} =
+               StarweaveImage.await("a", 1_000, instance: instance)
+
+      assert {:ok, %Image{}} = StarweaveImage.await("b", 1_000, instance: instance)
 
       instance = again(instance, journal, result_ttl: 0)
-      assert await(fn -> match?({:error, _}, StarweaveImage.await("b", 1_000, instance)) end)
+
+      assert await(fn ->
+               match?({:error, _}, StarweaveImage.await("b", 1_000, instance: instance))
+             end)
     end
 
     test "waits while no sidecar can start", %{journal: journal, tmp_dir: folder} do
@@ -184,7 +199,7 @@ defmodule StarweaveImage.DurableTest do
       assert {:error, %Error{kind: :unavailable}} = submit(instance, "a fig")
       File.ln_s!(fake("honest"), python)
       await_running(instance, id)
-      assert :ok = StarweaveImage.cancel(id, instance)
+      assert :ok = StarweaveImage.cancel(id, instance: instance)
     end
 
     test "outlives the queue's own death", %{journal: journal} do
@@ -205,7 +220,7 @@ defmodule StarweaveImage.DurableTest do
       assert await(fn -> is_pid(Process.whereis(instance)) end)
       await_running(instance, id)
       assert {:ok, _} = StarweaveImage.generate("release", instance: instance)
-      assert {:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance: instance)
     end
 
     test "is not blamed for a stop in order", %{journal: journal} do
@@ -219,7 +234,7 @@ defmodule StarweaveImage.DurableTest do
 
       # Its last attempt would run alone.
       assert {:ok, _} = StarweaveImage.generate("release", instance: instance)
-      assert {:ok, %Image{attempts: 1}} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, %Image{attempts: 1}} = StarweaveImage.await(id, 20_000, instance: instance)
     end
 
     test "is not blamed for the ends of sidecars that its application outlived", %{
@@ -242,7 +257,7 @@ defmodule StarweaveImage.DurableTest do
       await_running(instance, id)
       # It ran when the queue ended, once.
       assert :sys.get_state(instance).jobs[id].ends == 1
-      assert :ok = StarweaveImage.cancel(id, instance)
+      assert :ok = StarweaveImage.cancel(id, instance: instance)
     end
 
     test "that was running at the end of too many lives is given up", %{journal: journal} do
@@ -257,9 +272,9 @@ defmodule StarweaveImage.DurableTest do
       await_running(instance, resumed)
 
       assert {:error, %Error{kind: :sidecar_crashed}} =
-               StarweaveImage.await(given_up, 20_000, instance)
+               StarweaveImage.await(given_up, 20_000, instance: instance)
 
-      assert :ok = StarweaveImage.cancel(resumed, instance)
+      assert :ok = StarweaveImage.cancel(resumed, instance: instance)
     end
   end
 
@@ -286,14 +301,14 @@ defmodule StarweaveImage.DurableTest do
 
       assert error.message =~ "cannot be kept on disk"
       refute error.message =~ journal
-      assert {:error, :not_found} = StarweaveImage.cancel("a", instance)
-      assert %{queued: 0, bytes: 0} = StarweaveImage.status(instance).queue
+      assert {:error, :not_found} = StarweaveImage.cancel("a", instance: instance)
+      assert %{queued: 0, bytes: 0} = StarweaveImage.status(instance: instance).queue
       assert {:ok, _} = StarweaveImage.generate("a fig", instance: instance)
 
       # And once it can be, it is.
       File.rm!(journal)
       assert await(fn -> match?({:ok, _}, submit(instance, "a fig", id: "a")) end)
-      assert {:ok, %Image{}} = StarweaveImage.await("a", 20_000, instance)
+      assert {:ok, %Image{}} = StarweaveImage.await("a", 20_000, instance: instance)
     end
 
     test "to a second instance on the same journal, until the first one is gone", %{
@@ -306,7 +321,7 @@ defmodule StarweaveImage.DurableTest do
       :ok = stop_supervised(first)
       # It takes over what is there.
       await_running(second, id)
-      assert :ok = StarweaveImage.cancel(id, second)
+      assert :ok = StarweaveImage.cancel(id, instance: second)
     end
   end
 

@@ -245,7 +245,7 @@ defmodule StarweaveImage.JournalFolderTest do
     submit = fn id -> StarweaveImage.submit("hold", instance: instance, durable: true, id: id) end
     assert {:ok, "a"} = submit.("a")
     await_running(instance, "a")
-    assert StarweaveImage.status(instance).journal == %{usable?: true, error: nil}
+    assert StarweaveImage.status(instance: instance).journal == %{usable?: true, error: nil}
 
     capture_log(fn ->
       File.rm_rf!(folder)
@@ -255,24 +255,24 @@ defmodule StarweaveImage.JournalFolderTest do
       assert {:error, %Error{kind: :unavailable, retryable?: true} = error} = submit.("c")
       assert error.message =~ "cannot be kept on disk: not a directory"
 
-      assert StarweaveImage.status(instance).journal ==
+      assert StarweaveImage.status(instance: instance).journal ==
                %{usable?: false, error: "not a directory"}
 
       # Others are drawn.
       assert {:ok, %Image{}} = StarweaveImage.generate("a fig", instance: instance)
       File.rm!(folder)
-      assert await(fn -> StarweaveImage.status(instance).journal.usable? end)
+      assert await(fn -> StarweaveImage.status(instance: instance).journal.usable? end)
       assert {:ok, "d"} = submit.("d")
 
       :ok = stop_supervised(instance)
       instance = start("honest", journal: folder)
-      assert :ok = StarweaveImage.await_ready(20_000, instance)
+      assert :ok = StarweaveImage.await_ready(20_000, instance: instance)
       for id <- ~w(a b d), do: await_running(instance, id)
-      assert {:error, :not_found} = StarweaveImage.cancel("c", instance)
-      for id <- ~w(a b d), do: assert(:ok = StarweaveImage.cancel(id, instance))
+      assert {:error, :not_found} = StarweaveImage.cancel("c", instance: instance)
+      for id <- ~w(a b d), do: assert(:ok = StarweaveImage.cancel(id, instance: instance))
     end)
 
     instance = start_ready("honest")
-    assert StarweaveImage.status(instance).journal == nil
+    assert StarweaveImage.status(instance: instance).journal == nil
   end
 end

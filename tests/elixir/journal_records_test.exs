@@ -364,12 +364,12 @@ defmodule StarweaveImage.JournalRecordsTest do
           instance = start_ready("honest", journal: folder)
 
           for id <- ~w(one three huge),
-              do: assert({:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance))
+              do: assert({:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance: instance))
 
           instance
         end)
 
-      await = fn id -> StarweaveImage.await(id, 20_000, instance) end
+      await = fn id -> StarweaveImage.await(id, 20_000, instance: instance) end
       assert {:error, %Error{kind: :internal} = error} = await.("lost")
       assert error.message == "what was asked for cannot be read any more; ask for it again"
       assert {:error, %Error{kind: :internal}} = await.("two")
@@ -386,7 +386,7 @@ defmodule StarweaveImage.JournalRecordsTest do
       instance = start_ready("honest", journal: folder)
 
       for id <- ~w(one three lost),
-          do: assert({:ok, _} = StarweaveImage.await(id, 20_000, instance))
+          do: assert({:ok, _} = StarweaveImage.await(id, 20_000, instance: instance))
     end
   end
 end

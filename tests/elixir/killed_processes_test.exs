@@ -44,7 +44,7 @@ defmodule StarweaveImage.KilledProcessesTest do
     }
 
     application = start_supervised!({Supervisor, [bystander(:other), images]} |> application())
-    :ok = StarweaveImage.await_ready(60_000, name)
+    :ok = StarweaveImage.await_ready(60_000, instance: name)
     {:ok, name: name, application: application}
   end
 
@@ -112,23 +112,23 @@ defmodule StarweaveImage.KilledProcessesTest do
   end
 
   defp assert_works(name) do
-    assert await(fn -> StarweaveImage.await_ready(30_000, name) == :ok end)
+    assert await(fn -> StarweaveImage.await_ready(30_000, instance: name) == :ok end)
     assert {:ok, %Image{}} = StarweaveImage.generate("a fig", instance: name)
     client = Module.concat(name, "Client")
     assert await(fn -> Process.whereis(client) != nil end)
-    assert {:ok, _, _} = Client.generate_image("a fig", [width: 64, height: 64], client)
+    assert {:ok, _, _} = Client.generate_image("a fig", width: 64, height: 64, client: client)
   end
 
   # Held at the sidecar until somebody else is done.
   defp held(name) do
     task = Task.async(fn -> StarweaveImage.generate("hold", instance: name, timeout: 120_000) end)
-    assert await(fn -> StarweaveImage.status(name).queue.running == 1 end)
+    assert await(fn -> StarweaveImage.status(instance: name).queue.running == 1 end)
     task
   end
 
   defp release(task, name) do
     running? = fn ->
-      Enum.any?(StarweaveImage.status(name).sidecars, &(&1.requests != [])) or
+      Enum.any?(StarweaveImage.status(instance: name).sidecars, &(&1.requests != [])) or
         not Process.alive?(task.pid)
     end
 
@@ -198,7 +198,7 @@ defmodule StarweaveImage.KilledProcessesTest do
 
   defp assert_answered(task, name, part) when part in @with_the_queue do
     assert {:error, %Error{kind: :unavailable}} = Task.await(task, 60_000)
-    assert await(fn -> StarweaveImage.await_ready(30_000, name) == :ok end)
+    assert await(fn -> StarweaveImage.await_ready(30_000, instance: name) == :ok end)
   end
 
   defp assert_answered(task, name, _part), do: assert({:ok, %Image{}} = release(task, name))
@@ -206,8 +206,8 @@ defmodule StarweaveImage.KilledProcessesTest do
   test "all of them one after the other, and no Python process is left at the end", %{name: name} do
     os_pids =
       for part <- [:sidecar, :sidecar_keeper, :sidecars, :queue, :supervisor] do
-        assert await(fn -> StarweaveImage.await_ready(30_000, name) == :ok end)
-        %{os_pid: os_pid} = hd(StarweaveImage.status(name).sidecars)
+        assert await(fn -> StarweaveImage.await_ready(30_000, instance: name) == :ok end)
+        %{os_pid: os_pid} = hd(StarweaveImage.status(instance: name).sidecars)
         pid = find(name, part)
         end_it(pid, :kill)
         replaced(name, part, pid)
@@ -223,10 +223,10 @@ defmodule StarweaveImage.KilledProcessesTest do
     log =
       ExUnit.CaptureLog.capture_log(fn ->
         for part <- [:sidecar, :sidecar_keeper, :log_reader, :journal, :queue, :keeper] do
-          assert await(fn -> StarweaveImage.await_ready(30_000, name) == :ok end)
+          assert await(fn -> StarweaveImage.await_ready(30_000, instance: name) == :ok end)
           opts = [instance: name, id: "id-s3cret-#{part}", user_id: "s3cret", durable: true]
           assert {:ok, _} = StarweaveImage.submit("hold", opts)
-          assert await(fn -> StarweaveImage.status(name).queue.running > 0 end)
+          assert await(fn -> StarweaveImage.status(instance: name).queue.running > 0 end)
           pid = find(name, part)
           end_it(pid, {:ends, :a_fault})
           replaced(name, part, pid)

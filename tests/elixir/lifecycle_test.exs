@@ -129,14 +129,17 @@ defmodule StarweaveImage.LifecycleTest do
     } do
       python = holding(folder, python())
       instance = start(nil, python: python, heartbeat_timeout: 6_000, start_timeout: 240_000)
-      assert await(fn -> StarweaveImage.available?(instance) end, 240_000)
+      assert await(fn -> StarweaveImage.available?(instance: instance) end, 240_000)
       victim = os_pid(instance)
       opts = [seed: 5, steps: 50, width: 64, height: 64, instance: instance]
       {:ok, id} = StarweaveImage.submit("a red apple", opts)
-      :ok = StarweaveImage.subscribe(id, instance)
+      :ok = StarweaveImage.subscribe(id, instance: instance)
       assert_receive {:starweave_image, ^id, {:progress, %{phase: :denoising, step: 2}}}, 120_000
       signal(victim, "USR1")
-      assert {:ok, %Image{attempts: 2, seed: 5}} = StarweaveImage.await(id, 120_000, instance)
+
+      assert {:ok, %Image{attempts: 2, seed: 5}} =
+               StarweaveImage.await(id, 120_000, instance: instance)
+
       assert [] == await_gone([victim], 5_000)
     end
   end
@@ -151,7 +154,7 @@ defmodule StarweaveImage.LifecycleTest do
       python = misbehaving(folder, python(), "hang_where_named")
       opts = [cancel_timeout: 2_000, capacity: 5, start_timeout: 240_000, heartbeat_interval: 200]
       instance = start(nil, [python: python, heartbeat_timeout: 60_000] ++ opts)
-      assert await(fn -> StarweaveImage.available?(instance) end, 240_000)
+      assert await(fn -> StarweaveImage.available?(instance: instance) end, 240_000)
 
       small = [steps: 4, width: 64, height: 64, instance: instance]
       {:ok, %Image{data: png}} = StarweaveImage.generate("a red apple", small)
@@ -172,17 +175,21 @@ defmodule StarweaveImage.LifecycleTest do
       {:ok, id} =
         StarweaveImage.submit("a red apple", [seed: 5, steps: 100, num_images: 8] ++ tl(small))
 
-      :ok = StarweaveImage.subscribe(id, instance)
+      :ok = StarweaveImage.subscribe(id, instance: instance)
       assert_receive {:starweave_image, ^id, {:progress, %{phase: :denoising}}}, 120_000
-      for place <- @places, do: :ok = StarweaveImage.cancel(place, instance)
+      for place <- @places, do: :ok = StarweaveImage.cancel(place, instance: instance)
 
       assert [] == await_gone([victim], 60_000)
-      assert {:ok, %Image{seed: 5, attempts: 2}} = StarweaveImage.await(id, 240_000, instance)
+
+      assert {:ok, %Image{seed: 5, attempts: 2}} =
+               StarweaveImage.await(id, 240_000, instance: instance)
+
       assert {:ok, %Image{attempts: 1}} = StarweaveImage.generate("a red apple", small)
-      assert %{running: 0, queued: 0} = StarweaveImage.status(instance).queue
+      assert %{running: 0, queued: 0} = StarweaveImage.status(instance: instance).queue
 
       for place <- @places do
-        assert {:error, %{kind: :cancelled}} = StarweaveImage.await(place, 1_000, instance)
+        assert {:error, %{kind: :cancelled}} =
+                 StarweaveImage.await(place, 1_000, instance: instance)
       end
     end
   end
@@ -194,7 +201,7 @@ defmodule StarweaveImage.LifecycleTest do
       instance =
         start(nil, heartbeat_interval: 200, heartbeat_timeout: 60_000, start_timeout: 240_000)
 
-      assert await(fn -> StarweaveImage.available?(instance) end, 240_000)
+      assert await(fn -> StarweaveImage.available?(instance: instance) end, 240_000)
 
       make = fn {prompt, seed} ->
         opts = [seed: seed, steps: 5, width: 64, height: 64, reproducible: true]
@@ -208,7 +215,7 @@ defmodule StarweaveImage.LifecycleTest do
       undisturbed = StarweaveImage.generate!("a red apple", Keyword.delete(opts, :id))
 
       {:ok, ^id} = StarweaveImage.submit("a red apple", opts)
-      :ok = StarweaveImage.subscribe(id, instance)
+      :ok = StarweaveImage.subscribe(id, instance: instance)
       together = Enum.map(@requests, fn request -> Task.async(fn -> make.(request) end) end)
       assert_receive {:starweave_image, ^id, {:progress, %{phase: :denoising, step: 2}}}, 120_000
       family = family(victim)
@@ -216,7 +223,10 @@ defmodule StarweaveImage.LifecycleTest do
 
       images = Task.await_many(together, 240_000)
       assert Enum.map(images, & &1.sha256) == Enum.map(alone, & &1.sha256)
-      assert {:ok, %Image{attempts: 2} = image} = StarweaveImage.await(id, 120_000, instance)
+
+      assert {:ok, %Image{attempts: 2} = image} =
+               StarweaveImage.await(id, 120_000, instance: instance)
+
       assert image.data == undisturbed.data
       assert [] == await_gone(family, 5_000)
       assert sidecar(instance).generation == 2

@@ -26,7 +26,8 @@ defmodule StarweaveImage.QueueModelTest do
       )
 
     assert await(fn ->
-             Enum.count(StarweaveImage.status(instance).sidecars, &(&1.state == :ready)) == 3
+             Enum.count(StarweaveImage.status(instance: instance).sidecars, &(&1.state == :ready)) ==
+               3
            end)
 
     {:ok, instance: instance}
@@ -43,15 +44,23 @@ defmodule StarweaveImage.QueueModelTest do
     model = collect_all(model)
 
     for {id, asked} <- model.submitted do
-      check(asked, is_map_key(model.cancelled, id), StarweaveImage.await(id, 60_000, instance))
-      assert {:error, :finished} = StarweaveImage.cancel(id, instance)
+      check(
+        asked,
+        is_map_key(model.cancelled, id),
+        StarweaveImage.await(id, 60_000, instance: instance)
+      )
+
+      assert {:error, :finished} = StarweaveImage.cancel(id, instance: instance)
     end
 
     # No slot, no place and no byte is left taken.
     assert await(fn ->
-             match?(%{queued: 0, running: 0, bytes: 0}, StarweaveImage.status(instance).queue)
+             match?(
+               %{queued: 0, running: 0, bytes: 0},
+               StarweaveImage.status(instance: instance).queue
+             )
            end),
-           inspect(StarweaveImage.status(instance))
+           inspect(StarweaveImage.status(instance: instance))
 
     # What began has ended, once, and nothing else came to this process.
     assert {same, same} = ended(instance, {0, 0})
@@ -111,7 +120,7 @@ defmodule StarweaveImage.QueueModelTest do
 
   defp operation(model, dice, _n) when dice <= 80 do
     with_random(model.submitted, model, fn {id, _} ->
-      case StarweaveImage.cancel(id, model.instance) do
+      case StarweaveImage.cancel(id, instance: model.instance) do
         :ok -> put_in(model.cancelled[id], true)
         {:error, :finished} -> model
       end
@@ -125,15 +134,15 @@ defmodule StarweaveImage.QueueModelTest do
         Process.exit(pid, :kill)
         %{model | callers: Map.delete(model.callers, pid)}
       else
-        assert StarweaveImage.cancel(id, model.instance) in [:ok, {:error, :not_found}]
+        assert StarweaveImage.cancel(id, instance: model.instance) in [:ok, {:error, :not_found}]
         put_in(model.callers[pid][:cancelled?], true)
       end
     end)
   end
 
   defp operation(model, dice, _n) when dice <= 98 do
-    assert {:error, :not_found} = StarweaveImage.cancel("nobody", model.instance)
-    %{queue: queue, sidecars: sidecars} = StarweaveImage.status(model.instance)
+    assert {:error, :not_found} = StarweaveImage.cancel("nobody", instance: model.instance)
+    %{queue: queue, sidecars: sidecars} = StarweaveImage.status(instance: model.instance)
     # What ran on a process that died comes back beyond the limit, and no further.
     assert queue.queued <= 60 + 8
     assert Enum.all?(sidecars, &(length(&1.running) <= max(&1.capacity, 4)))
@@ -144,7 +153,8 @@ defmodule StarweaveImage.QueueModelTest do
 
   defp operation(model, _dice, _n) do
     # One process that works dies.
-    case for %{role: :active, os_pid: pid} <- StarweaveImage.status(model.instance).sidecars,
+    case for %{role: :active, os_pid: pid} <-
+               StarweaveImage.status(instance: model.instance).sidecars,
              pid,
              do: pid do
       [] -> model
@@ -181,8 +191,11 @@ defmodule StarweaveImage.QueueModelTest do
 
   # Most of it shall be taken in: the next operation waits where the queue is nearly full.
   defp keep_pace(model) do
-    if StarweaveImage.status(model.instance).queue.queued > 50,
-      do: assert(await(fn -> StarweaveImage.status(model.instance).queue.queued <= 40 end))
+    if StarweaveImage.status(instance: model.instance).queue.queued > 50,
+      do:
+        assert(
+          await(fn -> StarweaveImage.status(instance: model.instance).queue.queued <= 40 end)
+        )
 
     collect(model, 0)
   end

@@ -31,8 +31,8 @@ defmodule StarweaveImage.QueueTest do
   end
 
   defp await_status(instance, condition) do
-    assert await(fn -> condition.(StarweaveImage.status(instance)) end),
-           inspect(StarweaveImage.status(instance))
+    assert await(fn -> condition.(StarweaveImage.status(instance: instance)) end),
+           inspect(StarweaveImage.status(instance: instance))
   end
 
   describe "order" do
@@ -54,14 +54,18 @@ defmodule StarweaveImage.QueueTest do
                  StarweaveImage.submit("a fig", id: id, priority: priority, instance: instance)
       end
 
-      assert %{queue: %{queued: 6, running: 1, next: next}} = StarweaveImage.status(instance)
+      assert %{queue: %{queued: 6, running: 1, next: next}} =
+               StarweaveImage.status(instance: instance)
+
       assert for(n <- next, do: {n.id, n.position}) == Enum.with_index(~w(i1 i2 n1 n2 b1 b2), 1)
       assert next |> Enum.map(& &1.estimated_start_ms) |> then(&(&1 == Enum.sort(&1)))
-      :ok = StarweaveImage.subscribe("n2", instance)
+      :ok = StarweaveImage.subscribe("n2", instance: instance)
       assert_receive {:starweave_image, "n2", {:queued, %{position: 4, attempt: 1}}}
 
-      assert :ok = StarweaveImage.cancel(first, instance)
-      for {id, _} <- requests, do: assert({:ok, _} = StarweaveImage.await(id, 20_000, instance))
+      assert :ok = StarweaveImage.cancel(first, instance: instance)
+
+      for {id, _} <- requests,
+          do: assert({:ok, _} = StarweaveImage.await(id, 20_000, instance: instance))
 
       assert [^first, "i1", "i2", "n1", "n2", "b1", "b2", _report] =
                received(instance, "generate")
@@ -78,8 +82,10 @@ defmodule StarweaveImage.QueueTest do
         {:ok, ^id} = StarweaveImage.submit("a fig", id: id, user_id: user, instance: instance)
       end
 
-      assert :ok = StarweaveImage.cancel(first, instance)
-      for {id, _} <- requests, do: assert({:ok, _} = StarweaveImage.await(id, 20_000, instance))
+      assert :ok = StarweaveImage.cancel(first, instance: instance)
+
+      for {id, _} <- requests,
+          do: assert({:ok, _} = StarweaveImage.await(id, 20_000, instance: instance))
 
       assert [^first, "a1", "b1", "c1", "a2", "b2", "a3", "a4", _report] =
                received(instance, "generate")
@@ -89,13 +95,13 @@ defmodule StarweaveImage.QueueTest do
       instance = start_ready("honest", capacity: 1)
       first = submit_running(instance, "hold")
       {:ok, second} = StarweaveImage.submit("a fig", instance: instance)
-      :ok = StarweaveImage.subscribe(first, instance)
+      :ok = StarweaveImage.subscribe(first, instance: instance)
 
       signal(os_pid(instance), "KILL")
       assert_receive {:starweave_image, ^first, {:queued, %{position: 1, attempt: 2}}}, 10_000
       await_running(instance, first)
-      assert :ok = StarweaveImage.cancel(first, instance)
-      assert {:ok, %Image{attempts: 1}} = StarweaveImage.await(second, 20_000, instance)
+      assert :ok = StarweaveImage.cancel(first, instance: instance)
+      assert {:ok, %Image{attempts: 1}} = StarweaveImage.await(second, 20_000, instance: instance)
     end
   end
 
@@ -112,7 +118,7 @@ defmodule StarweaveImage.QueueTest do
       assert {:error, %Error{kind: :overloaded}} = StarweaveImage.submit("a", instance: instance)
       assert [{:error, %Error{kind: :overloaded}}] = Enum.to_list(stream(instance, "a pear"))
 
-      assert :ok = StarweaveImage.cancel(running, instance)
+      assert :ok = StarweaveImage.cancel(running, instance: instance)
       await_status(instance, &(&1.queue.queued == 0))
       assert {:ok, _} = generate(instance, "a pear")
     end
@@ -121,13 +127,13 @@ defmodule StarweaveImage.QueueTest do
       instance = start_ready("honest", max_queue_bytes: 2_000)
       image = <<137, "PNG", 13, 10, 26, 10>> <> :binary.copy("x", 1_500)
       id = submit_running(instance, "hold", image: image)
-      assert StarweaveImage.status(instance).queue.bytes == byte_size(image) + 4
+      assert StarweaveImage.status(instance: instance).queue.bytes == byte_size(image) + 4
 
       assert {:error, %Error{kind: :overloaded}} = generate(instance, "a fig", image: image)
       assert {:ok, _} = generate(instance, "a fig")
-      assert :ok = StarweaveImage.cancel(id, instance)
+      assert :ok = StarweaveImage.cancel(id, instance: instance)
       assert {:ok, _} = generate(instance, "a fig", image: image)
-      assert StarweaveImage.status(instance).queue.bytes == 0
+      assert StarweaveImage.status(instance: instance).queue.bytes == 0
     end
 
     test "in requests within a time, of all and of each user" do
@@ -162,7 +168,8 @@ defmodule StarweaveImage.QueueTest do
         end
       end
 
-      assert %{queue: %{queued: 0, running: 0, bytes: 0}} = StarweaveImage.status(instance)
+      assert %{queue: %{queued: 0, running: 0, bytes: 0}} =
+               StarweaveImage.status(instance: instance)
     end
   end
 
@@ -172,9 +179,9 @@ defmodule StarweaveImage.QueueTest do
       running = submit_running(instance, "hold")
       caller = call(fn -> generate(instance, "a fig", id: "late", timeout: 100) end)
       assert {:error, %Error{kind: :timeout, retryable?: true}} = result(caller)
-      assert StarweaveImage.status(instance).queue.queued == 0
+      assert StarweaveImage.status(instance: instance).queue.queued == 0
 
-      assert :ok = StarweaveImage.cancel(running, instance)
+      assert :ok = StarweaveImage.cancel(running, instance: instance)
       refute "late" in received(instance, "generate")
     end
 
@@ -194,8 +201,11 @@ defmodule StarweaveImage.QueueTest do
       caller = call(fn -> generate(instance, "a fig", id: "late", queue_timeout: 100) end)
       assert {:error, %Error{kind: :timeout} = error} = result(caller)
       assert error.message =~ "not begun within its queue_timeout of 100 ms"
-      assert {:error, %Error{kind: :timeout}} = StarweaveImage.await(running, 300, instance)
-      assert :ok = StarweaveImage.cancel(running, instance)
+
+      assert {:error, %Error{kind: :timeout}} =
+               StarweaveImage.await(running, 300, instance: instance)
+
+      assert :ok = StarweaveImage.cancel(running, instance: instance)
       refute "late" in received(instance, "generate")
     end
 
@@ -204,9 +214,9 @@ defmodule StarweaveImage.QueueTest do
       running = submit_running(instance, "hold")
       waiting = call(fn -> generate(instance, "hold", id: "long", run_timeout: 300) end)
       await_status(instance, &(&1.queue.queued == 1))
-      caller = call(fn -> StarweaveImage.await(running, 400, instance) end)
+      caller = call(fn -> StarweaveImage.await(running, 400, instance: instance) end)
       assert {:error, %Error{kind: :timeout}} = result(caller)
-      assert :ok = StarweaveImage.cancel(running, instance)
+      assert :ok = StarweaveImage.cancel(running, instance: instance)
       assert {:error, %Error{kind: :timeout} = error} = result(waiting)
       assert error.message =~ "run_timeout of 300 ms"
       assert {:ok, _} = generate(instance, "a fig")
@@ -217,14 +227,14 @@ defmodule StarweaveImage.QueueTest do
       instance = start_ready("honest")
       id = submit_running(instance, "hold", id: "again")
       %{serial: serial} = :sys.get_state(instance).jobs[id]
-      assert :ok = StarweaveImage.cancel(id, instance)
+      assert :ok = StarweaveImage.cancel(id, instance: instance)
       "again" = submit_running(instance, "hold", id: "again")
 
       for kind <- [:deadline, :queue, :run, :retry, :forget],
           do: send(instance, {:timer, kind, id, serial})
 
       assert {:ok, _} = generate(instance, "release")
-      assert {:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance: instance)
     end
   end
 
@@ -278,7 +288,7 @@ defmodule StarweaveImage.QueueTest do
       assert_receive {:ok, "kept"}, 10_000
       await_running(instance, "kept")
       assert {:ok, _} = generate(instance, "release")
-      assert {:ok, %Image{}} = StarweaveImage.await("kept", 20_000, instance)
+      assert {:ok, %Image{}} = StarweaveImage.await("kept", 20_000, instance: instance)
       assert received(instance, "cancel") == []
     end
 
@@ -307,18 +317,18 @@ defmodule StarweaveImage.QueueTest do
       for _ <- 1..3,
           do: {:ok, "one"} = StarweaveImage.submit("a fig", id: "one", instance: instance)
 
-      assert {:ok, image} = StarweaveImage.await("one", 20_000, instance)
+      assert {:ok, image} = StarweaveImage.await("one", 20_000, instance: instance)
       assert {:ok, ^image} = generate(instance, "a fig", id: "one")
-      assert {:ok, ^image} = StarweaveImage.await("one", 20_000, instance)
+      assert {:ok, ^image} = StarweaveImage.await("one", 20_000, instance: instance)
       assert [{:image, ^image}] = Enum.to_list(stream(instance, "a fig", id: "one"))
-      assert {:error, :finished} = StarweaveImage.cancel("one", instance)
+      assert {:error, :finished} = StarweaveImage.cancel("one", instance: instance)
       assert ["one", _report] = received(instance, "generate")
     end
 
     test "that is known is refused for anything else, and for another user" do
       instance = start_ready("honest")
       {:ok, "one"} = StarweaveImage.submit("a fig", id: "one", user_id: "ann", instance: instance)
-      assert {:ok, image} = StarweaveImage.await("one", 20_000, instance)
+      assert {:ok, image} = StarweaveImage.await("one", 20_000, instance: instance)
       held = submit_running(instance, "hold", id: "held", seed: 1)
 
       for {prompt, opts} <- [
@@ -339,7 +349,7 @@ defmodule StarweaveImage.QueueTest do
       # It may say which seed was drawn, and how urgent it is now.
       again = [id: "one", user_id: "ann", seed: image.seed, priority: :interactive]
       assert {:ok, ^image} = generate(instance, "a fig", again)
-      assert :ok = StarweaveImage.cancel(held, instance)
+      assert :ok = StarweaveImage.cancel(held, instance: instance)
     end
 
     test "that was generated and then submitted outlives its first caller" do
@@ -349,7 +359,7 @@ defmodule StarweaveImage.QueueTest do
       {:ok, "both"} = StarweaveImage.submit("hold", id: "both", instance: instance)
       Process.exit(caller, :kill)
       assert {:ok, _} = generate(instance, "release")
-      assert {:ok, %Image{}} = StarweaveImage.await("both", 20_000, instance)
+      assert {:ok, %Image{}} = StarweaveImage.await("both", 20_000, instance: instance)
     end
 
     test "may be used again at once after it was cancelled" do
@@ -363,11 +373,16 @@ defmodule StarweaveImage.QueueTest do
     test "of one that failed may be asked for again" do
       instance = start_ready("honest")
       id = submit_running(instance, "hold", id: "again")
-      assert :ok = StarweaveImage.cancel(id, instance)
-      assert {:error, %Error{kind: :cancelled}} = StarweaveImage.await(id, 1_000, instance)
+      assert :ok = StarweaveImage.cancel(id, instance: instance)
+
+      assert {:error, %Error{kind: :cancelled}} =
+               StarweaveImage.await(id, 1_000, instance: instance)
 
       assert {:ok, ^id} = StarweaveImage.submit("a fig", id: id, seed: 6, instance: instance)
-      assert {:ok, %Image{data: "a fig, seed 6"}} = StarweaveImage.await(id, 20_000, instance)
+
+      assert {:ok, %Image{data: "a fig, seed 6"}} =
+               StarweaveImage.await(id, 20_000, instance: instance)
+
       assert {:ok, %Image{data: "a fig, seed 6"}} = generate(instance, "a fig", id: id, seed: 6)
     end
 
@@ -375,11 +390,11 @@ defmodule StarweaveImage.QueueTest do
       instance = start_ready("honest")
 
       assert {:error, %Error{kind: :invalid_request, details: %{field: :id}}} =
-               StarweaveImage.await("nobody", 1_000, instance)
+               StarweaveImage.await("nobody", 1_000, instance: instance)
 
-      assert {:error, :not_found} = StarweaveImage.cancel("nobody", instance)
-      assert {:error, :not_found} = StarweaveImage.subscribe("nobody", instance)
-      assert :ok = StarweaveImage.unsubscribe("nobody", instance)
+      assert {:error, :not_found} = StarweaveImage.cancel("nobody", instance: instance)
+      assert {:error, :not_found} = StarweaveImage.subscribe("nobody", instance: instance)
+      assert :ok = StarweaveImage.unsubscribe("nobody", instance: instance)
     end
   end
 
@@ -419,7 +434,7 @@ defmodule StarweaveImage.QueueTest do
       assert [{:progress, %{step: 1}}, {:queued, %{attempt: 2}}] = result(caller)
       await_running(instance, id)
       assert {:ok, _} = generate(instance, "release")
-      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance: instance)
     end
 
     test "tell whoever comes late how things stand" do
@@ -428,7 +443,7 @@ defmodule StarweaveImage.QueueTest do
 
       await_status(instance, fn _ -> map_size(:sys.get_state(instance).jobs[id].previews) == 2 end)
 
-      :ok = StarweaveImage.subscribe(id, instance)
+      :ok = StarweaveImage.subscribe(id, instance: instance)
 
       for image <- 0..1,
           do: assert_received({:starweave_image, ^id, {:preview, %{image: ^image, step: 1}}})
@@ -439,14 +454,14 @@ defmodule StarweaveImage.QueueTest do
       assert mailbox() == []
 
       {:ok, waiting} = StarweaveImage.submit("a fig", instance: instance)
-      :ok = StarweaveImage.subscribe(waiting, instance)
+      :ok = StarweaveImage.subscribe(waiting, instance: instance)
 
       assert_received {:starweave_image, ^waiting,
                        {:queued, %{position: 1, estimated_start_ms: ms}}}
 
       assert ms >= 0
-      assert :ok = StarweaveImage.cancel(id, instance)
-      assert {:ok, _} = StarweaveImage.await(waiting, 20_000, instance)
+      assert :ok = StarweaveImage.cancel(id, instance: instance)
+      assert {:ok, _} = StarweaveImage.await(waiting, 20_000, instance: instance)
     end
 
     test "show those who wait that they come closer" do
@@ -456,13 +471,13 @@ defmodule StarweaveImage.QueueTest do
       [_, _, third] =
         ids = for _ <- 1..3, do: StarweaveImage.submit("hold", instance: instance) |> elem(1)
 
-      :ok = StarweaveImage.subscribe(third, instance)
+      :ok = StarweaveImage.subscribe(third, instance: instance)
       assert_received {:starweave_image, ^third, {:queued, %{position: 3}}}
-      assert :ok = StarweaveImage.cancel(running, instance)
+      assert :ok = StarweaveImage.cancel(running, instance: instance)
       assert_receive {:starweave_image, ^third, {:queued, %{position: 2}}}, 10_000
-      assert :ok = ids |> hd() |> StarweaveImage.cancel(instance)
+      assert :ok = ids |> hd() |> StarweaveImage.cancel(instance: instance)
       assert_receive {:starweave_image, ^third, {:queued, %{position: 1}}}, 10_000
-      for id <- tl(ids), do: assert(:ok = StarweaveImage.cancel(id, instance))
+      for id <- tl(ids), do: assert(:ok = StarweaveImage.cancel(id, instance: instance))
     end
 
     test "of a refused stream are one error" do
@@ -475,27 +490,30 @@ defmodule StarweaveImage.QueueTest do
       instance = start_ready("honest", capacity: 1)
       first = submit_running(instance, "hold")
       {:ok, id} = StarweaveImage.submit("hold", instance: instance)
-      assert :ok = StarweaveImage.subscribe(id, instance)
-      assert :ok = StarweaveImage.subscribe(id, instance)
+      assert :ok = StarweaveImage.subscribe(id, instance: instance)
+      assert :ok = StarweaveImage.subscribe(id, instance: instance)
       assert_receive {:starweave_image, ^id, {:queued, %{position: 1}}}
       assert_receive {:starweave_image, ^id, {:queued, %{position: 1}}}
 
-      :ok = StarweaveImage.cancel(first, instance)
+      :ok = StarweaveImage.cancel(first, instance: instance)
       # Subscribed twice, told once.
       assert_receive {:starweave_image, ^id, {:progress, %{step: 1}}}, 10_000
       refute_received {:starweave_image, ^id, _}
 
-      assert :ok = StarweaveImage.unsubscribe(id, instance)
-      assert :ok = StarweaveImage.cancel(id, instance)
-      assert {:error, %Error{kind: :cancelled}} = StarweaveImage.await(id, 1_000, instance)
+      assert :ok = StarweaveImage.unsubscribe(id, instance: instance)
+      assert :ok = StarweaveImage.cancel(id, instance: instance)
+
+      assert {:error, %Error{kind: :cancelled}} =
+               StarweaveImage.await(id, 1_000, instance: instance)
+
       assert mailbox() == []
     end
 
     test "of a finished request are its last" do
       instance = start_ready("honest")
       {:ok, id} = StarweaveImage.submit("a fig", instance: instance)
-      {:ok, image} = StarweaveImage.await(id, 20_000, instance)
-      assert :ok = StarweaveImage.subscribe(id, instance)
+      {:ok, image} = StarweaveImage.await(id, 20_000, instance: instance)
+      assert :ok = StarweaveImage.subscribe(id, instance: instance)
       assert_receive {:starweave_image, ^id, {:image, ^image}}
       assert mailbox() == []
     end
@@ -509,11 +527,11 @@ defmodule StarweaveImage.QueueTest do
       waiting = call(fn -> generate(instance, "a fig", id: "waiting") end)
       await_status(instance, &(&1.queue.queued == 1))
 
-      assert :ok = StarweaveImage.cancel("waiting", instance)
-      assert :ok = StarweaveImage.cancel("running", instance)
+      assert :ok = StarweaveImage.cancel("waiting", instance: instance)
+      assert :ok = StarweaveImage.cancel("running", instance: instance)
       assert {:error, %Error{kind: :cancelled}} = result(running)
       assert {:error, %Error{kind: :cancelled}} = result(waiting)
-      assert {:error, :not_found} = StarweaveImage.cancel("running", instance)
+      assert {:error, :not_found} = StarweaveImage.cancel("running", instance: instance)
     end
 
     test "whose process crashed" do
@@ -527,10 +545,10 @@ defmodule StarweaveImage.QueueTest do
     test "whose wait was too short; the work is not touched" do
       instance = start_ready("honest")
       id = submit_running(instance, "hold")
-      caller = call(fn -> StarweaveImage.await(id, 100, instance) end)
+      caller = call(fn -> StarweaveImage.await(id, 100, instance: instance) end)
       assert {:error, %Error{kind: :timeout}} = result(caller)
       assert {:ok, _} = generate(instance, "release")
-      assert {:ok, _} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, _} = StarweaveImage.await(id, 20_000, instance: instance)
     end
 
     test "whose instance stops; each gets an answer" do
@@ -557,12 +575,14 @@ defmodule StarweaveImage.QueueTest do
     test "does not take others down with it: it runs alone in the end" do
       instance = start_ready("crashes_on_poison")
       others = for n <- 1..4, do: submit_running(instance, "hold", seed: n)
-      :ok = StarweaveImage.subscribe(hd(others), instance)
+      :ok = StarweaveImage.subscribe(hd(others), instance: instance)
       caller = call(fn -> generate(instance, "poison", id: "poison", priority: :interactive) end)
       assert {:error, %Error{kind: :sidecar_crashed}} = result(caller)
 
       for id <- others do
-        assert {:ok, %Image{attempts: attempts}} = StarweaveImage.await(id, 20_000, instance)
+        assert {:ok, %Image{attempts: attempts}} =
+                 StarweaveImage.await(id, 20_000, instance: instance)
+
         assert attempts in 2..3
       end
     end
@@ -572,13 +592,13 @@ defmodule StarweaveImage.QueueTest do
     test "may be asked for again and again, until they are too old" do
       instance = start_ready("honest", result_ttl: 2_000)
       {:ok, id} = StarweaveImage.submit("a fig", instance: instance)
-      assert {:ok, image} = StarweaveImage.await(id, 20_000, instance)
-      assert {:ok, ^image} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, image} = StarweaveImage.await(id, 20_000, instance: instance)
+      assert {:ok, ^image} = StarweaveImage.await(id, 20_000, instance: instance)
 
       assert await(fn ->
                match?(
                  {:error, %Error{kind: :invalid_request}},
-                 StarweaveImage.await(id, 1_000, instance)
+                 StarweaveImage.await(id, 1_000, instance: instance)
                )
              end)
 
@@ -590,12 +610,14 @@ defmodule StarweaveImage.QueueTest do
 
       for id <- ~w(a b c) do
         {:ok, ^id} = StarweaveImage.submit("a fig", id: id, instance: instance)
-        assert {:ok, _} = StarweaveImage.await(id, 20_000, instance)
+        assert {:ok, _} = StarweaveImage.await(id, 20_000, instance: instance)
       end
 
-      assert {:error, %Error{kind: :invalid_request}} = StarweaveImage.await("a", 1_000, instance)
-      assert {:ok, _} = StarweaveImage.await("b", 1_000, instance)
-      assert {:ok, _} = StarweaveImage.await("c", 1_000, instance)
+      assert {:error, %Error{kind: :invalid_request}} =
+               StarweaveImage.await("a", 1_000, instance: instance)
+
+      assert {:ok, _} = StarweaveImage.await("b", 1_000, instance: instance)
+      assert {:ok, _} = StarweaveImage.await("c", 1_000, instance: instance)
     end
 
     test "are kept up to so many bytes" do
@@ -604,42 +626,48 @@ defmodule StarweaveImage.QueueTest do
       for id <- ~w(a b c) do
         # Each some 13 bytes long.
         {:ok, ^id} = StarweaveImage.submit("a fig", id: id, seed: 7, instance: instance)
-        assert {:ok, _} = StarweaveImage.await(id, 20_000, instance)
+        assert {:ok, _} = StarweaveImage.await(id, 20_000, instance: instance)
       end
 
       {:ok, _} = StarweaveImage.submit("a fig", id: "d", seed: 7, instance: instance)
-      assert {:ok, _} = StarweaveImage.await("d", 20_000, instance)
-      assert {:error, %Error{kind: :invalid_request}} = StarweaveImage.await("a", 1_000, instance)
-      assert {:ok, _} = StarweaveImage.await("b", 1_000, instance)
+      assert {:ok, _} = StarweaveImage.await("d", 20_000, instance: instance)
+
+      assert {:error, %Error{kind: :invalid_request}} =
+               StarweaveImage.await("a", 1_000, instance: instance)
+
+      assert {:ok, _} = StarweaveImage.await("b", 1_000, instance: instance)
     end
 
     test "that were forgotten do not count, also when their id runs again" do
       instance = start_ready("honest", max_results: 1, result_ttl: 2_000)
       {:ok, "a"} = StarweaveImage.submit("a fig", id: "a", instance: instance)
-      assert {:ok, _} = StarweaveImage.await("a", 20_000, instance)
-      assert await(fn -> StarweaveImage.subscribe("a", instance) == {:error, :not_found} end)
+      assert {:ok, _} = StarweaveImage.await("a", 20_000, instance: instance)
+
+      assert await(fn ->
+               StarweaveImage.subscribe("a", instance: instance) == {:error, :not_found}
+             end)
 
       "a" = submit_running(instance, "hold", id: "a")
       {:ok, "b"} = StarweaveImage.submit("a fig", id: "b", instance: instance)
-      assert {:ok, _} = StarweaveImage.await("b", 20_000, instance)
+      assert {:ok, _} = StarweaveImage.await("b", 20_000, instance: instance)
       assert {:ok, _} = generate(instance, "release")
-      assert {:ok, %Image{}} = StarweaveImage.await("a", 20_000, instance)
+      assert {:ok, %Image{}} = StarweaveImage.await("a", 20_000, instance: instance)
     end
 
     test "do not fall with an older one of the same id" do
       instance = start_ready("honest", max_results: 1)
       {:ok, "a"} = StarweaveImage.submit("a fig", id: "a", instance: instance)
-      assert {:ok, _} = StarweaveImage.await("a", 20_000, instance)
+      assert {:ok, _} = StarweaveImage.await("a", 20_000, instance: instance)
       older = :sys.get_state(instance).jobs["a"].serial
 
       for id <- ["b", "a"] do
         {:ok, ^id} = StarweaveImage.submit("a fig", id: id, instance: instance)
-        assert {:ok, _} = StarweaveImage.await(id, 20_000, instance)
+        assert {:ok, _} = StarweaveImage.await(id, 20_000, instance: instance)
       end
 
       # What the timer of the first one says when its time has come.
       send(instance, {:timer, :forget, "a", older})
-      assert {:ok, %Image{}} = StarweaveImage.await("a", 1_000, instance)
+      assert {:ok, %Image{}} = StarweaveImage.await("a", 1_000, instance: instance)
     end
 
     test "of owned requests are not kept" do
@@ -647,7 +675,7 @@ defmodule StarweaveImage.QueueTest do
       assert {:ok, _} = generate(instance, "a fig", id: "mine")
 
       assert {:error, %Error{kind: :invalid_request}} =
-               StarweaveImage.await("mine", 1_000, instance)
+               StarweaveImage.await("mine", 1_000, instance: instance)
     end
   end
 
@@ -662,10 +690,10 @@ defmodule StarweaveImage.QueueTest do
           {took, _} =
             :timer.tc(fn ->
               assert %{state: :busy, queue: %{running: 1, queued: 10}} =
-                       StarweaveImage.status(instance)
+                       StarweaveImage.status(instance: instance)
 
-              assert [%{id: "starweave/tiny"}] = StarweaveImage.models(instance)
-              assert StarweaveImage.available?(instance)
+              assert [%{id: "starweave/tiny"}] = StarweaveImage.models(instance: instance)
+              assert StarweaveImage.available?(instance: instance)
             end)
 
           took
@@ -673,7 +701,7 @@ defmodule StarweaveImage.QueueTest do
 
       # The median: a busy machine may hold up any one of them.
       assert took |> Enum.sort() |> Enum.at(25) < 20_000
-      assert :ok = StarweaveImage.cancel(id, instance)
+      assert :ok = StarweaveImage.cancel(id, instance: instance)
     end
 
     test "models can be loaded and unloaded" do

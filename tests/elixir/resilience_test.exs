@@ -10,7 +10,7 @@ defmodule StarweaveImage.ResilienceTest do
   defp generate(instance, prompt, opts \\ []),
     do: StarweaveImage.generate(prompt, [instance: instance] ++ opts)
 
-  defp sidecars(instance), do: StarweaveImage.status(instance).sidecars
+  defp sidecars(instance), do: StarweaveImage.status(instance: instance).sidecars
   defp sidecar(instance, index), do: Enum.find(sidecars(instance), &(&1.index == index))
 
   defp await_sidecars(instance, states) do
@@ -59,11 +59,14 @@ defmodule StarweaveImage.ResilienceTest do
     test "can be cancelled while it waits for its next try" do
       instance = start_ready("fails", max_retries: 100)
       {:ok, id} = StarweaveImage.submit("unavailable 99", instance: instance)
-      :ok = StarweaveImage.subscribe(id, instance)
+      :ok = StarweaveImage.subscribe(id, instance: instance)
       assert_receive {:starweave_image, ^id, {:queued, %{attempt: 1}}}, 10_000
-      assert :ok = StarweaveImage.cancel(id, instance)
-      assert {:error, %Error{kind: :cancelled}} = StarweaveImage.await(id, 1_000, instance)
-      assert %{queued: 0, running: 0, bytes: 0} = StarweaveImage.status(instance).queue
+      assert :ok = StarweaveImage.cancel(id, instance: instance)
+
+      assert {:error, %Error{kind: :cancelled}} =
+               StarweaveImage.await(id, 1_000, instance: instance)
+
+      assert %{queued: 0, running: 0, bytes: 0} = StarweaveImage.status(instance: instance).queue
     end
   end
 
@@ -181,14 +184,17 @@ defmodule StarweaveImage.ResilienceTest do
       for _ <- 1..6, reduce: first, do: (killed -> kill_start.(killed))
       assert await(fn -> running_at(instance, id) end)
       assert {:ok, _} = generate(instance, "release")
-      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance: instance)
     end
 
     test "says at its deadline how often its process ended" do
       instance = start_ready("honest")
       id = hold(instance, timeout: 5_000)
       signal(sidecar(instance, 1).os_pid, "KILL")
-      assert {:error, %Error{kind: :timeout} = error} = StarweaveImage.await(id, 20_000, instance)
+
+      assert {:error, %Error{kind: :timeout} = error} =
+               StarweaveImage.await(id, 20_000, instance: instance)
+
       assert error.message =~ "its timeout of 5000 ms; the Python process ended under it once"
     end
 
@@ -214,7 +220,7 @@ defmodule StarweaveImage.ResilienceTest do
     test "makes room at once for an interactive one, and is done after it" do
       instance = start_ready("honest", capacity: 1)
       id = hold(instance, priority: :background)
-      :ok = StarweaveImage.subscribe(id, instance)
+      :ok = StarweaveImage.subscribe(id, instance: instance)
       assert {:ok, %Image{}} = generate(instance, "a fig", priority: :interactive)
       assert_receive {:starweave_image, ^id, {:queued, %{position: _, attempt: 1}}}, 10_000
       assert await(fn -> running_at(instance, id) end)
@@ -239,7 +245,7 @@ defmodule StarweaveImage.ResilienceTest do
       signal(first, "KILL")
       assert await(fn -> running_at(instance, id) == 2 end)
       assert {:ok, _} = generate(instance, "release")
-      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance: instance)
       assert %{role: :active} = sidecar(instance, 2)
       # A start that was good is followed by the next at once.
       await_sidecars(instance, active: :ready, standby: :ready)
@@ -297,7 +303,7 @@ defmodule StarweaveImage.ResilienceTest do
 
       ids = for _ <- 1..7, do: hold(instance)
       {:ok, waiting} = StarweaveImage.submit("hold", instance: instance)
-      assert %{queued: 1, running: 7} = StarweaveImage.status(instance).queue
+      assert %{queued: 1, running: 7} = StarweaveImage.status(instance: instance).queue
       assert for(s <- sidecars(instance), s.role == :standby, do: s.running) == [[], []]
 
       # One of the same kind: with room for three.
@@ -305,7 +311,7 @@ defmodule StarweaveImage.ResilienceTest do
       assert await(fn -> sidecar(instance, 3).role == :standby end)
       assert %{role: :active, capacity: 3} = Enum.find(sidecars(instance), &(&1.index == 5))
       assert await(fn -> length(sidecar(instance, 5).running) == 3 end)
-      for id <- [waiting | ids], do: :ok = StarweaveImage.cancel(id, instance)
+      for id <- [waiting | ids], do: :ok = StarweaveImage.cancel(id, instance: instance)
     end
   end
 
@@ -341,7 +347,7 @@ defmodule StarweaveImage.ResilienceTest do
       for _ <- 1..8, do: assert(running_at(instance, hold(instance)) != index)
       drained = Task.async(fn -> StarweaveImage.drain_sidecar(index, instance: instance) end)
       assert await(fn -> sidecar(instance, index).draining end)
-      assert :ok = StarweaveImage.cancel(id, instance)
+      assert :ok = StarweaveImage.cancel(id, instance: instance)
       assert :ok = Task.await(drained)
 
       assert :ok = StarweaveImage.resume_sidecar(index, instance: instance)
@@ -360,7 +366,7 @@ defmodule StarweaveImage.ResilienceTest do
       assert [_one] = sidecars(instance)
       assert await(fn -> running_at(instance, id) end)
       assert {:ok, _} = generate(instance, "release")
-      assert {:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance: instance)
       assert {:error, :not_found} = StarweaveImage.remove_sidecar(index, instance: instance)
       assert {:error, :not_found} = StarweaveImage.drain_sidecar(index, instance: instance)
       assert {:error, :not_found} = StarweaveImage.resume_sidecar(index, instance: instance)
@@ -376,7 +382,7 @@ defmodule StarweaveImage.ResilienceTest do
       assert :ok = StarweaveImage.remove_sidecar(index, instance: instance, timeout: 50)
       assert await(fn -> running_at(instance, id) end)
       assert {:ok, _} = generate(instance, "release")
-      assert {:ok, %Image{attempts: 1}} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, %Image{attempts: 1}} = StarweaveImage.await(id, 20_000, instance: instance)
     end
   end
 

@@ -91,7 +91,7 @@ defmodule StarweaveImage.SidecarTest do
       :ok = :sys.resume(owner(instance))
       assert_works(instance)
       assert os_pid(instance) == pid
-      assert :ok = StarweaveImage.cancel(id, instance)
+      assert :ok = StarweaveImage.cancel(id, instance: instance)
     end
 
     test "ends with its instance, and by `shutdown`" do
@@ -99,7 +99,7 @@ defmodule StarweaveImage.SidecarTest do
       pid = os_pid(instance)
       assert :ok = stop_supervised(instance)
       refute alive?(pid)
-      assert StarweaveImage.status(instance).state == :down
+      assert StarweaveImage.status(instance: instance).state == :down
     end
 
     test "finishes within the grace period what runs when its instance stops" do
@@ -126,7 +126,7 @@ defmodule StarweaveImage.SidecarTest do
 
       assert_works(instance)
       assert {:ok, _} = StarweaveImage.generate("release", instance: instance)
-      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 10_000, instance)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 10_000, instance: instance)
     end
   end
 
@@ -169,7 +169,11 @@ defmodule StarweaveImage.SidecarTest do
       log =
         capture_log(fn ->
           instance = start("honest", preload: ["starweave/tiny"], standby: 1)
-          all = fn -> Enum.map(StarweaveImage.status(instance).sidecars, &{&1.role, &1.state}) end
+
+          all = fn ->
+            Enum.map(StarweaveImage.status(instance: instance).sidecars, &{&1.role, &1.state})
+          end
+
           assert await(fn -> all.() == [active: :ready, standby: :ready] end)
         end)
 
@@ -213,7 +217,7 @@ defmodule StarweaveImage.SidecarTest do
       instance = start_ready("honest")
       victim = os_pid(instance)
       id = submit_running(instance, "hold", seed: 77)
-      :ok = StarweaveImage.subscribe(id, instance)
+      :ok = StarweaveImage.subscribe(id, instance: instance)
 
       signal(victim, "KILL")
       assert_receive {:starweave_image, ^id, {:queued, %{attempt: 2}}}, 10_000
@@ -221,7 +225,7 @@ defmodule StarweaveImage.SidecarTest do
       assert {:ok, _} = StarweaveImage.generate("release", instance: instance)
 
       assert {:ok, %Image{data: "hold, seed 77", attempts: 2}} =
-               StarweaveImage.await(id, 10_000, instance)
+               StarweaveImage.await(id, 10_000, instance: instance)
 
       refute alive?(victim)
     end
@@ -291,8 +295,8 @@ defmodule StarweaveImage.SidecarTest do
 
       assert await(fn -> os_pid(instance) end)
       pid = os_pid(instance)
-      assert StarweaveImage.status(instance).state == :starting
-      refute StarweaveImage.available?(instance)
+      assert StarweaveImage.status(instance: instance).state == :starting
+      refute StarweaveImage.available?(instance: instance)
 
       assert await_state(instance, :down).error == "it was not ready after 3000 ms"
       assert [] == await_gone([pid], 5_000)
@@ -367,10 +371,10 @@ defmodule StarweaveImage.SidecarTest do
       instance = start_ready("never_encodes", stall_timeout: 2_000)
       held = submit_running(instance, "hold")
       stuck = submit_running(instance, "stuck")
-      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(stuck, 30_000, instance)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(stuck, 30_000, instance: instance)
       await_running(instance, held)
       assert {:ok, _} = StarweaveImage.generate("release", instance: instance)
-      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(held, 10_000, instance)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(held, 10_000, instance: instance)
     end
 
     test "goes on with one that was cancelled is killed, and the others are done by the next" do
@@ -380,17 +384,20 @@ defmodule StarweaveImage.SidecarTest do
           victim = os_pid(instance)
           held = submit_running(instance, "hold")
           waits = submit_running(instance, "waits")
-          assert :ok = StarweaveImage.cancel(waits, instance)
+          assert :ok = StarweaveImage.cancel(waits, instance: instance)
           stuck = submit_running(instance, "stuck")
 
           # As long as it is wanted, and for as long as the one that waits has not stopped, it is left alone.
           assert alive?(victim)
-          assert :ok = StarweaveImage.cancel(stuck, instance)
+          assert :ok = StarweaveImage.cancel(stuck, instance: instance)
           assert [] == await_gone([victim], 10_000)
           await_running(instance, held)
           assert {:ok, _} = StarweaveImage.generate("release", instance: instance)
-          assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(held, 10_000, instance)
-          assert %{running: 0, queued: 0} = StarweaveImage.status(instance).queue
+
+          assert {:ok, %Image{attempts: 2}} =
+                   StarweaveImage.await(held, 10_000, instance: instance)
+
+          assert %{running: 0, queued: 0} = StarweaveImage.status(instance: instance).queue
           assert_works(instance)
         end)
 
@@ -410,10 +417,13 @@ defmodule StarweaveImage.SidecarTest do
       instance = start_ready("answers_twice")
       victim = os_pid(instance)
       {:ok, id} = StarweaveImage.submit("a fig", seed: 2, instance: instance)
-      assert {:ok, %Image{data: "a fig, seed 2"}} = StarweaveImage.await(id, 10_000, instance)
+
+      assert {:ok, %Image{data: "a fig, seed 2"}} =
+               StarweaveImage.await(id, 10_000, instance: instance)
+
       assert [] == await_gone([victim], 5_000)
-      assert {:ok, [%Image{}]} = StarweaveImage.await_many(id, 10_000, instance)
-      assert StarweaveImage.status(instance).queue.running == 0
+      assert {:ok, [%Image{}]} = StarweaveImage.await_many(id, 10_000, instance: instance)
+      assert StarweaveImage.status(instance: instance).queue.running == 0
       assert mailbox() == []
     end
 
@@ -479,7 +489,7 @@ defmodule StarweaveImage.SidecarTest do
       instance = start_ready("answers_for_nobody")
       pid = os_pid(instance)
       assert_works(instance)
-      assert {:error, :not_found} = StarweaveImage.subscribe("nobody", instance)
+      assert {:error, :not_found} = StarweaveImage.subscribe("nobody", instance: instance)
       assert_works(instance)
       assert os_pid(instance) == pid
     end
@@ -513,17 +523,17 @@ defmodule StarweaveImage.SidecarTest do
       owner = owner(instance)
 
       {:ok, id} = StarweaveImage.submit("a pear", seed: 4, image: image(), instance: instance)
-      assert StarweaveImage.status(instance).queue.running == 1
+      assert StarweaveImage.status(instance: instance).queue.running == 1
 
       for _ <- 1..20 do
-        {took, _} = :timer.tc(fn -> StarweaveImage.status(instance) end)
+        {took, _} = :timer.tc(fn -> StarweaveImage.status(instance: instance) end)
         assert took < 500_000
         {took, _} = :timer.tc(fn -> :sys.get_state(owner) end)
         assert took < 500_000
       end
 
       assert alive?(victim)
-      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 30_000, instance)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 30_000, instance: instance)
       refute alive?(victim)
       assert_works(instance)
     end
@@ -535,7 +545,7 @@ defmodule StarweaveImage.SidecarTest do
       # The queue casts before it replies, and the owner answers after what was cast.
       _ = :sys.get_state(owner(instance))
       signal(victim, "KILL")
-      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 30_000, instance)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 30_000, instance: instance)
       assert_works(instance)
     end
 

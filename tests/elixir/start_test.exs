@@ -141,14 +141,14 @@ defmodule StarweaveImage.StartTest do
     for {name, _, _} <- Application.loaded_applications(), {:ok, modules} <- [:application.get_key(name, :modules)],
         module <- modules, do: Code.ensure_loaded(module)
     {:ok, first} = StarweaveImage.start_link([name: First] ++ options)
-    :ok = StarweaveImage.await_ready(60_000, First)
+    :ok = StarweaveImage.await_ready(60_000, instance: First)
     files = held.(held, [])
     {:ok, _} = Supervisor.start_child(host, {StarweaveImage, [name: Second] ++ options})
-    IO.puts("first " <> inspect(StarweaveImage.await_ready(60_000, Second)))
+    IO.puts("first " <> inspect(StarweaveImage.await_ready(60_000, instance: Second)))
     Enum.each(files, &:file.close/1)
-    wait = fn wait -> unless StarweaveImage.available?(Second), do: (Process.sleep(20); wait.(wait)) end
+    wait = fn wait -> unless StarweaveImage.available?(instance: Second), do: (Process.sleep(20); wait.(wait)) end
     wait.(wait)
-    IO.puts("then " <> inspect(StarweaveImage.status(Second).state) <> " " <> inspect(Process.alive?(host)))
+    IO.puts("then " <> inspect(StarweaveImage.status(instance: Second).state) <> " " <> inspect(Process.alive?(host)))
     Supervisor.stop(host)
     Supervisor.stop(first)
     """)

@@ -229,6 +229,42 @@ defmodule StarweaveImageTest do
     assert {:error, %Error{kind: :cancelled}} = StarweaveImage.await(id, 1_000)
   end
 
+  test "status, models and events are what their types say" do
+    assert types(:status, StarweaveImage.status(instance: :no_such_instance)) == []
+
+    # More than run at once, so that no list is empty.
+    ids = for n <- 0..8, do: "typed#{n}"
+
+    for id <- ids,
+        do: {:ok, _} = StarweaveImage.submit("a cat", width: 64, height: 64, steps: 100, id: id)
+
+    working? = fn ->
+      Enum.any?(StarweaveImage.status().sidecars, &match?(%{requests: [_ | _]}, &1))
+    end
+
+    assert StarweaveImage.TestOSProcess.await(working?)
+    assert %{queue: %{next: [_]}, sidecars: [_]} = status = StarweaveImage.status()
+    assert types(:status, status) == []
+    for id <- ids, do: :ok = StarweaveImage.cancel(id)
+    assert [_, _ | _] = models = StarweaveImage.models()
+    for model <- models, do: assert(types(:model, model) == [])
+
+    events = Enum.to_list(StarweaveImage.stream("a red apple", [preview: true] ++ @small))
+
+    assert [:image, :preview, :progress, :queued] =
+             events |> Enum.map(&elem(&1, 0)) |> Enum.uniq() |> Enum.sort()
+
+    for event <- events, do: assert(types(:event, event) == [])
+
+    # The comparison sees what differs.
+    [model | _] = models
+    assert ["model.name is missing"] = types(:model, Map.delete(model, :name))
+    assert ["model.nmae is undocumented" <> _] = types(:model, Map.put(model, :nmae, "x"))
+    assert ["model.limits.max_size is nil"] = types(:model, put_in(model.limits.max_size, nil))
+  end
+
+  defp types(name, value), do: StarweaveImage.TestTypes.mismatches(StarweaveImage, name, value)
+
   test "available?/1 waits for nobody: not for a queue that does something else, nor for one that is gone" do
     alias StarweaveImage.TestInstance
     name = TestInstance.start_ready("honest")
@@ -236,7 +272,7 @@ defmodule StarweaveImageTest do
     :sys.suspend(queue)
     # Whoever asked the queue would wait now.
     {:timeout, _} = catch_exit(GenServer.call(queue, :status, 50))
-    assert StarweaveImage.available?(name)
+    assert StarweaveImage.available?(instance: name)
     start_supervised!({StarweaveImage.Client, name: __MODULE__.Client, instance: name})
     assert StarweaveImage.Client.available?(wait: false, client: __MODULE__.Client)
 
@@ -244,10 +280,10 @@ defmodule StarweaveImageTest do
     Process.exit(queue, :kill)
     assert_receive {:DOWN, ^monitor, :process, _, :killed}
     TestInstance.await_state(name, :ready)
-    assert StarweaveImage.available?(name)
+    assert StarweaveImage.available?(instance: name)
 
     started = TestInstance.start("never_ready")
-    refute StarweaveImage.available?(started)
+    refute StarweaveImage.available?(instance: started)
   end
 
   test "each request that ends is one line in the log, without its prompt" do
@@ -285,10 +321,10 @@ defmodule StarweaveImageTest do
 
   test "await_ready/2 answers once the outcome of the start is known" do
     start_supervised!({StarweaveImage, name: Awaited})
-    assert StarweaveImage.status(Awaited).state == :starting
-    refute StarweaveImage.available?(Awaited)
-    assert :ok = StarweaveImage.await_ready(120_000, Awaited)
-    assert StarweaveImage.available?(Awaited)
+    assert StarweaveImage.status(instance: Awaited).state == :starting
+    refute StarweaveImage.available?(instance: Awaited)
+    assert :ok = StarweaveImage.await_ready(120_000, instance: Awaited)
+    assert StarweaveImage.available?(instance: Awaited)
   end
 
   test "an unknown model is one clear error, before any device work" do
@@ -303,8 +339,11 @@ defmodule StarweaveImageTest do
     folder = Path.join(System.tmp_dir!(), "no-model")
     opts = [name: NoModel, models: [{"my/model", path: folder}], default_model: "my/model"]
     start_supervised!({StarweaveImage, opts})
-    assert {:error, %Error{kind: :unavailable}} = StarweaveImage.await_ready(120_000, NoModel)
-    assert %{state: :down, error: reason} = StarweaveImage.status(NoModel)
+
+    assert {:error, %Error{kind: :unavailable}} =
+             StarweaveImage.await_ready(120_000, instance: NoModel)
+
+    assert %{state: :down, error: reason} = StarweaveImage.status(instance: NoModel)
     assert reason =~ "my/model" and reason =~ "folder"
     refute reason =~ folder
     assert {:error, %Error{kind: :unavailable}} = StarweaveImage.generate("a", instance: NoModel)
@@ -322,14 +361,18 @@ defmodule StarweaveImageTest do
   test "a model that is preloaded is there without a request, and tells what it takes" do
     options = [preload: ["starweave/tiny"], pinned: ["starweave/tiny"], memory_budget: 0]
     start_supervised!({StarweaveImage, [name: Preloaded] ++ options})
-    assert :ok = StarweaveImage.await_ready(120_000, Preloaded)
-    loaded = fn -> Enum.find(StarweaveImage.models(Preloaded), &(&1.state == :loaded)) end
+    assert :ok = StarweaveImage.await_ready(120_000, instance: Preloaded)
+
+    loaded = fn ->
+      Enum.find(StarweaveImage.models(instance: Preloaded), &(&1.state == :loaded))
+    end
+
     assert StarweaveImage.TestOSProcess.await(fn -> loaded.() != nil end)
     assert %{id: "starweave/tiny", bytes: bytes, load_ms: load_ms, parked: false} = loaded.()
     assert bytes > 10_000_000 and load_ms > 0
     # Over its budget, and still there: it is pinned.
     assert {:ok, _} = StarweaveImage.generate("a red apple", [instance: Preloaded] ++ @small)
-    assert [%{resident: ["starweave/tiny"]}] = StarweaveImage.status(Preloaded).sidecars
+    assert [%{resident: ["starweave/tiny"]}] = StarweaveImage.status(instance: Preloaded).sidecars
   end
 
   @tag timeout: 300_000
@@ -339,13 +382,13 @@ defmodule StarweaveImageTest do
     # Other machines have no wheel of it, and so no test of what it draws.
     if :os.type() == {:unix, :darwin} or
          List.starts_with?(:erlang.system_info(:system_architecture), ~c"x86_64") do
-      assert :ok = StarweaveImage.await_ready(120_000, Converted)
+      assert :ok = StarweaveImage.await_ready(120_000, instance: Converted)
       options = [seed: 7, instance: Converted] ++ @small
       assert {:ok, %Image{} = image} = StarweaveImage.generate("a red apple", options)
       assert %{"openvino" => _} = image.parameters["environment"]
       assert image.notices == []
     else
-      assert {:error, error} = StarweaveImage.await_ready(120_000, Converted)
+      assert {:error, error} = StarweaveImage.await_ready(120_000, instance: Converted)
       assert error.message =~ "mix image.setup --openvino"
     end
   end

@@ -104,7 +104,10 @@ defmodule StarweaveImage.StarweaveTest do
       assert %{active: 4, workers: 2} = Supervisor.count_children(supervisor)
       refute StarweaveImage.Client.available?(client: client, wait: false)
       refute StarweaveImage.Client.available?(client: client)
-      assert {what, StarweaveImage.Client.generate_image("a cat", [], client)} == {what, answer}
+
+      assert {what, StarweaveImage.Client.generate_image("a cat", client: client)} ==
+               {what, answer}
+
       assert %{active: 4, workers: 2} = Supervisor.count_children(supervisor)
       stop_supervised!(Module.concat(name, "Host"))
     end
@@ -114,12 +117,15 @@ defmodule StarweaveImage.StarweaveTest do
     name = TestInstance.start_ready("honest", capacity: 1, max_queue: 1)
     client = Module.concat(name, "Client")
     start_supervised!({StarweaveImage.Client, name: client, instance: name})
-    draw = fn prompt, opts -> StarweaveImage.Client.generate_image(prompt, opts, client) end
+
+    draw = fn prompt, opts ->
+      StarweaveImage.Client.generate_image(prompt, [client: client] ++ opts)
+    end
 
     running = Task.async(fn -> draw.("hold", id: "held") end)
     TestInstance.await_running(name, "held")
     waiting = Task.async(fn -> draw.("hold", timeout: 120_000) end)
-    assert TestOSProcess.await(fn -> StarweaveImage.status(name).queue.queued == 1 end)
+    assert TestOSProcess.await(fn -> StarweaveImage.status(instance: name).queue.queued == 1 end)
     assert {:error, "the queue is full (1 requests wait)" <> _} = draw.("a cat", [])
     for call <- [running, waiting], do: Task.shutdown(call, :brutal_kill)
     # Those who are gone hold nobody up.

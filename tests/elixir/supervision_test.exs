@@ -16,7 +16,7 @@ defmodule StarweaveImage.SupervisionTest do
     assert status.error =~ reason
     assert [_one_line] = String.split(status.error, "\n")
     refute status.error =~ ~r{/\w+/|Traceback|File "}
-    refute StarweaveImage.available?(instance)
+    refute StarweaveImage.available?(instance: instance)
 
     for ask <- [
           &StarweaveImage.generate("a fig", instance: &1),
@@ -40,7 +40,7 @@ defmodule StarweaveImage.SupervisionTest do
       for python <- [Path.join(folder, "nothing"), "no-such-command", folder] do
         instance = start(nil, python: python)
         assert_down(instance, "interpreter that the option `python` names")
-        assert StarweaveImage.models(instance) == []
+        assert StarweaveImage.models(instance: instance) == []
       end
     end
 
@@ -160,7 +160,7 @@ defmodule StarweaveImage.SupervisionTest do
       assert await(fn -> match?(%{generation: 4}, sidecar(instance)) end)
       await_running(instance, id)
       assert {:ok, %Image{}} = StarweaveImage.generate("release", instance: instance)
-      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, %Image{attempts: 2}} = StarweaveImage.await(id, 20_000, instance: instance)
     end
 
     test "and cannot start any more: what waits is answered, and later requests at once", %{
@@ -176,7 +176,7 @@ defmodule StarweaveImage.SupervisionTest do
       signal(os_pid(instance), "KILL")
 
       assert {:error, %Error{kind: :unavailable}} =
-               StarweaveImage.await(running, 20_000, instance)
+               StarweaveImage.await(running, 20_000, instance: instance)
 
       assert_down(instance, "interpreter that the option `python` names")
 
@@ -189,7 +189,7 @@ defmodule StarweaveImage.SupervisionTest do
       instance = start("honest", sidecars: 2, capacity: 1, backoff_min: 60_000)
 
       assert await(fn ->
-               states = for s <- StarweaveImage.status(instance).sidecars, do: s.state
+               states = for s <- StarweaveImage.status(instance: instance).sidecars, do: s.state
                states == [:ready, :ready]
              end)
 
@@ -198,15 +198,18 @@ defmodule StarweaveImage.SupervisionTest do
       assert await(fn -> length(running(instance)) == 2 end)
       assert Enum.sort(running(instance)) == Enum.sort([a, b])
 
-      [first, second] = StarweaveImage.status(instance).sidecars
+      [first, second] = StarweaveImage.status(instance: instance).sidecars
       signal(first.os_pid, "KILL")
 
       assert await(fn ->
-               Enum.any?(StarweaveImage.status(instance).sidecars, &(&1.generation == 2))
+               Enum.any?(
+                 StarweaveImage.status(instance: instance).sidecars,
+                 &(&1.generation == 2)
+               )
              end)
 
       assert alive?(second.os_pid)
-      for id <- [a, b], do: :ok = StarweaveImage.cancel(id, instance)
+      for id <- [a, b], do: :ok = StarweaveImage.cancel(id, instance: instance)
       assert {:ok, %Image{}} = StarweaveImage.generate("a fig", instance: instance)
       assert :ok = StarweaveImage.load_model("starweave/tiny", instance: instance)
     end
@@ -218,7 +221,7 @@ defmodule StarweaveImage.SupervisionTest do
   end
 
   defp running(instance),
-    do: for(s <- StarweaveImage.status(instance).sidecars, r <- s.requests, do: r.id)
+    do: for(s <- StarweaveImage.status(instance: instance).sidecars, r <- s.requests, do: r.id)
 
   describe "the queue" do
     test "that crashes takes its sidecars with it; its callers are told, and the next one works" do
@@ -242,9 +245,12 @@ defmodule StarweaveImage.SupervisionTest do
   describe "enabled: false" do
     test "starts nothing and says so" do
       instance = start("honest", enabled: false)
-      assert %{state: :disabled, error: nil, sidecars: []} = StarweaveImage.status(instance)
-      refute StarweaveImage.available?(instance)
-      assert StarweaveImage.models(instance) == []
+
+      assert %{state: :disabled, error: nil, sidecars: []} =
+               StarweaveImage.status(instance: instance)
+
+      refute StarweaveImage.available?(instance: instance)
+      assert StarweaveImage.models(instance: instance) == []
 
       for answer <- [
             StarweaveImage.generate("a fig", instance: instance),

@@ -44,16 +44,16 @@ defmodule StarweaveImage.TestInstance do
 
   @spec await_state(atom, atom) :: map
   def await_state(name, state) do
-    assert TestOSProcess.await(fn -> StarweaveImage.status(name).state == state end),
-           "not #{state} but #{inspect(StarweaveImage.status(name))}"
+    assert TestOSProcess.await(fn -> StarweaveImage.status(instance: name).state == state end),
+           "not #{state} but #{inspect(StarweaveImage.status(instance: name))}"
 
-    StarweaveImage.status(name)
+    StarweaveImage.status(instance: name)
   end
 
   @doc "The one sidecar of the instance, as in its status; empty until it was heard of."
   @spec sidecar(atom) :: map
   def sidecar(name),
-    do: name |> StarweaveImage.status() |> Map.fetch!(:sidecars) |> List.first(%{})
+    do: [instance: name] |> StarweaveImage.status() |> Map.fetch!(:sidecars) |> List.first(%{})
 
   @spec os_pid(atom) :: pos_integer | nil
   def os_pid(name), do: sidecar(name)[:os_pid]
@@ -90,7 +90,7 @@ defmodule StarweaveImage.TestInstance do
     end
 
     assert TestOSProcess.await(running?),
-           "#{id} never ran: #{inspect(StarweaveImage.status(name))}"
+           "#{id} never ran: #{inspect(StarweaveImage.status(instance: name))}"
 
     :ok
   end

@@ -411,7 +411,7 @@ defmodule Mix.Tasks.Image.Gen do
     clear(bar)
 
     with :ok <- result,
-         models when is_list(models) <- StarweaveImage.models(instance),
+         models when is_list(models) <- StarweaveImage.models(instance: instance),
          do: models |> table() |> Enum.each(&IO.puts/1)
   end
 
@@ -421,9 +421,9 @@ defmodule Mix.Tasks.Image.Gen do
 
     with {:ok, id} <-
            StarweaveImage.submit(job.prompt, Map.put(job.request, :instance, instance)),
-         :ok <- StarweaveImage.subscribe(id, instance) do
+         :ok <- StarweaveImage.subscribe(id, instance: instance) do
       phase =
-        if StarweaveImage.status(instance).state == :starting,
+        if StarweaveImage.status(instance: instance).state == :starting,
           do: "Starting Python",
           else: "Waiting"
 
@@ -464,7 +464,7 @@ defmodule Mix.Tasks.Image.Gen do
       {:signal, code} ->
         clear(bar)
         # Else the end of Python would wait for the request.
-        _ = StarweaveImage.cancel(id, instance)
+        _ = StarweaveImage.cancel(id, instance: instance)
         {:signal, code}
     after
       @tick_ms -> receive_images(request, left, redraw(bar), images)
@@ -477,7 +477,7 @@ defmodule Mix.Tasks.Image.Gen do
       {:signal, code} -> {:signal, code}
     after
       0 ->
-        case StarweaveImage.await_ready(@tick_ms, instance) do
+        case StarweaveImage.await_ready(@tick_ms, instance: instance) do
           {:error, %Error{kind: :timeout}} ->
             if now() < deadline,
               do: await_start(instance, deadline, redraw(bar)),

@@ -84,15 +84,16 @@ defmodule StarweaveImage.Client do
 
       @doc false
       def generate_image(prompt, opts \\ []),
-        do: StarweaveImage.Client.generate_image(prompt, opts, __MODULE__)
+        do:
+          StarweaveImage.Client.generate_image(prompt, StarweaveImage.Client.of(__MODULE__, opts))
 
       @doc false
       def list_models(opts \\ []),
-        do: StarweaveImage.Client.list_models([client: __MODULE__] ++ opts)
+        do: StarweaveImage.Client.list_models(StarweaveImage.Client.of(__MODULE__, opts))
 
       @doc false
       def available?(opts \\ []),
-        do: StarweaveImage.Client.available?([client: __MODULE__] ++ opts)
+        do: StarweaveImage.Client.available?(StarweaveImage.Client.of(__MODULE__, opts))
     end
   end
 
@@ -169,7 +170,7 @@ defmodule StarweaveImage.Client do
 
   A seed that is drawn (none given, or -1) is below 2³¹ and fits an `int32`. With an `:id`, which may be asked
   for again, the request draws it instead, below 2⁵³. A seed that is given may be up to 2⁶³ - 1 and is
-  reported as it was. `client` is the client's name.
+  reported as it was. `:client` names the client (default: this module).
 
   An error is a sentence: one of `"Image generation is disabled"`, `"Image generation service is not available"`,
   `"Image generation timed out"`, `"Image generation failed"` (more is in the log), or what is wrong with the request.
@@ -179,15 +180,36 @@ defmodule StarweaveImage.Client do
       iex> StarweaveImage.Client.generate_image("a red apple", %{"width" => 250})
       {:error, "width must be a multiple of 8 from 64 to 4096, got 250"}
   """
-  @spec generate_image(String.t(), keyword | map | [{String.t(), term}], client :: atom) ::
+  @spec generate_image(String.t(), keyword | map | [{String.t(), term}]) ::
           {:ok, binary, metadata} | {:error, String.t()}
-  def generate_image(prompt, opts \\ [], client \\ __MODULE__) do
+  def generate_image(prompt, opts \\ []) do
+    {client, opts} = opts |> Request.with_atoms() |> pop_client()
+
     with {:ok, instance} <- instance(client),
          {:ok, image, debug_info} <- generate(prompt, settings(opts, instance)) do
       {:ok, image.data, metadata(image, debug_info)}
     else
       {:error, error} -> {:error, sentence(error)}
     end
+  end
+
+  @doc false
+  # The options of a call, as of a module that uses this one.
+  @spec of(module, term) :: term
+  def of(client, opts) when is_map(opts), do: Map.put(opts, :client, client)
+  def of(client, opts) when is_list(opts), do: [{:client, client} | opts]
+  def of(_client, opts), do: opts
+
+  # What is no options at all is refused further on, with the reason.
+  defp pop_client(opts) do
+    {own, opts} =
+      cond do
+        Keyword.keyword?(opts) -> Keyword.split(opts, [:client])
+        is_map(opts) and not is_struct(opts) -> Map.split(opts, [:client])
+        true -> {[], opts}
+      end
+
+    {checked(own, Keyword.take(@asking, [:client])).client, opts}
   end
 
   @doc """
@@ -207,7 +229,7 @@ defmodule StarweaveImage.Client do
 
     with {:ok, instance} <- instance(opts.client),
          :ok <- up(instance, opts),
-         models when is_list(models) <- StarweaveImage.models(instance) do
+         models when is_list(models) <- StarweaveImage.models(instance: instance) do
       {:ok, Enum.map(models, &model/1)}
     else
       {:error, %Error{kind: :disabled}} -> {:ok, []}
@@ -238,10 +260,12 @@ defmodule StarweaveImage.Client do
          else: (_ -> false)
   end
 
-  defp up(instance, %{wait: true}), do: StarweaveImage.await_ready(@start_wait_ms, instance)
+  defp up(instance, %{wait: true}),
+    do: StarweaveImage.await_ready(@start_wait_ms, instance: instance)
 
   defp up(instance, %{wait: false}),
-    do: if(StarweaveImage.available?(instance), do: :ok, else: {:error, :starting_or_down})
+    do:
+      if(StarweaveImage.available?(instance: instance), do: :ok, else: {:error, :starting_or_down})
 
   @doc false
   # What this interface tells of an image, besides its bytes.
@@ -313,8 +337,6 @@ defmodule StarweaveImage.Client do
 
   # Empty strings are what unset fields were on the wire that this interface had, and -1 a seed to be drawn.
   defp settings(opts, instance) do
-    opts = Request.with_atoms(opts)
-
     if Keyword.keyword?(opts) do
       given =
         Enum.reject(opts, fn {name, value} ->
@@ -333,7 +355,7 @@ defmodule StarweaveImage.Client do
   end
 
   defp model_unless_configured(instance) do
-    case StarweaveImage.status(instance).default_model do
+    case StarweaveImage.status(instance: instance).default_model do
       "starweave/tiny" -> @default_model
       configured -> configured
     end
@@ -361,7 +383,7 @@ defmodule StarweaveImage.Client do
 
   # Where it is known that there is no copy, no request needs to fail for it.
   defp absent?(settings) do
-    with cards when is_list(cards) <- StarweaveImage.models(settings[:instance]),
+    with cards when is_list(cards) <- StarweaveImage.models(instance: settings[:instance]),
          do:
            Enum.any?(cards, &(&1.state == :absent and settings[:model] in [&1.id | &1.aliases])),
          else: (_ -> false)
