@@ -9,7 +9,7 @@ defmodule StarweaveImage.TestInstance do
   import ExUnit.Callbacks
   import ExUnit.Assertions
 
-  alias StarweaveImage.TestOSProcess
+  alias StarweaveImage.{Image, TestOSProcess}
 
   @fakes Path.expand("fakes", __DIR__)
 
@@ -94,6 +94,33 @@ defmodule StarweaveImage.TestInstance do
 
     :ok
   end
+
+  @doc "The application goes on, with the same or with a new process."
+  @spec assert_works(atom) :: term
+  def assert_works(instance) do
+    assert {:ok, %Image{data: "an apple, seed 5", attempts: 1}} =
+             StarweaveImage.generate("an apple", seed: 5, instance: instance)
+  end
+
+  @doc "A request survives the death of the first process, which leaves nothing behind. Gives the attempts it took."
+  @spec assert_replayed(String.t(), keyword) :: pos_integer
+  def assert_replayed(fake, opts \\ []) do
+    instance = start_ready(fake, opts)
+    victim = os_pid(instance)
+
+    assert {:ok, %Image{data: "a pear, seed 41", seed: 41, attempts: attempts}} =
+             StarweaveImage.generate("a pear", seed: 41, instance: instance)
+
+    assert [] == TestOSProcess.await_gone([victim], 5_000)
+    assert %{generation: ^attempts, os_pid: survivor} = sidecar(instance)
+    assert TestOSProcess.alive?(survivor) and survivor != victim
+    assert_works(instance)
+    attempts
+  end
+
+  @doc "The largest input image that a request may carry."
+  @spec large_image() :: binary
+  def large_image, do: <<137, "PNG", 13, 10, 26, 10>> <> :binary.copy("x", 12 * 1024 * 1024 - 8)
 
   @doc "What the fake saw so far."
   @spec report(atom) :: map
