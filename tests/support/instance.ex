@@ -84,7 +84,7 @@ defmodule StarweaveImage.TestInstance do
   @spec await_running(atom, String.t()) :: :ok
   def await_running(name, id) do
     running? = fn ->
-      Enum.any?(StarweaveImage.status(name).sidecars, fn sidecar ->
+      Enum.any?(StarweaveImage.status(instance: name).sidecars, fn sidecar ->
         Enum.any?(sidecar.requests, &(&1.id == id))
       end)
     end
