@@ -402,7 +402,7 @@ defmodule StarweaveImage.ResilienceTest do
 
       assert await(fn -> running_at(instance, id) end)
       assert {:ok, %Image{data: "release" <> _}} = generate(instance, "release")
-      assert {:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance)
+      assert {:ok, %Image{}} = StarweaveImage.await(id, 20_000, instance: instance)
     end
 
     defp keeper?(pid) do
