@@ -264,6 +264,7 @@ defmodule StarweaveImage do
     }
   }
 
+  @doc group: "Start"
   @doc """
   An instance as a child of a supervisor.
 
@@ -279,6 +280,7 @@ defmodule StarweaveImage do
     }
   end
 
+  @doc group: "Start"
   @doc """
   Starts an instance and links it to the caller. Returns before Python is up: see `status/1`.
 
@@ -293,6 +295,7 @@ defmodule StarweaveImage do
   @spec start_link(keyword) :: Supervisor.on_start()
   defdelegate start_link(opts \\ []), to: StarweaveImage.Supervisor
 
+  @doc group: "Pictures"
   @doc """
   Makes one image and waits for it.
 
@@ -312,6 +315,7 @@ defmodule StarweaveImage do
     with {:ok, [image | _]} <- generate_images(prompt, opts), do: {:ok, image}
   end
 
+  @doc group: "Pictures"
   @doc """
   As `generate/2`, but raises the `StarweaveImage.Error`.
 
@@ -328,6 +332,7 @@ defmodule StarweaveImage do
     end
   end
 
+  @doc group: "Pictures"
   @doc """
   Makes `n` images (1 to 16) in one request, image k with seed `seed + k`, which each one's `parameters` say.
 
@@ -351,6 +356,7 @@ defmodule StarweaveImage do
          do: answer
   end
 
+  @doc group: "Pictures"
   @doc """
   Makes a picture anew as `prompt` says, starting from `image`: a file's bytes or a `StarweaveImage.Image`.
 
@@ -372,6 +378,7 @@ defmodule StarweaveImage do
     with {:ok, image} <- file(:image, image), do: generate(prompt, put(opts, :image, image))
   end
 
+  @doc group: "Pictures"
   @doc """
   Makes anew what is white in `mask`, as `prompt` says; where the mask is black or transparent the picture stays as it
   is, to the pixel.
@@ -394,6 +401,7 @@ defmodule StarweaveImage do
          do: edit(image, prompt, put(opts, :mask, mask))
   end
 
+  @doc group: "Pictures"
   @doc """
   Several pictures of the same thing: four, or `:num_images`, each with a seed of its own that it reports.
 
@@ -441,6 +449,7 @@ defmodule StarweaveImage do
   defp file(name, %Image{data: data}), do: file(name, data)
   defp file(name, data), do: argument(name, :image, data)
 
+  @doc group: "Jobs"
   @doc """
   Hands a request in and returns once it is accepted. It outlives the caller: ask for the result
   with `await/3`, from any process, or watch it with `subscribe/2`.
@@ -469,6 +478,7 @@ defmodule StarweaveImage do
          do: answer
   end
 
+  @doc group: "Jobs"
   @doc """
   Waits up to `timeout` ms for a request that was submitted. A time-out here does not touch the work.
 
@@ -486,6 +496,7 @@ defmodule StarweaveImage do
     with {:ok, [image | _]} <- await_many(id, timeout, opts), do: {:ok, image}
   end
 
+  @doc group: "Jobs"
   @doc """
   As `await/3`, for all images of the request.
 
@@ -501,6 +512,7 @@ defmodule StarweaveImage do
          do: answer
   end
 
+  @doc group: "Jobs"
   @doc """
   A request as a lazy stream of its events, ending with `{:image, image}` (one for each) or
   `{:error, error}`. Whoever consumes it owns the request: leaving the stream early cancels
@@ -580,6 +592,7 @@ defmodule StarweaveImage do
     end
   end
 
+  @doc group: "Jobs"
   @doc """
   Sends the events of a request to the calling process as `{:starweave_image, id, event}`, with the
   same events as `stream/2`. What was so far comes at once: the place in the queue, or the last progress and preview of each image,
@@ -596,6 +609,7 @@ defmodule StarweaveImage do
          do: answer
   end
 
+  @doc group: "Jobs"
   @doc """
   Ends `subscribe/2`; when it returns, no event of the request is in the mailbox or will come.
 
@@ -619,6 +633,7 @@ defmodule StarweaveImage do
     end
   end
 
+  @doc group: "Jobs"
   @doc """
   Cancels a request: its callers get `:cancelled` now, the device stops before its next denoise step.
 
@@ -633,6 +648,7 @@ defmodule StarweaveImage do
          do: answer
   end
 
+  @doc group: "Models"
   @doc """
   The models that the sidecar knows: id, name, description, aliases, tasks, defaults, limits,
   licence, memory estimate, `state` and the `error` of the last load; of a loaded one also the `bytes` of its
@@ -652,6 +668,7 @@ defmodule StarweaveImage do
          do: models
   end
 
+  @doc group: "Models"
   @doc """
   Loads a model into every sidecar, and waits for that, a download included.
 
@@ -667,6 +684,7 @@ defmodule StarweaveImage do
   @spec load_model(String.t(), keyword) :: :ok | {:error, Error.t()}
   def load_model(id, opts \\ []), do: operation("load_model", id, opts)
 
+  @doc group: "Models"
   @doc """
   Frees a loaded model; one in use is refused.
 
@@ -689,6 +707,7 @@ defmodule StarweaveImage do
          do: answer
   end
 
+  @doc group: "Health"
   @doc """
   What the instance is doing. Answers within milliseconds, whatever runs.
 
@@ -711,6 +730,7 @@ defmodule StarweaveImage do
     end
   end
 
+  @doc group: "Health"
   @doc """
   Whether a sidecar is up; false while it starts.
 
@@ -723,6 +743,7 @@ defmodule StarweaveImage do
   @spec available?([instance_option]) :: boolean
   def available?(opts \\ []), do: opts |> instance() |> right!() |> Queue.available?()
 
+  @doc group: "Start"
   @doc """
   Waits until a sidecar is up, or until it is known why none can be: for scripts, which have nothing else to do meanwhile.
 
@@ -739,6 +760,7 @@ defmodule StarweaveImage do
          do: answer
   end
 
+  @doc group: "Sidecars"
   @doc """
   Starts another sidecar, for as long as the instance lives; gives its index as in `status/1`.
 
@@ -769,6 +791,7 @@ defmodule StarweaveImage do
     end
   end
 
+  @doc group: "Sidecars"
   @doc """
   Gives a sidecar no more requests, and returns when those that it works on are done, at the latest after `:timeout` ms (an
   hour). It goes on after `resume_sidecar/2`.
@@ -793,6 +816,7 @@ defmodule StarweaveImage do
     end
   end
 
+  @doc group: "Sidecars"
   @doc """
   Lets a sidecar that was drained work again.
 
@@ -810,6 +834,7 @@ defmodule StarweaveImage do
          do: answer
   end
 
+  @doc group: "Sidecars"
   @doc """
   Ends a sidecar for good: drains it as `drain_sidecar/2` does, then stops its process. What it has not done
   within `:timeout` ms is done by another.
@@ -834,6 +859,7 @@ defmodule StarweaveImage do
     end
   end
 
+  @doc group: "Start"
   @doc """
   Makes the Python environment, where Mix is not to be had: the function for a release.
 
