@@ -70,6 +70,83 @@ defmodule StarweaveImage.AnswersTest do
     assert ["first", "second"] == for(%{t: :image, data: data} <- told, do: data)
   end
 
+  # What a process may not say: after these messages, this one.
+  @broken [
+    {"progress before accepted", [], :progress, %{}, "it sent progress before accepted"},
+    {"done before accepted", [], :done, %{}, "it sent done before accepted"},
+    {"other seeds", [], :accepted, %{seeds: [8, 9]},
+     "it accepted other seeds than it was asked for"},
+    {"another format", [], :accepted, %{format: :jpeg},
+     "it accepted another format than it was asked for"},
+    {"accepted again", [:accepted], :accepted, %{},
+     "it sent accepted in the middle of a request"},
+    {"models", [:accepted], :models, %{}, "it sent models in the middle of a request"},
+    {"stats", [:accepted], :stats, %{}, "it sent stats in the middle of a request"},
+    {"progress of a third image", [:accepted], :progress, %{image: 2},
+     "it sent progress of an image that nobody asked for"},
+    {"a preview of a third image", [:accepted], :preview, %{image: 2},
+     "it sent preview of an image that nobody asked for"},
+    {"the second image first", [:accepted], :image, %{index: 1, seed: 8},
+     "it sent the images of a request out of order"},
+    {"a third image", [:accepted, :image, :second], :image, %{index: 2, seed: 9},
+     "it sent the images of a request out of order"},
+    {"an image again", [:accepted, :image], :image, %{},
+     "it sent the images of a request out of order"},
+    {"a part that does not begin", [:accepted], :image, %{offset: 1},
+     "it sent the parts of an image out of order"},
+    {"more than the size", [:accepted], :image, %{size: 4},
+     "it sent the parts of an image out of order"},
+    {"an image of another seed", [:accepted], :image, %{seed: 8},
+     "it sent an image of another seed than it was asked for"},
+    {"an image of another width", [:accepted], :image, %{width: 65},
+     "it sent an image of another form than it had accepted"},
+    {"an image of another height", [:accepted], :image, %{height: 65},
+     "it sent an image of another form than it had accepted"},
+    {"an image of another format", [:accepted], :image, %{format: :jpeg},
+     "it sent an image of another form than it had accepted"},
+    {"done without images", [:accepted], :done, %{}, "it sent done before all images"},
+    {"done before the last image", [:accepted, :image], :done, %{},
+     "it sent done before all images"},
+    {"done without a model", [:accepted, :image, :second], :done, %{model: nil},
+     "it sent done without its facts"},
+    {"done again", [:accepted, :image, :second, :done], :done, %{},
+     "it sent done of a request that it had ended"},
+    {"an error after done", [:accepted, :image, :second, :done], :error, %{},
+     "it sent error of a request that it had ended"},
+    {"an image after done", [:accepted, :image, :second, :done], :image, %{},
+     "it sent image of a request that it had ended"}
+  ]
+
+  defp said(:accepted), do: accepted()
+  defp said(:image), do: part("first", 0, %{})
+  defp said(:second), do: part("second", 1, %{})
+  defp said(:done), do: done()
+  defp said(:error), do: %{t: :error, id: "r", kind: "internal", terminal: nil}
+  defp said(type) when type in [:progress, :preview], do: %{t: type, id: "r", image: 0, step: 1}
+  defp said(type), do: %{t: type, id: "r"}
+
+  for {name, before, type, fields, sentence} <- @broken do
+    test "#{name}: #{sentence}" do
+      before = Enum.map(unquote(before), &said/1)
+      assert {:ok, _told, answers} = hear(asked(), before)
+      message = Map.merge(said(unquote(type)), unquote(Macro.escape(fields)))
+      assert Answers.heard(answers, message) == {:error, unquote(sentence)}
+    end
+  end
+
+  test "a preview that was not asked for is an error, and one image is what is asked for by default" do
+    answers = Answers.asked(Answers.new(), %{t: :generate, id: "r", seed: 7})
+    assert {:ok, _, answers} = hear(answers, [accepted(%{seeds: [7]}), said(:progress)])
+
+    assert Answers.heard(answers, said(:preview)) ==
+             {:error, "it sent a preview that nobody asked for"}
+
+    assert {:ok, [%{data: "first"}, %{t: :done}], _} = hear(answers, [said(:image), done()])
+
+    assert Answers.heard(answers, Map.put(said(:progress), :image, 1)) ==
+             {:error, "it sent progress of an image that nobody asked for"}
+  end
+
   test "seeds go round after the last" do
     for fields <- [%{seed: @last}, %{seed: 3, variation_seed: @last}] do
       assert {:ok, _, _} = hear(asked(fields), [accepted(%{seeds: [@last, 0]})])
@@ -143,7 +220,7 @@ defmodule StarweaveImage.AnswersTest do
     assert Answers.heard(Answers.new(), accepted()) == :of_nobody
   end
 
-  test "what ended long ago is forgotten, so that memory has a bound" do
+  test "of those that ended the last thousand are remembered, so that memory has a bound" do
     answers =
       Enum.reduce(1..1_200, Answers.new(), fn n, answers ->
         answers = Answers.asked(answers, %{t: "models", id: "m#{n}"})
@@ -151,7 +228,8 @@ defmodule StarweaveImage.AnswersTest do
         answers
       end)
 
-    assert Answers.heard(answers, %{t: :models, id: "m1"}) == :of_nobody
+    assert Answers.heard(answers, %{t: :models, id: "m200"}) == :of_nobody
+    assert {:error, _} = Answers.heard(answers, %{t: :models, id: "m201"})
     assert {:error, _} = Answers.heard(answers, %{t: :models, id: "m1200"})
     assert :erlang.external_size(answers) < 100_000
   end

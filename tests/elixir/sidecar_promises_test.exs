@@ -1,5 +1,6 @@
 defmodule StarweaveImage.SidecarPromisesTest do
-  # One process a test that breaks the protocol: it is killed, and its request done by the next.
+  # One process a test that breaks the protocol: it is killed, and its request done by the next. All that it may not say is in
+  # answers_test.exs.
   use ExUnit.Case, async: true
 
   import ExUnit.CaptureLog
@@ -28,22 +29,10 @@ defmodule StarweaveImage.SidecarPromisesTest do
     for broken <- [
           "progress before accepted",
           "accepts other seeds",
-          "accepted again",
-          "done without images",
-          "image nobody asked for",
-          "second image first",
-          "image of another seed",
-          "image of another size",
-          "image in another format",
-          "parts that disagree",
-          "part over the size",
           "part with a gap",
           "empty part",
           "large part",
           "checksum in capitals",
-          "preview nobody asked for",
-          "progress of a second image",
-          "models in the middle",
           "bytes without sense",
           "a list",
           "a message and one byte",
@@ -69,18 +58,16 @@ defmodule StarweaveImage.SidecarPromisesTest do
       end
     end
 
-    for broken <- ["done again", "error after done", "image after done"] do
-      test "goes on about a request after its end (#{broken}) is killed" do
-        instance = start_ready("breaks_promises")
-        victim = os_pid(instance)
+    test "goes on about a request after its end is killed" do
+      instance = start_ready("breaks_promises")
+      victim = os_pid(instance)
 
-        assert {:ok, %Image{attempts: 1}} =
-                 StarweaveImage.generate(unquote(broken), seed: 41, instance: instance)
+      assert {:ok, %Image{attempts: 1}} =
+               StarweaveImage.generate("done again", instance: instance)
 
-        assert [] == await_gone([victim], 5_000)
-        assert {:ok, %Image{}} = StarweaveImage.generate("an apple", seed: 5, instance: instance)
-        assert sidecar(instance).generation == 2
-      end
+      assert [] == await_gone([victim], 5_000)
+      assert {:ok, %Image{}} = StarweaveImage.generate("an apple", seed: 5, instance: instance)
+      assert sidecar(instance).generation == 2
     end
 
     test "refuses a message with the id of a request that goes on has not ended it" do
@@ -102,10 +89,6 @@ defmodule StarweaveImage.SidecarPromisesTest do
 
     test "sends an image with a wrong checksum is killed" do
       assert 2 == assert_replayed("wrong_checksum")
-    end
-
-    test "sends the parts of an image out of order is killed" do
-      assert 2 == assert_replayed("wrong_order")
     end
 
     test "is of another version of the protocol is killed" do
