@@ -41,6 +41,7 @@ def test_generate_writes_the_image(tracked: Tracked, tmp_path: Path) -> None:
     assert re.search(r"^Note: Rendered at 64x64 and enlarged", result.stderr, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_generate_starts_from_an_image(tracked: Tracked, tmp_path: Path) -> None:
     Image.new("RGB", (96, 64), "red").save(tmp_path / "red.png")
     arguments = ["--image", "red.png", "--strength", "0.5", "--steps", "4", "--seed", "1"]
@@ -50,6 +51,7 @@ def test_generate_starts_from_an_image(tracked: Tracked, tmp_path: Path) -> None
         assert image.size == (96, 64)
 
 
+@pytest.mark.slow
 def test_the_preview_is_a_file_until_the_end(tracked: Tracked, tmp_path: Path) -> None:
     arguments = ["--out", "apple.png", "--preview", "--steps", "4"]
     result = run(tracked, "generate", "a red apple", *arguments, cwd=tmp_path)
@@ -93,7 +95,7 @@ def test_wrong_input_is_one_line_and_exit_2(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["my model", "模型", b"latin \xe9"])
+@pytest.mark.parametrize("name", [pytest.param("my model", marks=pytest.mark.slow), "模型", b"latin \xe9"])
 def test_a_folder_of_any_name_is_a_model(tracked: Tracked, tmp_path: Path, name: str | bytes) -> None:
     folder = tmp_path / os.fsdecode(name)
     shutil.copytree(PACKAGE.parent / "models" / "starweave-tiny", folder)
@@ -113,7 +115,7 @@ LOST = ("| true", "> /dev/full", ">&-", "2>&-", "<&- >&- 2>&-", "2> /dev/full")
 @pytest.mark.parametrize(
     ("arguments", "lost"),
     [
-        *(("generate 'a red apple' --steps 1", lost) for lost in LOST),
+        *(pytest.param("generate 'a red apple' --steps 1", lost, marks=pytest.mark.slow) for lost in LOST),
         *(("models list", lost) for lost in LOST),
         *(
             (command, "> /dev/full")
@@ -139,6 +141,7 @@ def test_a_lost_stream_is_no_failure(tracked: Tracked, tmp_path: Path, arguments
     assert told == (lost == "> /dev/full")
 
 
+@pytest.mark.slow
 def test_a_picture_goes_to_the_standard_output(tracked: Tracked, tmp_path: Path) -> None:
     arguments = ["generate", "a red apple", "--steps", "1", "--out", "/dev/stdout", "--format", "jpeg"]
     command = [sys.executable, "-m", "starweave_image", *arguments]

@@ -17,6 +17,8 @@ from tiny.first.judge import ThingJudge, background, nearest_colour, see_shape
 from tiny.first.scene_judge import FACTS, rendered, train_scene_judge
 from tiny.first.shapes import COLOURS, SHAPES, SIZE, single_shape, two_shapes
 
+pytestmark = pytest.mark.slow
+
 TINY = embedded_folder("starweave/tiny")
 
 

@@ -200,6 +200,7 @@ def test_out_of_memory_makes_passes_smaller_and_no_request_fails(
     assert max(passes.rows) <= min(too_much)
 
 
+@pytest.mark.slow
 def test_out_of_memory_with_one_picture_draws_it_by_halves(folder: Path, passes: Passes) -> None:
     bench = bench_of(folder)
     [alone] = [bench.done(seed=1, **SMALL)[1]]
@@ -252,6 +253,7 @@ def test_out_of_memory_in_the_decoder_draws_tile_by_tile(
     assert 0 < difference(files, whole) < 255
 
 
+@pytest.mark.slow
 def test_memory_that_is_short_is_told_to_whoever_sends_requests(folder: Path, passes: Passes) -> None:
     bench = bench_of(folder, capacity=8)
     bench.done(num_images=4, **SMALL)

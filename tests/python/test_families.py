@@ -27,6 +27,8 @@ from starweave_image.device import stacking
 from starweave_image.weights import find as weights
 from starweave_image.weights import load as loading
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[[Path], Path]
 
 

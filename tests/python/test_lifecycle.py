@@ -52,7 +52,7 @@ def test_a_reader_that_is_gone_ends_it(start: Start, tracked: Tracked) -> None:
     assert tracked.gone()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_an_idle_one(ready: Start, tracked: Tracked, number: int) -> None:
     sidecar = ready()
     sidecar.signal(number)
@@ -95,6 +95,7 @@ def test_a_signal_ends_one_whose_answers_nobody_reads(ready: Start, tracked: Tra
     assert tracked.gone()
 
 
+@pytest.mark.slow
 def test_a_signal_ends_one_at_work_whose_answers_nobody_reads(ready: Start, tracked: Tracked) -> None:
     sidecar = ready(**config())
     sidecar.send({**LONG, "steps": 100})
@@ -105,6 +106,7 @@ def test_a_signal_ends_one_at_work_whose_answers_nobody_reads(ready: Start, trac
     assert tracked.gone()
 
 
+@pytest.mark.slow
 def test_a_shutdown_ends_one_whose_last_words_nobody_reads(ready: Start, tracked: Tracked) -> None:
     sidecar = ready(heartbeat_interval_ms=50)
     wait_until(sidecar.output_is_full)
@@ -128,6 +130,7 @@ def test_a_sidecar_that_drains_takes_no_more(ready: Start, tracked: Tracked) -> 
     assert tracked.gone()
 
 
+@pytest.mark.slow
 def test_what_is_reproducible_is_the_same_in_company_and_after_a_kill(ready: Start) -> None:
     def drawn(sidecar: Sidecar, id: str) -> bytes:
         parts = sidecar.collect_until("done", "error", id=id)
@@ -156,6 +159,7 @@ def test_what_is_reproducible_is_the_same_in_company_and_after_a_kill(ready: Sta
     assert drawn(sidecar, "again") == alone
 
 
+@pytest.mark.slow
 def test_a_pause_of_the_process_does_not_count_as_time_without_progress(ready: Start) -> None:
     sidecar = ready(heartbeat_interval_ms=100, **config())
     sidecar.send(LONG)
@@ -174,6 +178,7 @@ def test_a_pause_of_the_process_does_not_count_as_time_without_progress(ready: S
     sidecar.send({"t": "cancel", "id": "long"})
 
 
+@pytest.mark.slow
 def test_who_hangs_beyond_the_reach_of_a_cancel_is_seen_to_work_and_not_to_wait(
     ready: Start, tmp_path: Path
 ) -> None:
@@ -324,7 +329,7 @@ def busy(application: Application) -> None:
     application.expect("progress", phase="denoising")
 
 
-PHASES = [starting, loading, ready_, busy]
+PHASES = [starting, *(pytest.param(phase, marks=pytest.mark.slow) for phase in (loading, ready_)), busy]
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -351,7 +356,7 @@ def test_nor_with_the_interpreter_held_by_native_code(
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("stop", [os.kill, os.killpg])
+@pytest.mark.parametrize("stop", [os.kill, pytest.param(os.killpg, marks=pytest.mark.slow)])
 def test_nor_with_a_stopped_sidecar(
     application: Callable[..., Application],
     tracked: Tracked,

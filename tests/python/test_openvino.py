@@ -19,6 +19,8 @@ from starweave_image.device import devices, openvino
 from starweave_image.device.devices import Device
 from starweave_image.errors import ImageError
 
+pytestmark = pytest.mark.slow
+
 # requirements-dev.txt says the same.
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" and sys.platform != "darwin",

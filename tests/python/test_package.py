@@ -64,6 +64,7 @@ def test_it_requires_what_the_sources_name(site: Path) -> None:
     assert 'Requires-Dist: openvino>=2026.0; extra == "openvino"\n' in metadata
 
 
+@pytest.mark.slow
 def test_it_generates_without_elixir(site: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "starweave_image", "generate", "a red apple"]
     command += ["--steps", "2", "--seed", "1", "--out", "apple.png"]

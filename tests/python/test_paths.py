@@ -47,10 +47,9 @@ def no_folder_for_temporary_files(env: dict[str, str], folder: Path) -> None:
 
 SURROUNDINGS = [
     no_home,
-    empty_home,
-    home_that_is_not_there,
+    *(pytest.param(how, marks=pytest.mark.slow) for how in (empty_home, home_that_is_not_there)),
     caches_that_are_files,
-    no_folder_for_temporary_files,
+    pytest.param(no_folder_for_temporary_files, marks=pytest.mark.slow),
 ]
 COMMANDS = [
     ("doctor", 0, "Everything needed is here."),
@@ -102,6 +101,7 @@ def test_a_picture_is_made_wherever_nothing_can_be_kept(
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_working_folder_that_was_removed_is_none_that_is_needed(tracked: Tracked, tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     script = f'cd "{tmp_path}/gone" && rmdir "{tmp_path}/gone" && exec "$@"'

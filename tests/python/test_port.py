@@ -40,6 +40,7 @@ def test_the_first_sign_of_life_comes_before_anything_heavy(start: Start) -> Non
     assert "torch" not in maps
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_import_once_it_is_ready() -> None:
     program = (
         "import sys\n"
@@ -241,7 +242,7 @@ def test_lost_framing(start: Start, length: int) -> None:
     assert sidecar.wait() == 65
 
 
-@pytest.mark.parametrize("package", ["msgspec", "torch", "diffusers"])
+@pytest.mark.parametrize("package", ["msgspec", "torch", pytest.param("diffusers", marks=pytest.mark.slow)])
 def test_a_missing_package(start: Start, tmp_path: Path, package: str) -> None:
     blocked = tmp_path / "blocked"
     blocked.mkdir()

@@ -16,6 +16,8 @@ from tiny.shapes import SHAPES, shape_icon
 from tiny.things import article, collect, plural
 from tiny.words import CONTEXT, build_tokenizer, words_of
 
+pytestmark = pytest.mark.slow
+
 KEYS = ("cat", "dog", "chair", "automobile", "old-man", "grapes", "smiling-face-with-sunglasses", "keycap-5")
 
 

@@ -38,6 +38,8 @@ from tiny.first.shapes import (
 from tiny.first.vae import VaeRecipe, train_vae
 from tiny.first.vocabulary import CONTEXT, build_tokenizer, learn_merges, words_of
 
+pytestmark = pytest.mark.slow
+
 SMALL_VAE = VaeRecipe(width=8, encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1), steps=3, batch=8)
 SMALL_DENOISER = DenoiserRecipe(
     channels=(16, 16, 32),
