@@ -4,9 +4,8 @@ defmodule StarweaveImage do
   @moduledoc """
   Image generation as a supervised part of an Elixir application.
 
-  A long-lived Python process, the *sidecar*, runs stock Hugging Face diffusers pipelines; this
-  library starts it, speaks with it over a port, watches its health, and owns every request until it
-  has its one answer.
+  A long-lived Python process, the *sidecar*, runs stock Hugging Face diffusers pipelines. This library starts it,
+  talks to it over a port, watches its health, and owns every request until that has its one answer.
 
       children = [
         MyApp.Repo,
@@ -19,12 +18,24 @@ defmodule StarweaveImage do
       {:ok, image} = StarweaveImage.generate("a red apple", width: 256, height: 256)
       :ok = StarweaveImage.Image.save(image, "apple.png")
 
-  Without any `:models` it works offline at once, on the small embedded model `starweave/tiny`. The
-  Python environment is made once by `mix image.setup`, or in a release by `setup/1`.
+  Without any `:models` it works offline at once, with the small embedded model `starweave/tiny`. `mix image.setup` makes
+  the Python environment, once on each machine; in a release `setup/1` does.
+
+  ## Several instances
+
+  The child specification's `:name` names an instance, and every function here takes `instance:` in its options:
+
+      children = [
+        {StarweaveImage, name: MyApp.Fast, default_model: "starweave/tiny"},
+        {StarweaveImage, name: MyApp.Large, models: ["stabilityai/sdxl-turbo"], device: "cuda:1"}
+      ]
+
+      StarweaveImage.generate("a red apple", instance: MyApp.Large)
+      StarweaveImage.status(instance: MyApp.Large)
 
   ## Options of an instance
 
-  Given in the child specification, or as `config :starweave_image, StarweaveImage, …` under the
+  They are given in the child specification, or as `config :starweave_image, StarweaveImage, …` under the
   instance's name:
 
   #{StarweaveImage.Supervisor.options_docs()}
@@ -35,36 +46,40 @@ defmodule StarweaveImage do
 
   ## What is promised
 
-  An accepted request ends with its images or with one `StarweaveImage.Error`, whatever dies.
-  `generate/2`, `generate_many/3` and `stream/2` cancel the work when their caller dies; `submit/2` does not. When the
-  Python process dies or hangs, what it was running is sent again with the same seed, until its deadline or until there
-  is evidence that this request, and nothing else, ends the process; with `:standby` a spare takes over at once. What
-  failed in a way that may pass is tried again. No function here leaves a message in the caller's mailbox, but those
-  that were asked for with `subscribe/2`.
+  An accepted request ends with its images or with one `StarweaveImage.Error`, whatever dies. `generate/2`,
+  `generate_many/3` and `stream/2` cancel the work when their caller dies; `submit/2` does not.
 
-  In an instance with a `:journal`, what is submitted with `durable: true` outlives the BEAM: it is on disk when `submit/2` returns,
-  goes on with the next start, and its result is kept there for `:result_ttl`.
+  When the Python process dies or hangs, the requests in it are sent again with the same seeds. Each is tried until its
+  deadline, or until there is evidence that this request, and nothing else, ends the process. With `:standby` a spare
+  process takes over at once. A failure that may pass, such as a broken download, is tried again after a pause.
+
+  No function leaves a message in the caller's mailbox, except the events that `subscribe/2` asks for.
+
+  In an instance with a `:journal`, a request submitted with `durable: true` outlives the BEAM: it is on disk when
+  `submit/2` returns, the next start of the instance continues it, and its result is kept there for `:result_ttl`.
 
   ## Errors
 
-  What can fail returns `{:error, %StarweaveImage.Error{}}`; each function names the kinds. An argument or option of a wrong
-  type or range is `:invalid_request`, before anything is asked or started, and `details.field` names it; this includes a nil
-  where a picture is wanted, as from an upload that was lost. Options that are nil count as not given. Functions that return
-  no error (`status/1`, `available?/1`, `child_spec/1`, `start_link/1`) raise `ArgumentError`.
+  A function that can fail returns `{:error, %StarweaveImage.Error{}}`; its documentation names the kinds. An argument or
+  option of a wrong type or range is `:invalid_request`, before any work is done, and `details.field` names it. This
+  includes a nil in place of a picture, as a lost upload leaves it. An option that is nil counts as not given.
+  Functions that return no error (`status/1`, `available?/1`, `child_spec/1`, `start_link/1`) raise `ArgumentError`.
 
   ## What is logged
 
-  Each request that ends, well or not, is one info line with `request_id` in its metadata, and never with its prompt:
+  Each request that ends, well or not, is one line at level info, with `request_id` in its metadata and without its prompt:
 
       image request 5b66cbd9… done model=starweave/tiny steps=10 images=1 queue_ms=0 total_ms=3592 attempts=1 rss_mb=505
 
-  `queue_ms` is until it was last sent to a sidecar, `total_ms` from its acceptance, and memory is that of the process that
-  drew it. `Logger.put_module_level(StarweaveImage.Queue.RequestLog, :warning)` silences these lines alone.
+  `queue_ms` is the time until the request was last sent to a sidecar, `total_ms` the time since its acceptance, and
+  `rss_mb` the memory of the process that drew it. `Logger.put_module_level(StarweaveImage.Queue.RequestLog, :warning)`
+  silences these lines alone.
 
-  ## Fairness and time-outs
+  ## Fairness and time limits
 
-  Users of a priority are served one by one. A request has four time-outs that do not stand in for each other: `:queue_timeout`,
-  `:run_timeout` and `:timeout` of the request, and the instance's `:heartbeat_timeout`, which costs no request.
+  Among requests of equal priority, users take turns. Three time limits belong to a request, and none replaces
+  another: `:queue_timeout` for waiting, `:run_timeout` for one attempt, `:timeout` for everything. The instance's
+  `:heartbeat_timeout` is about the Python process, and costs no request.
   """
 
   alias StarweaveImage.{Environment, Error, Image, Options, Queue, Request}
@@ -239,14 +254,14 @@ defmodule StarweaveImage do
           load_ms: non_neg_integer | nil
         }
 
-  # How much later than a request's own deadline its answer may come before the queue counts as dead.
+  # How long after a request's deadline its answer may still come, before the queue counts as dead.
   @slack_ms 5_000
 
-  # The options of what is no request: of a question, and of what may take long.
+  # The options of functions that make no request: of those that answer at once, and of those that may take long.
   @asking [instance: {:atom, __MODULE__, ""}]
   @operation @asking ++ [timeout: {:wait, 3_600_000, ""}]
 
-  # The status where nothing runs that could tell it.
+  # The status of an instance that does not run.
   @down %{
     state: :down,
     error: nil,
@@ -282,7 +297,7 @@ defmodule StarweaveImage do
 
   @doc group: "Start"
   @doc """
-  Starts an instance and links it to the caller. Returns before Python is up: see `status/1`.
+  Starts an instance and links it to the caller. It returns before Python is up: see `await_ready/2` and `status/1`.
 
   Raises `ArgumentError` on a wrong option.
 
@@ -299,7 +314,7 @@ defmodule StarweaveImage do
   @doc """
   Makes one image and waits for it.
 
-  The work is cancelled if the caller dies or `:timeout` passes. Options: see the module.
+  The work is cancelled if the caller dies or `:timeout` passes. The options are those of a request, above.
 
   Errors: any kind of `StarweaveImage.Error`.
 
@@ -334,7 +349,7 @@ defmodule StarweaveImage do
 
   @doc group: "Pictures"
   @doc """
-  Makes `n` images (1 to 16) in one request, image k with seed `seed + k`, which each one's `parameters` say.
+  Makes `n` images (1 to 16) in one request. Image k has the seed `seed + k`, and reports it.
 
   Errors: as `generate/2`; if one image fails, all do.
 
@@ -358,12 +373,13 @@ defmodule StarweaveImage do
 
   @doc group: "Pictures"
   @doc """
-  Makes a picture anew as `prompt` says, starting from `image`: a file's bytes or a `StarweaveImage.Image`.
+  Changes a picture as `prompt` says. `image` is a file's bytes or a `StarweaveImage.Image`.
 
-  `:strength` (0 to 1, 0.8 unless given) is how far it may be left. The result has the size of `image`,
-  within the model's limits, unless `:width` and `:height` say otherwise.
+  `:strength` (0 to 1, 0.8 unless given) says how much may change. The result has the size of `image`, within the
+  model's limits, unless `:width` and `:height` say otherwise.
 
-  Errors: as `generate/2`. `image: nil` among the options of `generate/2` is no picture; here nil is `:invalid_request`.
+  Errors: as `generate/2`. Here an `image` of nil is `:invalid_request`, while the option `image: nil` of `generate/2` counts
+  as not given.
 
       {:ok, apple} = StarweaveImage.generate("a red apple")
       {:ok, pear} = StarweaveImage.edit(apple, "a green pear", strength: 0.7)
@@ -380,11 +396,11 @@ defmodule StarweaveImage do
 
   @doc group: "Pictures"
   @doc """
-  Makes anew what is white in `mask`, as `prompt` says; where the mask is black or transparent the picture stays as it
-  is, to the pixel.
+  Redraws the part of a picture that is white in `mask`, as `prompt` says. Where the mask is black or transparent, no
+  pixel changes.
 
-  `image` and `mask` are files' bytes of the same size in pixels, or a `StarweaveImage.Image`. Otherwise as `edit/3`, also
-  in its errors.
+  `image` and `mask` have the same size in pixels; each is a file's bytes or a `StarweaveImage.Image`. Options and errors: as
+  `edit/3`.
 
       {:ok, house} = StarweaveImage.generate("a house on green hills")
       {:ok, evening} = StarweaveImage.inpaint(house, File.read!("sky.png"), "the sky at sunset", strength: 1.0)
@@ -403,13 +419,14 @@ defmodule StarweaveImage do
 
   @doc group: "Pictures"
   @doc """
-  Several pictures of the same thing: four, or `:num_images`, each with a seed of its own that it reports.
+  Makes several pictures of the same thing: four, or `:num_images`. Each has a seed of its own, and reports it.
 
-  Of a prompt they differ by their seeds alone; with `:variation_strength` (0 to 1) each goes only so far from the picture of
-  `:seed`, which is the first of them, towards its own. Any of them comes again by `:seed` and `:variation_strength` as
-  they were, with its own seed as `:variation_seed`. Of a `StarweaveImage.Image` or of a file's bytes they start from that
-  picture and leave it as far as `:strength` says (0.6 unless given); an image brings its prompt, for a file
-  `:prompt` says what it shows. Errors: as `edit/3`.
+  Variations of a prompt differ by their seeds. With `:variation_strength` (0 to 1) they stay near the picture of `:seed`,
+  which is the first of them: each goes that far from it towards the picture of its own seed. To draw one of them again,
+  give the same `:seed` and `:variation_strength`, and its own seed as `:variation_seed`.
+
+  Variations of a picture, a `StarweaveImage.Image` or a file's bytes, start from that picture, and `:strength` says how
+  much may change (0.6 unless given). The prompt is that of the image; for a file give `:prompt`. Errors: as `edit/3`.
 
       {:ok, [one, two]} = StarweaveImage.variations("a red apple", num_images: 2)
       {:ok, nearby} = StarweaveImage.variations(one, strength: 0.3)
@@ -437,7 +454,7 @@ defmodule StarweaveImage do
     end
   end
 
-  # What is neither is a picture that is wrong: no prompt looks like one that was lost or cut off.
+  # Anything else is taken for a picture, and refused as one: a damaged upload must not become a prompt.
   defp text?(value), do: is_binary(value) and not Options.image?(value) and String.valid?(value)
 
   defp vary(image, prompt, opts) do
@@ -445,23 +462,23 @@ defmodule StarweaveImage do
          do: generate_images(prompt, opts |> put(:image, image) |> put_new(:strength, 0.6))
   end
 
-  # An option that is nil counts as not given. An argument does not: it is what became of an upload that was lost.
+  # An option of nil counts as not given. A picture of nil does not: it is what a lost upload leaves.
   defp file(name, %Image{data: data}), do: file(name, data)
   defp file(name, data), do: argument(name, :image, data)
 
   @doc group: "Jobs"
   @doc """
-  Hands a request in and returns once it is accepted. It outlives the caller: ask for the result
-  with `await/3`, from any process, or watch it with `subscribe/2`.
+  Submits a request, and returns its id once it is accepted. The request outlives the caller: any process may ask for the
+  result with `await/3`, or watch with `subscribe/2`. The result is kept for the instance's `:result_ttl`.
 
-  With `:id` it is idempotent: asking again for the same under an id that is known joins that request, whether it waits, runs or is
-  done, and asking for something else under it is `:invalid_request` with `details.conflict`. Results are kept for the instance's `:result_ttl`.
+  With `:id` it is idempotent. To submit the same request again under an id that waits, runs or is done joins that request.
+  To submit another request under it is `:invalid_request`, with `details.conflict`.
 
-  With `durable: true` it returns when the request is on disk, in the instance's `:journal`; it goes on with the next start when the
-  BEAM ends before it is done, and its result outlives the BEAM too.
+  With `durable: true` it returns when the request is on disk, in the instance's `:journal`. If the BEAM ends before the
+  request is done, the next start of the instance continues it; its result outlives the BEAM too.
 
   Errors, after which nothing is done: `:invalid_request`, `:overloaded`, `:rate_limited`, `:disabled`, `:unavailable`, and
-  `:sidecar_crashed` for what is quarantined. What becomes of it later is told by `await/3`.
+  `:sidecar_crashed` for a request that is quarantined. How an accepted request ends is what `await/3` returns.
 
       {:ok, id} = StarweaveImage.submit("a red apple", id: "order-17")
       {:ok, image} = StarweaveImage.await(id)
@@ -473,19 +490,19 @@ defmodule StarweaveImage do
   @spec submit(String.t(), keyword | map) :: {:ok, id} | {:error, Error.t()}
   def submit(prompt, opts \\ []) do
     with {:ok, request} <- Request.new(prompt, opts),
-         # However long it takes: it is accepted then, and who did not hear of it would ask for it twice.
+         # Without a time limit: a caller that gave up would not know that its request is accepted.
          {:ok, answer} <- call(request.instance, {:submit, request, nil, nil}, :infinity),
          do: answer
   end
 
   @doc group: "Jobs"
   @doc """
-  Waits up to `timeout` ms for a request that was submitted. A time-out here does not touch the work.
+  Waits up to `timeout` ms for a submitted request. When that time is over the work goes on.
 
-  A request of several images gives its first; `await_many/3` gives all.
+  Of a request of several images it returns the first; `await_many/3` returns all. Options: `:instance`.
 
-  Errors: what the request ended with; `:timeout` where it has not ended, `:invalid_request` where no request has this id
-  (or it ended longer ago than the instance's `:result_ttl`), and `:unavailable` where no instance runs.
+  Errors: the error that the request ended with; `:timeout` if it has not ended; `:invalid_request` if no request has this
+  id, or its result was kept for `:result_ttl` and is gone; `:unavailable` if the instance does not run.
 
       iex> {:error, error} = StarweaveImage.await("order-17", 1_000, instance: :no_such_instance)
       iex> error.kind
@@ -498,7 +515,7 @@ defmodule StarweaveImage do
 
   @doc group: "Jobs"
   @doc """
-  As `await/3`, for all images of the request.
+  As `await/3`, but returns all images of the request.
 
       iex> {:error, error} = StarweaveImage.await_many("order 17")
       iex> error.details.field
@@ -514,9 +531,8 @@ defmodule StarweaveImage do
 
   @doc group: "Jobs"
   @doc """
-  A request as a lazy stream of its events, ending with `{:image, image}` (one for each) or
-  `{:error, error}`. Whoever consumes it owns the request: leaving the stream early cancels
-  it, unless somebody else waits for it too.
+  Makes images, as a lazy stream of `t:event/0`. It ends with one `{:image, image}` for each image, or with
+  `{:error, error}`. A consumer that leaves the stream early cancels the request, unless another process waits for it too.
 
       for event <- StarweaveImage.stream("a red apple", preview: true) do
         case event do
@@ -528,7 +544,7 @@ defmodule StarweaveImage do
         end
       end
 
-  Previews come with `preview: true` only. What `generate/2` returns as an error is the one event here:
+  Previews come only with `preview: true`. An error that `generate/2` returns is an event here:
 
       iex> [{:error, error}] = Enum.to_list(StarweaveImage.stream(""))
       iex> error.details.field
@@ -539,7 +555,7 @@ defmodule StarweaveImage do
     Stream.resource(fn -> open_stream(prompt, opts) end, &next_event/1, &close_stream/1)
   end
 
-  # An alias, not a pid: once it is taken back, no late event can reach the caller's mailbox.
+  # An alias, not a pid: once it is deactivated, no late event can reach the caller's mailbox.
   defp open_stream(prompt, opts) do
     with {:ok, request} <- Request.new(prompt, opts) do
       reference = :erlang.alias()
@@ -594,9 +610,10 @@ defmodule StarweaveImage do
 
   @doc group: "Jobs"
   @doc """
-  Sends the events of a request to the calling process as `{:starweave_image, id, event}`, with the
-  same events as `stream/2`. What was so far comes at once: the place in the queue, or the last progress and preview of each image,
-  or the end.
+  Sends the events of a request to the calling process, as messages `{:starweave_image, id, event}` (`t:event/0`).
+
+  The first messages come at once and tell how the request stands: its place in the queue, or the last progress and preview
+  of each image, or its images or error. Options: `:instance`.
 
       iex> StarweaveImage.subscribe("no-such-request")
       {:error, :not_found}
@@ -611,7 +628,8 @@ defmodule StarweaveImage do
 
   @doc group: "Jobs"
   @doc """
-  Ends `subscribe/2`; when it returns, no event of the request is in the mailbox or will come.
+  Undoes `subscribe/2`. After it returns, no event of the request is in the mailbox, and none will come. Options:
+  `:instance`.
 
       iex> StarweaveImage.unsubscribe("no-such-request")
       :ok
@@ -635,7 +653,8 @@ defmodule StarweaveImage do
 
   @doc group: "Jobs"
   @doc """
-  Cancels a request: its callers get `:cancelled` now, the device stops before its next denoise step.
+  Cancels a request: its callers get the error `:cancelled` at once, and the device stops before its next denoise step.
+  Options: `:instance`.
 
       iex> StarweaveImage.cancel("no-such-request")
       {:error, :not_found}
@@ -650,10 +669,9 @@ defmodule StarweaveImage do
 
   @doc group: "Models"
   @doc """
-  The models that the sidecar knows: id, name, description, aliases, tasks, defaults, limits,
-  licence, memory estimate, `state` and the `error` of the last load; of a loaded one also the `bytes` of its
-  weights, whether it is `parked` in main memory, `idle_ms` since its last use and `load_ms`, the time of its load.
-  Empty until a sidecar was ready; `:unavailable` where no such instance runs.
+  The models that the instance knows, each as a `t:model/0`. The list is empty until a sidecar was ready.
+
+  Options: `:instance`. Errors: `:unavailable` if the instance does not run.
 
       [%{id: "starweave/tiny", state: :loaded} | _] = StarweaveImage.models()
 
@@ -670,9 +688,9 @@ defmodule StarweaveImage do
 
   @doc group: "Models"
   @doc """
-  Loads a model into every sidecar, and waits for that, a download included.
+  Loads a model into every sidecar, and waits until it is loaded; a download is part of that.
 
-  Options: `:timeout` in ms (an hour), after which the load goes on unwatched, and `:instance`. Errors: `:invalid_request`,
+  Options: `:timeout` in ms (an hour unless given), after which the load goes on, and `:instance`. Errors: `:invalid_request`,
   `:model_not_found`, `:model_load_failed`, `:out_of_memory`, `:timeout`, `:disabled`, `:unavailable`.
 
       :ok = StarweaveImage.load_model("starweave/tiny")
@@ -686,10 +704,10 @@ defmodule StarweaveImage do
 
   @doc group: "Models"
   @doc """
-  Frees a loaded model; one in use is refused.
+  Frees the memory of a loaded model.
 
-  Options: `:timeout`, `:instance`. Errors: `:invalid_request` (also for one in use), `:model_not_found`, `:timeout`, `:disabled`,
-  `:unavailable`.
+  Options: `:timeout`, `:instance`. Errors: `:invalid_request` (also if the model is in use), `:model_not_found`,
+  `:timeout`, `:disabled`, `:unavailable`.
 
       :ok = StarweaveImage.unload_model("starweave/tiny")
 
@@ -709,12 +727,7 @@ defmodule StarweaveImage do
 
   @doc group: "Health"
   @doc """
-  What the instance is doing. Answers within milliseconds, whatever runs.
-
-  `state` is one of `:starting :loading :ready :busy :stalled :down :disabled`; `error` says in one
-  sentence why a sidecar is down; `journal` is nil without one, and else says whether it is `usable?` and with which `error` it
-  is not; `sidecars` and `queue` give the numbers. `queue.estimated_start_ms` is when a request that
-  comes now would go, by what was measured, and nil while nothing is up; `queue.next` has the ids, places and estimates of the first 20 that wait.
+  What the instance is doing, as `t:status/0`. Answers within milliseconds, whatever runs. Options: `:instance`.
 
       %{state: :ready, error: nil, sidecars: [%{device: "cpu"}], queue: %{queued: 0, running: 0}} =
         StarweaveImage.status()
@@ -732,10 +745,10 @@ defmodule StarweaveImage do
 
   @doc group: "Health"
   @doc """
-  Whether a sidecar is up; false while it starts.
+  Whether a sidecar is up; false while it starts. Options: `:instance`.
 
-  Waits for nobody, whatever runs or is read from the journal: it looks at what was last known, and asks no process. So it is
-  safe where nothing may be held up, as when a LiveView mounts.
+  It reads the last known state from a table and asks no process, so it never waits: it may be called where nothing may
+  block, as in a LiveView's `mount/3`.
 
       iex> StarweaveImage.available?(instance: :no_such_instance)
       false
@@ -745,7 +758,9 @@ defmodule StarweaveImage do
 
   @doc group: "Start"
   @doc """
-  Waits until a sidecar is up, or until it is known why none can be: for scripts, which have nothing else to do meanwhile.
+  Waits up to `timeout` ms until a sidecar is up, or until it is known why none can be. It is made for scripts.
+
+  Options: `:instance`. Errors: `:unavailable` with the reason, `:disabled`, `:timeout`.
 
       :ok = StarweaveImage.await_ready()
 
@@ -762,10 +777,10 @@ defmodule StarweaveImage do
 
   @doc group: "Sidecars"
   @doc """
-  Starts another sidecar, for as long as the instance lives; gives its index as in `status/1`.
+  Starts another sidecar, which stays for as long as the instance lives. Returns its index, as in `status/1`.
 
-  Options: `:device :dtype :capacity :memory_budget :ram_budget :offload :compile`, as in `:sidecars` of the instance and else as the
-  instance has them, and `:instance`.
+  Options: `:device :dtype :capacity :memory_budget :ram_budget :offload :compile`, each as the instance has it unless
+  given, and `:instance`.
 
       {:ok, 2} = StarweaveImage.add_sidecar(device: "cuda:1")
 
@@ -793,10 +808,10 @@ defmodule StarweaveImage do
 
   @doc group: "Sidecars"
   @doc """
-  Gives a sidecar no more requests, and returns when those that it works on are done, at the latest after `:timeout` ms (an
-  hour). It goes on after `resume_sidecar/2`.
+  Sends a sidecar no more requests, and returns when those in it are done. `resume_sidecar/2` undoes it.
 
-  Options: `:timeout`, `:instance`.
+  Options: `:timeout` in ms (an hour unless given), after which it returns `{:error, :timeout}` and the sidecar still
+  gets no requests; `:instance`.
 
       :ok = StarweaveImage.drain_sidecar(2)
 
@@ -818,7 +833,7 @@ defmodule StarweaveImage do
 
   @doc group: "Sidecars"
   @doc """
-  Lets a sidecar that was drained work again.
+  Sends requests again to a sidecar that was drained. Options: `:instance`.
 
       :ok = StarweaveImage.resume_sidecar(2)
 
@@ -836,8 +851,10 @@ defmodule StarweaveImage do
 
   @doc group: "Sidecars"
   @doc """
-  Ends a sidecar for good: drains it as `drain_sidecar/2` does, then stops its process. What it has not done
-  within `:timeout` ms is done by another.
+  Drains a sidecar as `drain_sidecar/2` does, then stops its process for good. Requests that it has not finished within
+  `:timeout` ms go to another sidecar.
+
+  Options: `:timeout` (an hour unless given), `:instance`.
 
       :ok = StarweaveImage.remove_sidecar(2, timeout: 60_000)
 
@@ -861,9 +878,9 @@ defmodule StarweaveImage do
 
   @doc group: "Start"
   @doc """
-  Makes the Python environment, where Mix is not to be had: the function for a release.
+  Makes the Python environment, as `mix image.setup` does: the function for a release, which has no Mix.
 
-  The same as `mix image.setup`; see `StarweaveImage.Environment.setup/1` for the options.
+  The options are those of `StarweaveImage.Environment.setup/1`.
 
       $ bin/my_app eval "StarweaveImage.setup()"
 
@@ -874,7 +891,7 @@ defmodule StarweaveImage do
   @spec setup(keyword) :: {:ok, map} | {:error, Error.t()}
   defdelegate setup(opts \\ []), to: Environment
 
-  # Every answer comes as `{:ok, answer}`; a queue that is not there, or does not answer, is an error.
+  # An answer of the queue is `{:ok, answer}`; a queue that is absent or does not answer is an error.
   defp call(instance, message, timeout \\ @slack_ms) do
     with {:ok, instance} <- argument(:instance, :atom, instance),
          {:ok, timeout} <- argument(:timeout, :wait, timeout),
@@ -886,7 +903,7 @@ defmodule StarweaveImage do
     :exit, {:noproc, _} ->
       {:error, gone(instance)}
 
-    # It answered nothing and has ended, by a fault of its own or with its supervisor.
+    # The queue ended before it answered, by a fault of its own or with its supervisor.
     :exit, _reason ->
       {:error, ended(instance)}
   end
@@ -911,7 +928,7 @@ defmodule StarweaveImage do
   defp checked_id(id), do: argument(:id, :id, id)
   defp checked_index(index), do: argument(:index, {:integer, 1, 1_000_000}, index)
 
-  # One value that is not an option: there is no default in its place.
+  # A value that is no option, and so has no default.
   defp argument(name, type, value) do
     case Options.check(name, type, value) do
       {:ok, nil} -> refuse(name, "#{name} is required")
@@ -922,7 +939,7 @@ defmodule StarweaveImage do
   defp refusal({:error, field, message}), do: refuse(field, message)
   defp refusal({:ok, checked}), do: {:ok, checked}
 
-  # For functions that return no error: there it is a mistake in the program.
+  # For functions that return no error: a wrong argument there is a mistake in the program.
   defp right!({:ok, checked}), do: checked
   defp right!({:error, error}), do: raise(ArgumentError, error.message)
 
@@ -931,7 +948,7 @@ defmodule StarweaveImage do
 
   defp put(opts, key, value) when is_map(opts), do: Map.put(opts, key, value)
 
-  # What is no options at all is refused further on, with the reason.
+  # Options that are no list or map are refused later, with the reason.
   defp put(opts, key, value),
     do: if(Keyword.keyword?(opts), do: Keyword.put(opts, key, value), else: opts)
 
