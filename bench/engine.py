@@ -67,13 +67,13 @@ class Ours:
         self.engine.start()
         self._count = 0
 
-    def _emit(self, message: schema.Outgoing) -> None:
+    def _emit(self, message: schema.Event) -> None:
         now = time.perf_counter()
         if isinstance(message, schema.Progress) and message.step:
             self.steps.append((now, message.id, message.step))
         if isinstance(message, schema.ImagePart):
             self.files[message.id] = bytes(message.data)
-        if isinstance(message, (schema.Done, schema.Error)) and message.id:
+        if isinstance(message, (schema.Done, schema.Failed)) and message.id:
             with self._news:
                 self.ended[message.id] = (now, message)
                 self._news.notify_all()
@@ -81,7 +81,7 @@ class Ours:
     def submit(self, **fields: Any) -> str:
         self._count += 1
         id = f"r{self._count}"
-        self.engine.generate(schema.Generate(id=id, metadata=False, **({"prompt": PROMPTS[0]} | fields)))
+        self.engine.generate(schema.Request(id=id, metadata=False, **({"prompt": PROMPTS[0]} | fields)))
         return id
 
     def wait(self, *ids: str) -> None:

@@ -27,7 +27,6 @@ sys.path[:0] = [str(PACKAGE), str(ROOT / "tests" / "contract"), str(ROOT / "test
 
 from contract import expand, load, pack  # noqa: E402
 from sidecar import Closed, Sidecar  # noqa: E402
-from starweave_image import schema  # noqa: E402
 from starweave_image.doors import wire  # noqa: E402
 
 # Headers with the longest lengths, and bytes that are easily got wrong.
@@ -209,7 +208,7 @@ def harmless_body(frames: Frames) -> bytes:
     while True:
         body = frames.body()
         try:
-            if not isinstance(wire.decode(body), schema.Shutdown):
+            if not isinstance(wire.decode(body).content, wire.Shutdown):
                 return body
         except wire.InvalidMessage:
             return body

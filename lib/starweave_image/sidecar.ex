@@ -430,7 +430,7 @@ defmodule StarweaveImage.Sidecar do
   end
 
   defp receive_message(%{generation: g} = state, %{t: type, g: g} = message)
-       when type in [:accepted, :progress, :preview, :image, :done, :error, :models, :stats] do
+       when type in [:accepted, :progress, :preview, :image, :done, :error, :models] do
     case Answers.heard(state.answers, message) do
       {:tell, message, answers} ->
         tell(state, {:message, message})

@@ -1,4 +1,4 @@
-"""Writes requests.jsonl, frames.jsonl and outputs.jsonl; with --check only says whether they are up to date.
+"""Writes requests.jsonl, frames.jsonl, outputs.jsonl and schema.json; with --check only says whether they are up to date.
 
 The cases stand here because here they can be read in rows; the suites read the files alone.
 """
@@ -11,6 +11,10 @@ import sys
 from typing import Any
 
 from contract import HERE, expand, frame, pack
+
+sys.path.insert(0, str(HERE.parents[1] / "priv" / "python"))
+
+from starweave_image import schema  # noqa: E402
 
 Json = Any
 
@@ -668,7 +672,6 @@ to_sidecar("cancel", {"t": "cancel", "g": 1, "id": "r1"})
 to_sidecar("load_model", {"t": "load_model", "g": 1, "id": "op-1", "model": "starweave/tiny"})
 to_sidecar("unload_model", {"t": "unload_model", "g": 1, "id": "op-2", "model": "starweave/tiny"})
 to_sidecar("models", {"t": "models", "g": 1, "id": "op-3"})
-to_sidecar("stats", {"t": "stats", "g": 1, "id": "op-4"})
 to_sidecar("shutdown", {"t": "shutdown", "g": 1})
 to_sidecar("shutdown at once", {"t": "shutdown", "g": 1, "grace_ms": 0})
 
@@ -811,7 +814,6 @@ to_application(
     "models reply", {"t": "models", "g": 1, "id": "op-3", "models": [CARD, FAILED_CARD, LOADED_CARD]}
 )
 to_application("no models", {"t": "models", "g": 1, "id": "op-3", "models": []})
-to_application("stats reply", {"t": "stats", "g": 1, "id": "op-4", "seq": 61, **VITALS})
 to_application("heartbeat while starting", {"t": "heartbeat", "g": 0, "seq": 0, **IDLE})
 HEARTBEAT = {"t": "heartbeat", "g": 1, "seq": 2**40, **VITALS}
 to_application("heartbeat while busy", HEARTBEAT)
@@ -961,8 +963,6 @@ for name, value, expect in [
         {"t": "unload_model", "g": 1, "id": "r1"},
         refused("invalid_request", "model", "r1"),
     ),
-    ("models without an id", {"t": "models", "g": 1}, refused("invalid_request", "id")),
-    ("stats without an id", {"t": "stats", "g": 1}, refused("invalid_request", "id")),
     (
         "shutdown with too long a grace",
         {"t": "shutdown", "g": 1, "grace_ms": 600_001},
@@ -1280,17 +1280,37 @@ written(
 )
 
 
+# schema.json
+
+
+def described(field: schema.Field) -> Json:
+    default = {} if field.default is None else {"default": field.default}
+    required = {"required": True} if field.required else {}
+    return {"type": field.type, **field.bounds, "must_be": field.must_be, **default, **required}
+
+
+fields = {
+    name: {field.name: described(field) for field in schema.fields(kind)}
+    for name, kind in (("request", schema.Request), ("config", schema.Config))
+}
+
+
 def main() -> int:
-    stale = []
+    files = {"schema.json": json.dumps(fields, indent=2, ensure_ascii=False) + "\n"}
     for name, cases in (("requests.jsonl", requests), ("frames.jsonl", frames), ("outputs.jsonl", outputs)):
         names = [case["name"] for case in cases]
         assert len(set(names)) == len(names), [name for name in names if names.count(name) > 1]
-        text = "".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases)
-        if sys.argv[1:] == ["--check"]:
-            stale += [name] if (HERE / name).read_text(encoding="utf-8") != text else []
-        else:
-            (HERE / name).write_text(text, encoding="utf-8")
-            print(f"{name}: {len(cases)} cases")
+        files[name] = "".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases)
+    stale = [
+        name
+        for name, text in files.items()
+        if not (path := HERE / name).exists() or path.read_text(encoding="utf-8") != text
+    ]
+    if sys.argv[1:] != ["--check"]:
+        for name in stale:
+            (HERE / name).write_text(files[name], encoding="utf-8")
+            print(f"{name} is written")
+        return 0
     if stale:
         print("run tests/contract/generate.py, it changes " + " and ".join(stale))
     return len(stale)

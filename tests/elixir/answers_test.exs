@@ -204,8 +204,7 @@ defmodule StarweaveImage.AnswersTest do
     for {type, good, bad} <- [
           {"load_model", [progress, models, done], [%{t: :accepted, id: "o"}]},
           {:unload_model, [models, done], [progress]},
-          {"models", [models], [done]},
-          {"stats", [%{t: :stats, id: "o"}], [models]}
+          {"models", [models], [done]}
         ] do
       answers = Answers.asked(Answers.new(), %{t: type, id: "o"})
       assert {:ok, ^good, ended} = hear(answers, good)

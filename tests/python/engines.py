@@ -44,16 +44,16 @@ class Bench:
     def submit(self, id: str = "", **fields: Any) -> str:
         self._count += 1
         id = id or f"r{self._count}"
-        self.engine.generate(schema.Generate(id=id, **({"prompt": "a red apple"} | fields)))
+        self.engine.generate(schema.Request(id=id, **({"prompt": "a red apple"} | fields)))
         return id
 
-    def generate(self, **fields: Any) -> schema.Done | schema.Error:
+    def generate(self, **fields: Any) -> schema.Done | schema.Failed:
         return self.end(self.submit(**fields))
 
-    def end(self, id: str) -> schema.Done | schema.Error:
+    def end(self, id: str) -> schema.Done | schema.Failed:
         """Wait for the message that ends a request."""
-        end: schema.Done | schema.Error = self.wait_for(
-            lambda: next(iter(self.of(id, schema.Done, schema.Error)), None)
+        end: schema.Done | schema.Failed = self.wait_for(
+            lambda: next(iter(self.of(id, schema.Done, schema.Failed)), None)
         )
         return end
 
@@ -83,7 +83,7 @@ class Bench:
         with self._news:
             self._news.notify_all()
 
-    def _emit(self, message: schema.Outgoing) -> None:
+    def _emit(self, message: schema.Event) -> None:
         with self._news:
             self.said.append(message)
             self._news.notify_all()

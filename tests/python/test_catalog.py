@@ -14,7 +14,7 @@ CARDS = shipped()
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.id)
 def test_a_shipped_card_is_sound(card: ModelCard) -> None:
     assert issubclass(getattr(diffusers, card.pipeline), diffusers.DiffusionPipeline)
-    settings = settle(schema.Generate(id="r", prompt="a red apple"), card)
+    settings = settle(schema.Request(id="r", prompt="a red apple"), card)
     assert settings.width == card.defaults.width and settings.steps == card.defaults.steps
     assert card.limits.multiple_of % 8 == 0 and card.limits.max_size <= 4096 and card.limits.max_steps <= 200
     assert card.licence and card.description and card.memory_bytes > 0
@@ -97,7 +97,7 @@ def test_an_unknown_name_that_is_like_nothing_gets_no_advice() -> None:
 )
 def test_limits_are_enforced(model: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ImageError) as error:
-        settle(schema.Generate(id="r", prompt="a red apple", **fields), find(model, CARDS))
+        settle(schema.Request(id="r", prompt="a red apple", **fields), find(model, CARDS))
     assert error.value.message.startswith(message)
     assert (error.value.kind, error.value.field) == ("invalid_request", next(iter(fields)))
 
@@ -122,6 +122,6 @@ def test_the_embedded_model_draws_at_its_own_scale(asked: tuple[int, int], rende
 def test_the_least_strength_that_is_told_is_taken(steps: int) -> None:
     image, card = b"\x89PNG\r\n\x1a\n....", find("tiny", CARDS)
     with pytest.raises(ImageError) as error:
-        settle(schema.Generate(id="r", prompt="x", image=image, strength=0.0, steps=steps), card)
+        settle(schema.Request(id="r", prompt="x", image=image, strength=0.0, steps=steps), card)
     least = float(error.value.message.partition(" steps, ")[2].partition(" here")[0])
-    assert settle(schema.Generate(id="r", prompt="x", image=image, strength=least, steps=steps), card)
+    assert settle(schema.Request(id="r", prompt="x", image=image, strength=least, steps=steps), card)

@@ -15,11 +15,7 @@ from starweave_image.doors import wire
 
 REQUESTS = load("requests.jsonl")
 FRAMES = load("frames.jsonl")
-OUTGOING = {
-    struct.__struct_config__.tag: struct
-    for struct in (*schema.Outgoing.__subclasses__(), *schema.Vitals.__subclasses__())
-    if struct is not schema.Vitals
-}
+OUTGOING: dict[str, Any] = {type: struct for struct, type in wire.OUTGOING.items()}
 
 
 def named(cases: list[dict[str, Any]]) -> Any:
@@ -38,11 +34,11 @@ def test_request(case: dict[str, Any]) -> None:
     expect = case["expect"]
     body = pack({"t": "generate", "id": "case", **request})
     if expect == "ok" or "stage" in expect:
-        message = wire.decode(body)
-        assert isinstance(message, schema.Generate)
+        read = wire.decode(body).content
+        assert isinstance(read, schema.Request)
         for field, value in request.items():
-            if value is not None and field in message.__struct_fields__:
-                assert getattr(message, field) == value
+            if value is not None and field in read.__struct_fields__:
+                assert getattr(read, field) == value
         return
     with pytest.raises(wire.InvalidMessage) as raised:
         wire.decode(body)
@@ -65,9 +61,11 @@ def test_frame_to_the_sidecar(case: dict[str, Any]) -> None:
         [body] = bodies
         message = wire.decode(body)
         if "value" in case:
-            assert_holds(msgspec.to_builtins(message, builtin_types=(bytes,)), expand(case["value"]))
+            read = msgspec.to_builtins(message.content, builtin_types=(bytes,))
+            type = next(type for type, kind in wire.INCOMING.items() if kind is message.content.__class__)
+            assert_holds({"t": type, "g": message.generation, **read}, expand(case["value"]))
         else:
-            assert message == schema.Cancel(id="r1")
+            assert message == wire.Message(None, wire.Cancel(id="r1"))
     elif expect["kind"] == "invalid_frame" and expect.get("exit") == 65:
         with pytest.raises(wire.FramingError):
             list(bodies)
@@ -84,19 +82,19 @@ def test_frame_to_the_application_can_be_said(case: dict[str, Any]) -> None:
     value = expand(case["value"])
     struct = OUTGOING[value["t"]]
     if "data" in value:  # msgspec converts no memoryview
-        message = struct(**{key: item for key, item in value.items() if key != "t"})
+        message = struct(**{key: item for key, item in value.items() if key not in ("t", "g")})
     else:
         message = msgspec.convert(value, struct)
-    said = b"".join(wire.encode(message))
+    said = b"".join(wire.encode(message, value["g"]))
     assert int.from_bytes(said[:4], "big") == len(said) - 4
     sent = msgpack.unpackb(said[4:])
-    assert sent == {key: item for key, item in value.items() if key in struct.__struct_fields__ or key == "t"}
+    assert sent == {key: item for key, item in value.items() if key in (*struct.__struct_fields__, "t", "g")}
 
 
 def test_every_message_has_a_golden_frame() -> None:
     said = {case["value"]["t"] for case in FRAMES if case.get("sidecar") == "ok" and "value" in case}
     heard = {case["value"]["t"] for case in FRAMES if case.get("application") == "ok"}
-    assert said == {struct.__struct_config__.tag for struct in schema.Incoming.__subclasses__()}
+    assert said == set(wire.INCOMING)
     assert heard == set(OUTGOING)
 
 

@@ -59,8 +59,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     opened.set()
 
 
-def error(end: schema.Done | schema.Error) -> schema.Error:
-    assert isinstance(end, schema.Error), end
+def error(end: schema.Done | schema.Failed) -> schema.Failed:
+    assert isinstance(end, schema.Failed), end
     return end
 
 
@@ -277,7 +277,7 @@ def test_above_capacity_is_overload_and_an_id_that_runs_is_refused(
     refused = error(bench.end(bench.submit("c", **SMALL)))
     assert (refused.kind, refused.retryable) == ("overloaded", True)
     bench.submit("a", **SMALL)
-    assert [m.kind for m in bench.of("a", schema.Error)] == ["invalid_request"]
+    assert [m.kind for m in bench.of("a", schema.Failed)] == ["invalid_request"]
     gate.set()
     bench.wait_for(lambda: bench.of("a", schema.Done) or None)
     assert isinstance(bench.end("b"), schema.Done)
@@ -297,7 +297,7 @@ def test_who_reads_the_end_of_a_request_may_send_the_next(folder: Path) -> None:
     bench.on["same"] = again
     bench.submit("same", **(SMALL | {"steps": 1}))
     bench.wait_for(lambda: bench.of("same", schema.Done)[5:] or None)
-    assert bench.of("same", schema.Error) == []
+    assert bench.of("same", schema.Failed) == []
 
 
 def test_out_of_memory_and_the_unexpected_end_one_request_only(
@@ -384,7 +384,7 @@ def test_drain_waits_then_cancels(folder: Path) -> None:
     ended = error(bench.end(endless))
     # Another sidecar can do it.
     assert (ended.kind, ended.retryable) == ("cancelled", True)
-    assert [type(m) for m in bench.of(endless)].count(schema.Error) == 1
+    assert [type(m) for m in bench.of(endless)].count(schema.Failed) == 1
 
 
 def test_a_model_is_loaded_and_unloaded_by_name(bench: Bench) -> None:
@@ -415,7 +415,7 @@ def test_a_model_is_loaded_and_unloaded_by_name(bench: Bench) -> None:
 def states(bench: Bench, id: str) -> dict[str, str]:
     """Of each model, as told just before the end of the operation `id`."""
     [*_, told, end] = bench.of(id)
-    assert isinstance(told, schema.ModelsReply) and isinstance(end, schema.Done)
+    assert isinstance(told, schema.Models) and isinstance(end, schema.Done)
     return {card.id: card.state for card in told.models}
 
 

@@ -139,7 +139,7 @@ def test_cancel_of_one_member_frees_it_within_a_step_and_changes_no_other(
     cancelled: list[int] = []
     bench.on["t1"] = cancel
     ended = bench.end("t1")
-    assert isinstance(ended, schema.Error) and ended.kind == "cancelled"
+    assert isinstance(ended, schema.Failed) and ended.kind == "cancelled"
     assert max(m.step for m in bench.of("t1", schema.Progress)) == cancelled[0] < 20
     for id, files in ((ids[0], alone[0]), (ids[2], alone[2])):
         assert isinstance(bench.end(id), schema.Done)
@@ -163,7 +163,7 @@ def test_one_who_spoils_a_pass_fails_alone(folder: Path, passes: Passes) -> None
     passes.before = spoil
     ids = together(bench, [*requests, SMALL | {"steps": 5}])
     ended = bench.end(ids[2])
-    assert isinstance(ended, schema.Error) and ended.kind == "internal"
+    assert isinstance(ended, schema.Failed) and ended.kind == "internal"
     for id, files in zip(ids, alone, strict=False):
         assert isinstance(bench.end(id), schema.Done)
         assert difference(bench.files(id), files) <= 1
@@ -212,7 +212,7 @@ def test_out_of_memory_with_one_picture_draws_it_by_halves(folder: Path, passes:
     ]
     # What must be reproducible is not drawn in another way than before.
     ended = bench.generate(seed=1, reproducible=True, **SMALL)
-    assert isinstance(ended, schema.Error) and (ended.kind, ended.retryable) == ("out_of_memory", False)
+    assert isinstance(ended, schema.Failed) and (ended.kind, ended.retryable) == ("out_of_memory", False)
     passes.before = lambda arguments: None
     assert isinstance(bench.generate(**SMALL), schema.Done)
 

@@ -298,7 +298,7 @@ def test_a_scheduler_that_could_not_make_a_step_is_refused_before_any_work(
     bench = company_of(FAMILIES[name].make).bench
     id = bench.submit(**({"width": 64, "height": 64, "steps": 4} | fields))
     refused = bench.end(id)
-    assert isinstance(refused, schema.Error)
+    assert isinstance(refused, schema.Failed)
     assert (refused.kind, refused.field) == ("invalid_request", message.split()[0])
     assert refused.message == message
     assert bench.of(id) == [refused]

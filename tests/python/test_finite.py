@@ -54,8 +54,8 @@ def fill(part: str, parameter: str, value: float) -> Spoil:
     return lambda pipeline: getattr(pipeline, part).get_parameter(parameter).data.fill_(value)
 
 
-def refused(end: schema.Done | schema.Error) -> str:
-    assert isinstance(end, schema.Error), end
+def refused(end: schema.Done | schema.Failed) -> str:
+    assert isinstance(end, schema.Failed), end
     assert (end.kind, end.field, end.retryable) == ("internal", "model", False)
     return end.message
 

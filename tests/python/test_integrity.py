@@ -46,7 +46,7 @@ def damage(path: Path, in_secret: bool = False) -> bytes:
 
 def refusal(bench: Bench) -> str:
     end = bench.generate(**SMALL)
-    assert isinstance(end, schema.Error) and end.kind == "model_load_failed", end
+    assert isinstance(end, schema.Failed) and end.kind == "model_load_failed", end
     assert "/tmp" not in end.message
     return end.message
 

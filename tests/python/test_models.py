@@ -28,8 +28,8 @@ def bench_of(folder: Path, **config: Any) -> Bench:
     return Bench(models=models, **config).start()
 
 
-def error(end: schema.Done | schema.Error) -> schema.Error:
-    assert isinstance(end, schema.Error), end
+def error(end: schema.Done | schema.Failed) -> schema.Failed:
+    assert isinstance(end, schema.Failed), end
     return end
 
 

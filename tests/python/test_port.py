@@ -103,10 +103,10 @@ def test_a_message_that_cannot_be_read_is_answered_and_the_next_is_taken(ready: 
     for body, kind, id, field in [
         (b"junk, by all accounts", "invalid_frame", None, None),
         (msgpack.packb([1, 2]), "invalid_frame", None, None),
-        (msgpack.packb({"t": "stats", "id": "x"}) + b"\0", "invalid_frame", None, None),
+        (msgpack.packb({"t": "models", "id": "x"}) + b"\0", "invalid_frame", None, None),
         (msgpack.packb({"t": "paint", "id": "r-1"}), "unknown_message", "r-1", "t"),
         (msgpack.packb({"id": "r-2"}), "invalid_request", "r-2", "t"),
-        (msgpack.packb({"t": "stats", "id": "r-3", "g": 99}), "wrong_generation", "r-3", "g"),
+        (msgpack.packb({"t": "models", "id": "r-3", "g": 99}), "wrong_generation", "r-3", "g"),
         (msgpack.packb({"t": "hello", "v": 1, "g": 1, "config": {}}), "invalid_request", None, None),
         (msgpack.packb({"t": "hello", "v": 9, "g": 1, "config": {}}), "unsupported_version", None, "v"),
         (
@@ -119,8 +119,9 @@ def test_a_message_that_cannot_be_read_is_answered_and_the_next_is_taken(ready: 
         sidecar.send_body(body)
         error = sidecar.expect("error", kind=kind)
         assert (error["id"], error["field"]) == (id, field)
-    sidecar.send({"t": "stats", "id": "after", "g": 1})
-    assert sidecar.expect("stats", id="after")["phase"] == "ready"
+    sidecar.send({"t": "models", "id": "after", "g": 1})
+    assert sidecar.expect("models", id="after")["models"]
+    assert sidecar.expect("heartbeat")["phase"] == "ready"
 
 
 def test_a_message_that_arrives_byte_by_byte_is_read(ready: Start) -> None:
@@ -148,15 +149,14 @@ def test_a_request_ends_with_its_image(ready: Start) -> None:
         assert data.startswith(b"\x89PNG")
 
 
-def test_stats_and_models_are_answered_during_a_generation(ready: Start) -> None:
+def test_models_are_told_during_a_generation_and_so_is_how_it_stands(ready: Start) -> None:
     sidecar = ready(**config())
     sidecar.send({"t": "generate", "id": "long", "prompt": "a red apple", "steps": 100, "num_images": 16})
     sidecar.expect("progress", id="long", phase="denoising", timeout=180)
-    sidecar.send({"t": "stats", "id": "s"})
     sidecar.send({"t": "models", "id": "m"})
-    stats = sidecar.expect("stats", id="s")
-    assert (stats["phase"], [running["id"] for running in stats["running"]]) == ("busy", ["long"])
     assert sidecar.expect("models", id="m")["models"]
+    beat = sidecar.expect("heartbeat")
+    assert (beat["phase"], [running["id"] for running in beat["running"]]) == ("busy", ["long"])
     sidecar.send({"t": "cancel", "id": "long"})
     assert sidecar.expect("error", id="long")["kind"] == "cancelled"
 
@@ -170,8 +170,8 @@ def test_an_engine_fault_is_answered_logged_and_survived(ready: Start) -> None:
     error = sidecar.expect("error", id="r-1")
     assert error["kind"] == "internal"
     assert "Zero" not in error["message"]
-    sidecar.send({"t": "stats", "id": "r-2"})
-    sidecar.expect("stats", id="r-2")
+    sidecar.send({"t": "models", "id": "r-2"})
+    sidecar.expect("models", id="r-2")
 
 
 def test_prints_disturb_no_frame_and_go_to_the_log_socket(ready: Start, tmp_path: Path) -> None:
@@ -197,8 +197,8 @@ def test_prints_disturb_no_frame_and_go_to_the_log_socket(ready: Start, tmp_path
             printed += lines.readline()
     assert b"a library prints from Python\n" in printed
     assert b"a library prints from C\n" in printed
-    sidecar.send({"t": "stats", "id": "after"})
-    sidecar.expect("stats", id="after")
+    sidecar.send({"t": "models", "id": "after"})
+    sidecar.expect("models", id="after")
 
 
 # Starts that cannot succeed

@@ -83,7 +83,7 @@ def states(bench: Bench) -> dict[str, schema.Card]:
 
 def refusal(bench: Bench, name: str = "model", **fields: Any) -> str:
     end = bench.generate(model=f"local/{name}", **SMALL | fields)
-    assert isinstance(end, schema.Error), end
+    assert isinstance(end, schema.Failed), end
     assert end.kind == "model_load_failed", end
     assert "/tmp" not in end.message and end.message.startswith(f"local/{name} ")
     return end.message
@@ -513,7 +513,7 @@ def test_what_a_card_says_is_what_a_model_does(
         if task in tasks:
             assert isinstance(end, schema.Done), (task, end)
         else:
-            assert isinstance(end, schema.Error) and end.kind == "invalid_request", (task, end)
+            assert isinstance(end, schema.Failed) and end.kind == "invalid_request", (task, end)
             assert end.field in ("image", "mask")
 
 

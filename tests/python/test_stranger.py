@@ -137,10 +137,6 @@ class Client:
         if self._asked(message, "models", "load_model", "unload_model")["t"] == "models":
             self._end(message)
 
-    def _on_stats(self, message: Message) -> None:
-        self._asked(message, "stats")
-        self._end(message)
-
     def _on_other(self, message: Message) -> None:
         assert message["t"] in ("heartbeat", "ready", "log"), message
 
@@ -206,7 +202,6 @@ def test_an_id_in_use_is_refused_to_all_others_and_what_runs_goes_on(client: Cli
         ({"t": "load_model", "id": "held", "model": "starweave/tiny"}, "invalid_request", "id"),
         ({"t": "unload_model", "id": "held", "model": "starweave/tiny"}, "invalid_request", "id"),
         ({"t": "models", "id": "held"}, "invalid_request", "id"),
-        ({"t": "stats", "id": "held"}, "invalid_request", "id"),
         (generate("held", width=250), "invalid_request", "width"),
         ({"t": "load_model", "id": "held"}, "invalid_request", "model"),
         ({"t": "paint", "id": "held"}, "unknown_message", "t"),
@@ -247,9 +242,6 @@ def test_what_models_holds(client: Client) -> None:
     models = client.answer(t="models", id="m")["models"]
     assert [card["id"] for card in models] == [card["id"] for card in ready["catalog"]]
     assert all(set(card) == set(models[0]) for card in models)
-    stats = client.answer(t="stats", id="m")
-    beat = client.until("heartbeat")
-    assert set(stats) - {"id"} == set(beat)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +259,7 @@ def test_a_frame_that_is_none_is_told_of_and_the_next_one_is_taken(client: Clien
     client.process.send_body(body)
     error = client.until("error")
     assert (error["id"], error["kind"], error["terminal"]) == (None, "invalid_frame", True)
-    assert client.answer(t="stats", id="next")["t"] == "stats"
+    assert client.answer(t="models", id="next")["t"] == "models"
 
 
 def test_what_is_refused_has_its_end_and_leaves_its_id_free(client: Client) -> None:
@@ -277,7 +269,7 @@ def test_what_is_refused_has_its_end_and_leaves_its_id_free(client: Client) -> N
         error = client.answer(**generate("wrong", scheduler="brush"))
         assert (error["kind"], error["field"], error["terminal"]) == ("invalid_request", "scheduler", True)
     client.send({"t": "cancel", "id": "nobody"})
-    assert client.answer(t="stats", id="wrong")["t"] == "stats"
+    assert client.answer(t="models", id="wrong")["t"] == "models"
 
 
 def ends(*messages: Message, arguments: tuple[str, ...] = (), raw: bytes = b"", close: bool = False) -> int:

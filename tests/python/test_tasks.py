@@ -49,8 +49,8 @@ def tiny() -> Bench:
     return Bench().start()
 
 
-def error(end: schema.Done | schema.Error) -> schema.Error:
-    assert isinstance(end, schema.Error), end
+def error(end: schema.Done | schema.Failed) -> schema.Failed:
+    assert isinstance(end, schema.Failed), end
     return end
 
 

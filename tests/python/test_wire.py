@@ -55,6 +55,7 @@ INCOMING: list[dict[str, Any]] = [
         "width": 512,
         "height": 64,
         "steps": 20,
+        "effort": "high",
         "guidance_scale": 7.5,
         "seed": 2**63 - 1,
         "num_images": 16,
@@ -76,7 +77,6 @@ INCOMING: list[dict[str, Any]] = [
     {"t": "load_model", "g": 7, "id": "r-1", "model": "starweave/tiny"},
     {"t": "unload_model", "g": 7, "id": "r-1", "model": "starweave/tiny"},
     {"t": "models", "g": 7, "id": "r-1"},
-    {"t": "stats", "g": 7, "id": "r-1"},
     {"t": "shutdown", "g": 7, "grace_ms": 0},
 ]
 
@@ -109,9 +109,8 @@ VITALS: dict[str, Any] = {
     "rss": 3,
     "counters": schema.Counters(accepted=1),
 }
-OUTGOING: list[schema.Outgoing] = [
-    schema.Ready(
-        g=7,
+OUTGOING: list[wire.Outgoing] = [
+    wire.Ready(
         pid=1,
         versions={"python": "3"},
         device="cpu",
@@ -137,11 +136,10 @@ OUTGOING: list[schema.Outgoing] = [
     schema.Done(
         id="r", model="m", parameters={"seed": 1, "prompt": "é"}, timings={"total": 1}, notices=["n"]
     ),
-    schema.Error(id=None, kind="invalid_frame", message="no"),
-    schema.ModelsReply(id="r", models=[CARD]),
-    schema.StatsReply(id="r", **VITALS),
-    schema.Heartbeat(**VITALS),
-    schema.Log(level="info", message="hello"),
+    schema.Failed(id=None, kind="invalid_frame", message="no"),
+    schema.Models(id="r", models=[CARD]),
+    wire.Heartbeat(**VITALS),
+    wire.Log(level="info", message="hello"),
 ]
 
 
@@ -151,19 +149,23 @@ def name(value: Any) -> str:
 
 def plain(message: Any) -> Any:
     """What a peer without the structs must read: nested maps of plain values."""
-    return msgpack.unpackb(msgpack.packb(message, default=lambda struct: _fields(struct)))
+    return msgpack.unpackb(msgpack.packb(message, default=_fields))
 
 
 def _fields(struct: Any) -> dict[str, Any]:
-    fields = {name: getattr(struct, name) for name in struct.__struct_fields__}
-    tag = struct.__struct_config__.tag
-    return {"t": tag, **fields} if tag else fields
+    return {name: getattr(struct, name) for name in struct.__struct_fields__}
+
+
+def framed(content: wire.Outgoing) -> bytes:
+    return b"".join(wire.encode(content, 7))
 
 
 @pytest.mark.parametrize("fields", INCOMING, ids=name)
 def test_every_incoming_message_is_read_from_another_encoder(fields: dict[str, Any]) -> None:
     message = wire.decode(msgpack.packb(fields))
-    read = plain(message)
+    assert message.generation == (None if fields["t"] == "hello" else 7)
+    assert type(message.content) is wire.INCOMING[fields["t"]]
+    read = plain(message.content)
     if fields["t"] == "hello":
         assert read["config"].pop("models") == [
             {
@@ -182,14 +184,15 @@ def test_every_incoming_message_is_read_from_another_encoder(fields: dict[str, A
             },
         ]
         fields = {**fields, "config": {k: v for k, v in fields["config"].items() if k != "models"}}
-    assert read == fields
+    head = {"t"} if fields["t"] == "hello" else {"t", "g"}
+    assert read == {key: value for key, value in fields.items() if key not in head}
 
 
 @pytest.mark.parametrize("message", OUTGOING, ids=name)
-def test_every_outgoing_message_is_read_by_another_decoder(message: schema.Outgoing) -> None:
-    frame = b"".join(wire.encode(message))
+def test_every_outgoing_message_is_read_by_another_decoder(message: wire.Outgoing) -> None:
+    frame = framed(message)
     assert struct.unpack(">I", frame[:4]) == (len(frame) - 4,)
-    assert msgpack.unpackb(frame[4:]) == plain(message)
+    assert msgpack.unpackb(frame[4:]) == {"t": wire.OUTGOING[type(message)], "g": 7, **plain(message)}
 
 
 @pytest.mark.parametrize("size", [1, 255, 256, 65535, 65536, schema.MAX_PART])
@@ -198,16 +201,16 @@ def test_image_data_is_framed_without_a_copy(size: int) -> None:
     part = schema.ImagePart(
         id="r", index=0, seed=1, format="png", width=8, height=8, sha256="0", size=size, offset=0, data=data
     )
-    buffers = wire.encode(part)
+    buffers = wire.encode(part, 7)
     assert buffers[-1] is data
     frame = b"".join(buffers)
     assert struct.unpack(">I", frame[:4]) == (len(frame) - 4,)
-    assert msgpack.unpackb(frame[4:]) == {**plain(part), "data": bytes(data)}
+    assert msgpack.unpackb(frame[4:]) == {"t": "image", "g": 7, **plain(part), "data": bytes(data)}
 
 
 def test_a_frame_above_the_limit_is_not_encoded() -> None:
     with pytest.raises(wire.FramingError):
-        wire.encode(schema.Log(level="info", message="x" * wire.MAX_FRAME))
+        wire.encode(wire.Log(level="info", message="x" * wire.MAX_FRAME), 7)
 
 
 # Framing
@@ -274,9 +277,8 @@ def test_a_body_that_is_no_map_is_an_invalid_frame(body: bytes) -> None:
 
 
 def test_nesting_of_32_is_taken() -> None:
-    assert wire.decode(b"\x83\xa1t\xa6models\xa2id\xa1a\xa1x" + b"\x91" * 31 + b"\x01") == schema.Models(
-        id="a"
-    )
+    message = wire.decode(b"\x83\xa1t\xa6models\xa2id\xa1a\xa1x" + b"\x91" * 31 + b"\x01")
+    assert message.content == wire.ListModels(id="a")
 
 
 def test_too_many_values_are_refused_before_one_of_them_is_made() -> None:
@@ -298,22 +300,22 @@ def test_too_many_values_are_refused_before_one_of_them_is_made() -> None:
 def test_bytes_and_text_count_once_however_long() -> None:
     files = {"image": PNG + bytes(12 * 1024 * 1024 - len(PNG)), "extra": ["x" * 70_000] * 100}
     body = msgpack.packb({"t": "generate", "id": "a", "prompt": "an apple", **files})
-    assert isinstance(wire.decode(body), schema.Generate)
+    assert isinstance(wire.decode(body).content, schema.Request)
 
 
 def test_text_that_is_no_utf8_is_said_all_the_same() -> None:
     name = os.fsdecode(b"mod\xe8le")
-    said = b"".join(wire.encode(schema.Error(id=None, kind="internal", message=f"{name} is damaged")))
+    said = framed(schema.Failed(id=None, kind="internal", message=f"{name} is damaged"))
     assert msgpack.unpackb(said[4:])["message"] == "mod?le is damaged"
     done = schema.Done(id="a", parameters={"prompt": name, name: [name]}, notices=[name])
-    said = b"".join(wire.encode(done))
+    said = framed(done)
     assert msgpack.unpackb(said[4:])["parameters"] == {"prompt": "mod?le", "mod?le": ["mod?le"]}
 
 
 @pytest.mark.parametrize("field", ["guidance_scale", "strength", "variation_strength"])
 def test_minus_zero_is_zero(field: str) -> None:
     message = wire.decode(msgpack.packb({"t": "generate", "id": "a", "prompt": "x", field: -0.0}))
-    assert math.copysign(1, getattr(message, field)) == 1
+    assert math.copysign(1, getattr(message.content, field)) == 1
 
 
 @given(st.binary(max_size=200))
@@ -344,7 +346,7 @@ def test_any_value_of_any_field_is_taken_or_refused_by_name(tag: str, fields: di
         assert error.field in error.message or error.kind == "unsupported_version"
         assert len(error.message) < 250
     else:
-        assert name(plain(message)) == tag
+        assert type(message.content) is wire.INCOMING[tag]
 
 
 @given(
@@ -355,11 +357,12 @@ def test_any_value_of_any_field_is_taken_or_refused_by_name(tag: str, fields: di
 )
 def test_good_values_round_trip(prompt: str, seed: int | None, guidance: float, width: int) -> None:
     fields = {"t": "generate", "id": "r", "prompt": prompt, "seed": seed, "guidance_scale": guidance}
-    message = wire.decode(msgpack.packb({**fields, "width": width}))
-    assert isinstance(message, schema.Generate)
-    assert (message.prompt, message.seed, message.width) == (prompt, seed, width)
-    assert message.guidance_scale == guidance
-    assert wire.decode(b"".join(wire.encode(message))[4:]) == message
+    request = wire.decode(msgpack.packb({**fields, "width": width})).content
+    assert isinstance(request, schema.Request)
+    assert (request.prompt, request.seed, request.width) == (prompt, seed, width)
+    assert request.guidance_scale == guidance
+    again = wire.decode(msgpack.packb({"t": "generate", **plain(request)}))
+    assert again == wire.Message(None, request)
 
 
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
@@ -412,7 +415,7 @@ def test_null_counts_as_absent() -> None:
     message = wire.decode(
         msgpack.packb({"t": "generate", "id": "r", "prompt": "x", "num_images": None, "g": None})
     )
-    assert message == schema.Generate(id="r", prompt="x")
+    assert message == wire.Message(None, schema.Request(id="r", prompt="x"))
 
 
 def test_another_version_is_told_from_a_bad_hello() -> None:

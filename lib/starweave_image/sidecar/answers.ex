@@ -88,9 +88,6 @@ defmodule StarweaveImage.Sidecar.Answers do
       {"models", :models} ->
         :end
 
-      {"stats", :stats} ->
-        :end
-
       {"load_model", :progress} ->
         {:tell, message, type}
 
@@ -116,7 +113,7 @@ defmodule StarweaveImage.Sidecar.Answers do
   defp answer(%Draft{accepted: nil}, said),
     do: {:error, "it sent #{said.t} before accepted"}
 
-  defp answer(_draft, %{t: said}) when said in [:accepted, :models, :stats],
+  defp answer(_draft, %{t: said}) when said in [:accepted, :models],
     do: {:error, "it sent #{said} in the middle of a request"}
 
   defp answer(draft, %{t: said, image: image}) when image >= length(draft.seeds),

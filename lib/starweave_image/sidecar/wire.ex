@@ -55,7 +55,8 @@ defmodule StarweaveImage.Sidecar.Wire do
     state: {:one_of, ~w(loaded loading available remote absent failed)a},
     error: {:maybe, :str}
   ]
-  @status [
+  @heartbeat [
+    seq: :uint,
     phase: {:one_of, ~w(starting loading ready busy draining)a},
     uptime_ms: :uint,
     capacity: :uint,
@@ -136,8 +137,7 @@ defmodule StarweaveImage.Sidecar.Wire do
        retryable: {:maybe, :bool},
        terminal: {:maybe, :bool}},
     "models" => {:models, id: :str, models: {:list, {:record, @card}}},
-    "stats" => {:stats, [{:id, :str} | @status]},
-    "heartbeat" => {:heartbeat, [{:seq, :uint} | @status]},
+    "heartbeat" => {:heartbeat, @heartbeat},
     "log" =>
       {:log, level: {:one_of, ~w(debug info warning error)a}, message: :str, id: {:maybe, :str}}
   }

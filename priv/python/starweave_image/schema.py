@@ -1,32 +1,46 @@
 """What is asked of the engine and what it tells: requests, configurations, cards, events.
 
-Their ranges stand in the types below, with the words that a person reads when a value is refused.
+Each field of a request and of a configuration stands once, below: its type, range and default, what it is for, and
+where a type does not say it, the words that a person reads when a value is refused. `fields` gives them to whoever
+derives something: the command line, docs/protocol.md, tests/contract/schema.json.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from functools import cache
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeAlias,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import NODEFAULT, Meta, Struct
 
-from .errors import Kind
+from .errors import ImageError, Kind
 
-VERSION = 1
 MAX_INT = 2**63 - 1
 MAX_PART = 4 * 1024 * 1024
 STRENGTH = 0.8
 
-_MAX_TEXT = 8192
+_MAX_PROMPT = 8192
 _MAX_STYLE = 256
 _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
 class Refused(Exception):
-    """Raised by a struct for what its types cannot say; without a message the field's description is used."""
+    """Raised by a struct for what its types cannot say; without a message the field's own words are used."""
 
     def __init__(self, field: str, message: str | None = None) -> None:
         super().__init__(field)
@@ -50,32 +64,62 @@ def _is_image(data: bytes) -> bool:
     return data.startswith(_IMAGE_MAGIC) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
 
 
-# Types of fields. A description completes the sentence "<field> must be …".
+# Types of fields. A title names a type of text; a description completes the sentence "<field> must be …" where the
+# bounds alone do not say it.
 
 Id = Annotated[
     str,
-    Meta(max_length=128, pattern=r"\A[A-Za-z0-9._:-]+\Z", description="1 to 128 of A-Z a-z 0-9 . _ : -"),
+    Meta(
+        title="id",
+        min_length=1,
+        max_length=128,
+        pattern=r"\A[A-Za-z0-9._:-]+\Z",
+        description="1 to 128 of A-Z a-z 0-9 . _ : -",
+    ),
 ]
-Generation = Annotated[int, Meta(ge=0, le=MAX_INT, description="an integer from 0 to 2^63 - 1")]
 ModelId = Annotated[
     str,
     Meta(
+        title="model_id",
+        min_length=1,
         max_length=256,
         pattern=r"\A(?!\.)[A-Za-z0-9._-]+(/(?!\.)[A-Za-z0-9._-]+)?\Z",
         description="a model name or owner/name of at most 256 of A-Z a-z 0-9 . _ -, no part beginning with a dot",
     ),
 ]
-Pixels = Annotated[int, Meta(ge=64, le=4096, multiple_of=8, description="a multiple of 8 from 64 to 4096")]
+Scheduler = Annotated[
+    str,
+    Meta(
+        title="scheduler",
+        min_length=1,
+        max_length=64,
+        pattern=r"\A[A-Za-z0-9_+.() -]+\Z",
+        description="1 to 64 of A-Z a-z 0-9 _ + . ( ) - and space",
+    ),
+]
+Device = Annotated[
+    str,
+    Meta(
+        title="device",
+        pattern=r"\A(auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?)\Z",
+        description="one of auto, cpu, cuda, cuda:N, mps, xpu",
+    ),
+]
+Prompt = Annotated[
+    str,
+    Meta(
+        title="prompt",
+        min_length=1,
+        max_length=_MAX_PROMPT,
+        description=f"1 to {_MAX_PROMPT} bytes of text, not only white space and without NUL",
+    ),
+]
 EncodedImage = Annotated[
     bytes,
     Meta(
         min_length=12, max_length=12 * 1024 * 1024, description="a PNG, JPEG or WebP file of at most 12 MiB"
     ),
 ]
-Format = Annotated[Literal["png", "jpeg", "webp"], Meta(description="one of png, jpeg, webp")]
-ModelIds = Annotated[list[ModelId], Meta(max_length=256, description="a list of at most 256 model names")]
-Bytes = Annotated[int, Meta(ge=0, le=2**50, description="an integer of bytes from 0 to 2^50")]
-Bool = Annotated[bool, Meta(description="true or false")]
 Path = Annotated[
     str,
     Meta(
@@ -86,17 +130,15 @@ Revision = Annotated[
     str,
     Meta(max_length=256, pattern=r"\A[A-Za-z0-9._/-]+\Z", description="1 to 256 of A-Z a-z 0-9 . _ / -"),
 ]
-
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z", description="64 of 0-9 a-f")]
+Pixels = Annotated[int, Meta(ge=64, le=4096, multiple_of=8)]
+Bytes = Annotated[int, Meta(ge=0, le=2**50, description="an integer of bytes from 0 to 2^50")]
+ModelIds = Annotated[list[ModelId], Meta(max_length=256, description="a list of at most 256 model names")]
 
 
-# Application → sidecar
-
-
-class Incoming(Struct, tag_field="t", kw_only=True):
-    """What every message to the sidecar has: `g` is absent where the sender does not care."""
-
-    g: Generation | None = None
+def says(help: str) -> Meta:
+    """What a field is for, in one short sentence of Markdown."""
+    return Meta(extra={"help": help})
 
 
 class ModelEntry(Struct, kw_only=True):
@@ -117,110 +159,125 @@ class ModelEntry(Struct, kw_only=True):
 
 
 class Config(Struct, kw_only=True):
+    """How an engine works."""
+
     models: Annotated[
         list[ModelEntry],
         Meta(
+            title="models",
             max_length=1024,
             description="a list of at most 1024 maps with id, path, revision, sha256 and fallbacks",
         ),
+        says("the models that may be loaded besides those of the catalog that are here: see below"),
     ] = []
-    default_model: ModelId = "starweave/tiny"
-    device: Annotated[
-        str,
-        Meta(
-            pattern=r"\A(auto|cpu|mps|xpu|cuda(:[0-9]{1,3})?)\Z",
-            description="one of auto, cpu, cuda, cuda:N, mps, xpu",
-        ),
-    ] = "auto"
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        Meta(description="one of auto, float32, bfloat16, float16"),
-    ] = "auto"
-    offline: Bool = False
-    capacity: Annotated[int, Meta(ge=1, le=64, description="an integer from 1 to 64")] = 8
-    preload: ModelIds = []
-    pinned: ModelIds = []
-    memory_budget: Bytes | None = None
-    ram_budget: Bytes = 0
-    disk_quota: Bytes | None = None
-    max_models: Annotated[int, Meta(ge=1, le=10_000, description="an integer from 1 to 10000")] | None = None
+    default_model: Annotated[ModelId, says("for a request that names none")] = "starweave/tiny"
+    device: Annotated[Device, says("what computes")] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], says("the number format")] = "auto"
+    offline: Annotated[bool, says("never ask the hub")] = False
+    capacity: Annotated[int, Meta(ge=1, le=64), says("requests that may run at once")] = 8
+    preload: Annotated[
+        ModelIds,
+        says("loaded one after the other once `ready` is said, which only heartbeats and `models` tell of"),
+    ] = []
+    pinned: Annotated[ModelIds, says("never leave memory to make room")] = []
+    memory_budget: Annotated[
+        Bytes | None,
+        says("what loaded models may take on the device; 85 % of its memory unless given"),
+    ] = None
+    ram_budget: Annotated[
+        Bytes,
+        says("what models that left the device may take in main memory; without effect on a CPU"),
+    ] = 0
+    disk_quota: Annotated[Bytes | None, says("what models may take in the hub's cache: see below")] = None
+    max_models: Annotated[
+        Annotated[int, Meta(ge=1, le=10_000)] | None,
+        says("how many models may be in the hub's cache, likewise"),
+    ] = None
     cleanup_interval_ms: Annotated[
-        int, Meta(ge=1000, le=604_800_000, description="an integer from 1000 to 604800000")
+        int, Meta(ge=1000, le=604_800_000), says("how often the hub's cache is looked through")
     ] = 3_600_000
     offload: Annotated[
         Literal["auto", "none", "model", "sequential"],
-        Meta(description="one of auto, none, model, sequential"),
+        says("whether weights wait in main memory and visit the device; without effect on a CPU"),
     ] = "auto"
-    attention: Annotated[Literal["auto", "none", "sliced"], Meta(description="one of auto, none, sliced")] = (
-        "auto"
-    )
-    vae: Annotated[Literal["auto", "none", "tiled"], Meta(description="one of auto, none, tiled")] = "auto"
-    compile: Annotated[Literal["none", "blocks"], Meta(description="one of none, blocks")] = "none"
-    backend: Annotated[Literal["torch", "openvino"], Meta(description="one of torch, openvino")] = "torch"
-    heartbeat_interval_ms: Annotated[
-        int, Meta(ge=50, le=10_000, description="an integer from 50 to 10000")
-    ] = 1000
+    attention: Annotated[
+        Literal["auto", "none", "sliced"],
+        says("whether a UNet computes its attention in slices; `auto`: on a Mac's GPU below 64 GB"),
+    ] = "auto"
+    vae: Annotated[
+        Literal["auto", "none", "tiled"],
+        says("whether large pictures are decoded tile by tile; `auto`: where one would not fit whole"),
+    ] = "auto"
+    compile: Annotated[Literal["none", "blocks"], says("whether the denoiser's blocks are compiled")] = "none"
+    backend: Annotated[
+        Literal["torch", "openvino"],
+        says("what computes the denoiser; `openvino` needs its package, a CPU, and no `compile`"),
+    ] = "torch"
+    heartbeat_interval_ms: Annotated[int, Meta(ge=50, le=10_000), says("between two heartbeats")] = 1000
 
 
-class Hello(Incoming, tag="hello", kw_only=True):
-    v: Annotated[int, Meta(description=f"the integer {VERSION}")]
-    g: Annotated[int, Meta(ge=1, le=MAX_INT, description="an integer from 1 to 2^63 - 1")]
-    config: Annotated[Config, Meta(description="a map")]
+class Request(Struct, kw_only=True):
+    """What is asked for. Bounds of the model's card, which are narrower, are seen to later."""
 
-
-class Generate(Incoming, tag="generate", kw_only=True):
-    id: Id
-    prompt: Annotated[
-        str,
-        Meta(
-            max_length=_MAX_TEXT,
-            description=f"1 to {_MAX_TEXT} bytes of text, not only white space and without NUL",
-        ),
-    ]
-    negative_prompt: Annotated[
-        str, Meta(max_length=_MAX_TEXT, description=f"at most {_MAX_TEXT} bytes of text without NUL")
-    ] = ""
-    model: ModelId | None = None
-    width: Pixels | None = None
-    height: Pixels | None = None
-    steps: Annotated[int, Meta(ge=1, le=200, description="an integer from 1 to 200")] | None = None
-    guidance_scale: Annotated[float, Meta(ge=0, le=50, description="a number from 0 to 50")] | None = None
-    seed: Annotated[int, Meta(ge=-1, le=MAX_INT, description="an integer from -1 to 2^63 - 1")] | None = None
-    variation_strength: Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")] | None = None
-    variation_seed: (
-        Annotated[int, Meta(ge=0, le=MAX_INT, description="an integer from 0 to 2^63 - 1")] | None
-    ) = None
-    num_images: Annotated[int, Meta(ge=1, le=16, description="an integer from 1 to 16")] = 1
-    scheduler: (
-        Annotated[
-            str,
-            Meta(
-                max_length=64,
-                pattern=r"\A[A-Za-z0-9_+.() -]+\Z",
-                description="1 to 64 of A-Z a-z 0-9 _ + . ( ) - and space",
-            ),
-        ]
-        | None
-    ) = None
-    style: Annotated[
-        str, Meta(max_length=_MAX_STYLE, description=f"at most {_MAX_STYLE} bytes of text without NUL")
-    ] = ""
-    strength: Annotated[float, Meta(ge=0, le=1, description="a number from 0 to 1")] = STRENGTH
-    image: EncodedImage | None = None
-    mask: EncodedImage | None = None
-    format: Format = "png"
-    quality: Annotated[int, Meta(ge=1, le=100, description="an integer from 1 to 100")] = 90
-    metadata: Bool = True
-    reproducible: Bool = False
-    preview: Bool = False
-    timeout_ms: (
-        Annotated[int, Meta(ge=1, le=86_400_000, description="an integer from 1 to 86400000")] | None
-    ) = None
+    id: Annotated[Id, says("the name of the request; not one in use")]
+    prompt: Annotated[Prompt, says("what the image shows")]
+    negative_prompt: Annotated[str, Meta(max_length=_MAX_PROMPT), says("what the image should not show")] = ""
+    model: Annotated[ModelId | None, says("`default_model` unless given")] = None
+    width: Annotated[Pixels | None, says("in pixels; the card has the default and narrower limits")] = None
+    height: Annotated[Pixels | None, says("in pixels, as `width`")] = None
+    steps: Annotated[
+        Annotated[int, Meta(ge=1, le=200)] | None,
+        says("denoise steps; the card has the default and narrower limits"),
+    ] = None
+    effort: Annotated[
+        Literal["draft", "standard", "high"],
+        says("how many steps where `steps` is not given: half, all or 1.6 times the card's default"),
+    ] = "standard"
+    guidance_scale: Annotated[
+        Annotated[float, Meta(ge=0, le=50)] | None,
+        says("how closely the prompt is followed; the card has the default and narrower limits"),
+    ] = None
+    seed: Annotated[
+        Annotated[int, Meta(ge=-1, le=MAX_INT)] | None,
+        says("image k uses seed + k, modulo 2^63; -1 or none draws one below 2^53"),
+    ] = None
+    variation_strength: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        says("how far to go from the picture of `seed` towards that of `variation_seed`: see below"),
+    ] = None
+    variation_seed: Annotated[
+        Annotated[int, Meta(ge=0, le=MAX_INT)] | None,
+        says("with `variation_strength`; `seed` unless given"),
+    ] = None
+    num_images: Annotated[int, Meta(ge=1, le=16), says("how many images, of consecutive seeds")] = 1
+    scheduler: Annotated[
+        Scheduler | None,
+        says("a sampler (`DPM++ 2M Karras`, `euler_a`) or a diffusers class; the model's own unless given"),
+    ] = None
+    style: Annotated[str, Meta(max_length=_MAX_STYLE), says("added to the prompt after a comma")] = ""
+    strength: Annotated[
+        float,
+        Meta(ge=0, le=1),
+        says("how far `image` may be left: that share of the steps is made, at least one"),
+    ] = STRENGTH
+    image: Annotated[EncodedImage | None, says("a picture to start from")] = None
+    mask: Annotated[EncodedImage | None, says("where `image` may change: white in it; needs `image`")] = None
+    format: Annotated[Literal["png", "jpeg", "webp"], says("of the file")] = "png"
+    quality: Annotated[int, Meta(ge=1, le=100), says("of a JPEG or WebP file")] = 90
+    metadata: Annotated[bool, says("write the parameters into the file")] = True
+    reproducible: Annotated[
+        bool, says("the same bytes for the same request, whatever else runs; slower in company")
+    ] = False
+    preview: Annotated[bool, says("show how the image forms")] = False
+    timeout_ms: Annotated[
+        Annotated[int, Meta(ge=1, le=86_400_000)] | None,
+        says("time left from the moment of reading; no end unless given"),
+    ] = None
 
     def __post_init__(self) -> None:
-        if not _is_text(self.prompt, _MAX_TEXT) or not _has_ink(self.prompt):
+        if not _is_text(self.prompt, _MAX_PROMPT) or not _has_ink(self.prompt):
             raise Refused("prompt")
-        if not _is_text(self.negative_prompt, _MAX_TEXT):
+        if not _is_text(self.negative_prompt, _MAX_PROMPT):
             raise Refused("negative_prompt")
         if not _is_text(self.style, _MAX_STYLE):
             raise Refused("style")
@@ -243,39 +300,7 @@ class Generate(Incoming, tag="generate", kw_only=True):
             raise Refused("variation_seed", "variation_seed needs variation_strength")
 
 
-class Cancel(Incoming, tag="cancel", kw_only=True):
-    id: Id
-
-
-class LoadModel(Incoming, tag="load_model", kw_only=True):
-    id: Id
-    model: ModelId
-
-
-class UnloadModel(Incoming, tag="unload_model", kw_only=True):
-    id: Id
-    model: ModelId
-
-
-class Models(Incoming, tag="models", kw_only=True):
-    id: Id
-
-
-class Stats(Incoming, tag="stats", kw_only=True):
-    id: Id
-
-
-class Shutdown(Incoming, tag="shutdown", kw_only=True):
-    grace_ms: Annotated[int, Meta(ge=0, le=600_000, description="an integer from 0 to 600000")] = 5000
-
-
-# Sidecar → application
-
-
-class Outgoing(Struct, tag_field="t", kw_only=True):
-    """What every message to the application has; the port fills in `g`."""
-
-    g: int = 0
+# What the engine tells of itself and its models.
 
 
 class Defaults(Struct, kw_only=True):
@@ -317,88 +342,6 @@ class Card(Struct, kw_only=True):
     error: str | None = None
 
 
-class Ready(Outgoing, tag="ready", kw_only=True):
-    v: int = VERSION
-    pid: int
-    versions: dict[str, str]
-    device: str
-    dtype: str
-    device_name: str
-    capacity: int
-    default_model: str
-    catalog: list[Card]
-
-
-class Accepted(Outgoing, tag="accepted", kw_only=True):
-    id: str
-    model: str
-    width: int
-    height: int
-    steps: int
-    guidance_scale: float
-    scheduler: str
-    seeds: list[int]
-    format: str
-
-
-class Progress(Outgoing, tag="progress", kw_only=True):
-    id: str
-    phase: Literal["loading", "denoising", "decoding", "encoding"]
-    image: int = 0
-    step: int = 0
-    steps: int = 0
-    elapsed_ms: int = 0
-
-
-# `data` is the last field of the next two: `encode` relies on it.
-
-
-class Preview(Outgoing, tag="preview", kw_only=True):
-    id: str
-    image: int
-    step: int
-    format: str
-    width: int
-    height: int
-    data: bytes | memoryview
-
-
-class ImagePart(Outgoing, tag="image", kw_only=True):
-    id: str
-    index: int
-    seed: int
-    format: str
-    width: int
-    height: int
-    sha256: str
-    size: int
-    offset: int
-    data: bytes | memoryview
-
-
-class Done(Outgoing, tag="done", kw_only=True):
-    id: str
-    model: str | None = None
-    parameters: dict[str, Any] | None = None
-    timings: dict[str, int] | None = None
-    notices: list[str] = []
-
-
-class Error(Outgoing, tag="error", kw_only=True):
-    id: str | None
-    kind: Kind
-    message: str
-    field: str | None = None
-    retryable: bool = False
-    # False: what was refused is a message, and whatever runs by its id goes on.
-    terminal: bool = True
-
-
-class ModelsReply(Outgoing, tag="models", kw_only=True):
-    id: str
-    models: list[Card]
-
-
 class Running(Struct, kw_only=True):
     id: str
     phase: str
@@ -433,8 +376,6 @@ class Counters(Struct, kw_only=True):
 
 
 class Snapshot(Struct, kw_only=True):
-    """The engine's part of a heartbeat."""
-
     phase: Literal["starting", "loading", "ready", "busy", "draining"] = "starting"
     capacity: int = 0
     grant: int = 0
@@ -446,54 +387,126 @@ class Snapshot(Struct, kw_only=True):
     counters: Counters = msgspec.field(default_factory=Counters)
 
 
-class Vitals(Outgoing, kw_only=True):
-    """`Snapshot` and what the process itself knows: the body of a heartbeat and of a `stats` reply."""
+class Facts(Struct, kw_only=True):
+    """What is known once the engine has started."""
 
-    seq: int
-    phase: str
-    uptime_ms: int
+    versions: dict[str, str]
+    device: str
+    dtype: str
+    device_name: str
     capacity: int
-    grant: int
-    running: list[Running]
-    resident: list[str]
-    device_memory: DeviceMemory | None
-    device_work: DeviceWork | None = None
-    loads: list[Load] = []
-    rss: int
-    counters: Counters
+    default_model: str
+    catalog: list[Card]
 
 
-class Heartbeat(Vitals, tag="heartbeat", kw_only=True):
-    pass
+# Events: what happens to a request, or to an operation on a model.
 
 
-class StatsReply(Vitals, tag="stats", kw_only=True):
+class Accepted(Struct, kw_only=True):
     id: str
+    model: str
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    scheduler: str
+    seeds: list[int]
+    format: str
 
 
-class Log(Outgoing, tag="log", kw_only=True):
-    level: Literal["debug", "info", "warning", "error"]
+class Progress(Struct, kw_only=True):
+    id: str
+    phase: Literal["loading", "denoising", "decoding", "encoding"]
+    image: int = 0
+    step: int = 0
+    steps: int = 0
+    elapsed_ms: int = 0
+
+
+class Preview(Struct, kw_only=True):
+    id: str
+    image: int
+    step: int
+    format: str
+    width: int
+    height: int
+    data: bytes | memoryview
+
+
+class ImagePart(Struct, kw_only=True):
+    id: str
+    index: int
+    seed: int
+    format: str
+    width: int
+    height: int
+    sha256: str
+    size: int
+    offset: int
+    data: bytes | memoryview
+
+
+class Models(Struct, kw_only=True):
+    id: str
+    models: list[Card]
+
+
+class Done(Struct, kw_only=True):
+    id: str
+    model: str | None = None
+    parameters: dict[str, Any] | None = None
+    timings: dict[str, int] | None = None
+    notices: list[str] = []
+
+
+class Failed(Struct, kw_only=True):
+    """The end of a request or an operation; without `id` it is about neither."""
+
+    id: str | None
+    kind: Kind
     message: str
-    id: str | None = None
+    field: str | None = None
+    retryable: bool = False
+    # False: what was refused is a message, and whatever runs by its id goes on.
+    terminal: bool = True
 
 
-def describe(struct: type[Incoming], field: str, fields: dict[str, Any]) -> str:
-    """The sentence about a refused `field`, such as "config.models[0].id", from the words of its type."""
-    hint: Any = struct
-    value: Any = fields
-    allowed = ""
-    for part in re.findall(r"\w+", field):
+Event: TypeAlias = Accepted | Progress | Preview | ImagePart | Models | Done | Failed
+
+
+# Reading values, and what is said of those that are refused.
+
+Asked = TypeVar("Asked", bound=Struct)
+
+
+def read(kind: type[Asked], values: Mapping[str, Any]) -> Asked:
+    """A value of `kind` from a map without nulls, whose unknown keys are ignored; raises `invalid_request`, with the first
+    field at fault, such as "models[0].id"."""
+    try:
+        return msgspec.convert(values, kind, builtin_types=(bytes,))
+    except Refused as refused:
+        field, reason = refused.field, refused.message
+    except msgspec.ValidationError as error:
+        field, reason = _field_at_fault(str(error)), None
+    raise ImageError("invalid_request", reason or _sentence(kind, field, values), field)
+
+
+def _field_at_fault(error: str) -> str:
+    path = re.search(r"at `\$\.?(.*)`$", error)
+    missing = re.match(r"Object missing required field `(.*?)`", error)
+    return ".".join([*filter(None, path.groups() if path else ()), *(missing.groups() if missing else ())])
+
+
+def _sentence(kind: type[Struct], path: str, value: Any) -> str:
+    """The sentence about what stands at `path`, from the words of its type."""
+    hint: Any = kind
+    for part in re.findall(r"\w+", path):
         if part.isdecimal():
             hint, value = get_args(hint)[0], value[int(part)]
         else:
             hint, value = get_type_hints(hint, include_extras=True)[part], value.get(part)
-        if get_origin(hint) in (Union, UnionType):
-            hint = get_args(hint)[0]
-        allowed = "a map"
-        if get_origin(hint) is Annotated:
-            hint, meta = get_args(hint)
-            allowed = meta.description
-    return refusal(field, allowed, value)
+        hint, said = _bare(hint)
+    return refusal(path, _must_be(hint, said), value)
 
 
 def refusal(field: str, allowed: str, value: Any) -> str:
@@ -511,3 +524,94 @@ def shown(value: Any) -> str:
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
     return "a map" if isinstance(value, dict) else "a list" if isinstance(value, list) else "an extension"
+
+
+# The schema as values.
+
+
+class Field(NamedTuple):
+    """One field: `type` is integer, number, boolean, one_of, image, list, text, or the name of a kind of text."""
+
+    name: str
+    type: str
+    must_be: str
+    help: str
+    required: bool
+    default: Any
+    # Those of min, max, multiple_of, min_bytes, max_bytes, max_items and values that bound it.
+    bounds: dict[str, Any]
+
+
+@cache
+def fields(kind: type[Struct]) -> tuple[Field, ...]:
+    """The fields of `Request` or `Config`, in order."""
+    hints = get_type_hints(kind, include_extras=True)
+    return tuple(_field(field, *_bare(hints[field.name])) for field in msgspec.structs.fields(kind))
+
+
+def _field(field: msgspec.structs.FieldInfo, hint: Any, said: dict[str, Any]) -> Field:
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    lengths = "items" if get_origin(hint) is list else "bytes"
+    bounds = {
+        "min": said.get("ge"),
+        "max": said.get("le"),
+        "multiple_of": said.get("multiple_of"),
+        f"min_{lengths}": said.get("min_length"),
+        f"max_{lengths}": said.get("max_length"),
+        "values": list(get_args(hint)) if get_origin(hint) is Literal else None,
+    }
+    return Field(
+        name=field.name,
+        type=said.get("title") or _TYPES[get_origin(hint) or hint],
+        must_be=_must_be(hint, said),
+        help=said["extra"]["help"],
+        required=field.required,
+        default=None if default is NODEFAULT else default,
+        bounds={name: bound for name, bound in bounds.items() if bound is not None},
+    )
+
+
+_TYPES: dict[Any, str] = {
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    str: "text",
+    bytes: "image",
+    list: "list",
+    Literal: "one_of",
+}
+
+
+_SAID = ("ge", "le", "multiple_of", "min_length", "max_length", "title", "description", "extra")
+
+
+def _bare(hint: Any) -> tuple[Any, dict[str, Any]]:
+    """A type without null and without what is said of it, and that: bounds, title, description, help."""
+    said: dict[str, Any] = {}
+    while True:
+        if get_origin(hint) is Annotated:
+            hint, *metas = get_args(hint)
+            for meta in metas:
+                said |= {name: value for name in _SAID if (value := getattr(meta, name)) is not None}
+        elif get_origin(hint) in (Union, UnionType):
+            hint = next(each for each in get_args(hint) if each is not NoneType)
+        else:
+            return hint, said
+
+
+def _must_be(hint: Any, said: Mapping[str, Any]) -> str:
+    """What completes the sentence "<field> must be …"."""
+    if "description" in said:
+        return str(said["description"])
+    if hint is str:
+        return f"at most {said['max_length']} bytes of text without NUL"
+    if hint in (int, float):
+        high = "2^63 - 1" if said["le"] == MAX_INT else said["le"]
+        number = f"a multiple of {said['multiple_of']}" if "multiple_of" in said else f"{_A[hint]}"
+        return f"{number} from {said['ge']} to {high}"
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    return "true or false" if hint is bool else "a map"
+
+
+_A = {int: "an integer", float: "a number"}

@@ -121,7 +121,8 @@ def generate(packed: bytes) -> Any:
     from starweave_image.doors import wire
 
     try:
-        return msgspec.to_builtins(wire.decode(packed), builtin_types=(bytes,))
+        request = wire.decode(packed).content
+        return {"t": "generate", **msgspec.to_builtins(request, builtin_types=(bytes,))}
     except wire.InvalidMessage as error:
         return {"error": str(error), "field": error.field}
 

@@ -68,11 +68,11 @@ class Request:
         """Seconds until the deadline, where there is one."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
-    def on_wire(self) -> schema.Running:
+    def stand(self) -> schema.Running:
         """Where the picture stands that is least far of those in work; between two of them, the latest."""
         latest = max(self._lanes, key=lambda lane: lane.advanced)
         at_work = [lane for lane in self._lanes if lane.at_work] or [latest]
-        return min(at_work, key=lambda lane: (_ORDER[lane.phase], lane.step)).on_wire()
+        return min(at_work, key=lambda lane: (_ORDER[lane.phase], lane.step)).stand()
 
     def timings(self) -> dict[str, int]:
         """Milliseconds by phase, those of all pictures added up; `total` is by the clock."""
@@ -174,7 +174,7 @@ class Lane:
             elapsed_ms=round((time.monotonic() - self.request.begun) * 1000),
         )
 
-    def on_wire(self) -> schema.Running:
+    def stand(self) -> schema.Running:
         return schema.Running(
             id=self.request.id,
             phase=self.phase,

@@ -14,7 +14,7 @@ import msgspec
 
 from .. import schema
 from ..errors import ImageError, Kind
-from . import output, wire
+from . import output
 
 FAILED = 1
 USAGE = 2
@@ -98,15 +98,14 @@ def models(args: argparse.Namespace) -> int:
     return 0
 
 
-def _request(args: argparse.Namespace) -> schema.Generate:
+def _request(args: argparse.Namespace) -> schema.Request:
     fields: dict[str, Any] = {name: getattr(args, name) for name in _REQUEST_FIELDS}
     fields["format"] = output.format_of(args.out) if args.format is None else args.format
     if args.model and os.path.isdir(args.model):
         fields["model"] = _local_id(args.model)
     fields["image"], fields["mask"] = _file(args.image, "image"), _file(args.mask, "mask")
-    request = wire.parse({"t": "generate", "id": _REQUEST_ID, **fields})
-    assert isinstance(request, schema.Generate)
-    return request
+    given = {name: value for name, value in fields.items() if value is not None}
+    return schema.read(schema.Request, {"id": _REQUEST_ID, **given})
 
 
 def _file(path: str | None, field: str) -> bytes | None:
@@ -133,13 +132,8 @@ def _config(args: argparse.Namespace) -> schema.Config:
         )
     elif model:
         models = [{"id": model}]
-    config = {"models": models, "device": args.device, "dtype": args.dtype, "capacity": 1}
-    try:
-        hello = wire.parse({"t": "hello", "v": schema.VERSION, "g": 1, "config": config})
-    except wire.InvalidMessage as error:
-        raise ImageError(error.kind, error.message.removeprefix("config."), error.field) from None
-    assert isinstance(hello, schema.Hello)
-    return hello.config
+    given = {"models": models, "device": args.device, "dtype": args.dtype, "capacity": 1}
+    return schema.read(schema.Config, given)
 
 
 def _local_id(folder: str) -> str:
@@ -148,11 +142,11 @@ def _local_id(folder: str) -> str:
     return "local/" + (name.decode().lstrip(".")[:200] or "model")
 
 
-def _run(request: schema.Generate, config: schema.Config, preview: str) -> tuple[list[bytes], schema.Done]:
+def _run(request: schema.Request, config: schema.Config, preview: str) -> tuple[list[bytes], schema.Done]:
     """The images; while they are made, the file `preview` shows the latest preview if that was asked for."""
     from ..engine.engine import Engine
 
-    events: queue.SimpleQueue[schema.Outgoing] = queue.SimpleQueue()
+    events: queue.SimpleQueue[schema.Event] = queue.SimpleQueue()
     engine = Engine(config, events.put, lambda: None)
     engine.start()
     engine.generate(request)
@@ -173,7 +167,7 @@ def _run(request: schema.Generate, config: schema.Config, preview: str) -> tuple
                     previewed = True
                 case schema.ImagePart() as part:
                     images[part.index] += part.data
-                case schema.Error() as error:
+                case schema.Failed() as error:
                     raise ImageError(error.kind, error.message, error.field, error.retryable)
                 case schema.Done() as done:
                     return [bytes(image) for image in images], done

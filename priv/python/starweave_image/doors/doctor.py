@@ -91,14 +91,10 @@ def _ask_engine(report: dict[str, Any], device: str, dtype: str) -> None:
 
     from ..device import devices
     from ..engine.engine import Engine
-    from . import wire
 
-    hello = wire.parse(
-        {"t": "hello", "v": schema.VERSION, "g": 1, "config": {"device": device, "dtype": dtype}}
-    )
-    assert isinstance(hello, schema.Hello)
-    choice = devices.choose(hello.config)
+    config = schema.read(schema.Config, {"device": device, "dtype": dtype})
+    choice = devices.choose(config)
     report["device"], report["device_name"] = choice.device.id, choice.device.name
     report["dtype"], report["reason"] = choice.dtype, choice.reason
-    cards = Engine(hello.config, lambda message: None, lambda: None).models()
+    cards = Engine(config, lambda message: None, lambda: None).models()
     report["models"] = {card.id: card.state for card in cards}

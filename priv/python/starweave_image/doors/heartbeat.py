@@ -8,11 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 
 from .. import clock, schema
+from . import wire
 
 # A thread that sleeps wakes up so much too late only if the process was stopped, or the interpreter held.
 _LATE_S = 1.0
@@ -23,7 +23,7 @@ class Heartbeat:
     """Sends a heartbeat each `interval` seconds, and at once when `beat` is called."""
 
     def __init__(
-        self, snapshot: Callable[[], schema.Snapshot], send: Callable[[schema.Outgoing], None]
+        self, snapshot: Callable[[], schema.Snapshot], send: Callable[[wire.Outgoing], None]
     ) -> None:
         self.interval = 1.0
         self._snapshot = snapshot
@@ -37,19 +37,17 @@ class Heartbeat:
     def beat(self) -> None:
         self._due.set()
 
-    def vitals(self) -> dict[str, Any]:
-        """The fields that a heartbeat and a `stats` reply share."""
-        return {
-            **msgspec.structs.asdict(self._snapshot()),
-            "seq": self._seq,
-            "uptime_ms": int((time.monotonic() - _STARTED) * 1000),
-            "rss": _resident_bytes(),
-        }
-
     def _run(self) -> None:
         while True:
             self._due.clear()
-            self._send(schema.Heartbeat(**self.vitals()))
+            self._send(
+                wire.Heartbeat(
+                    seq=self._seq,
+                    uptime_ms=int((time.monotonic() - _STARTED) * 1000),
+                    rss=_resident_bytes(),
+                    **msgspec.structs.asdict(self._snapshot()),
+                )
+            )
             self._seq += 1
             asleep = time.monotonic()
             self._due.wait(self.interval)

@@ -6,23 +6,23 @@ import logging
 from collections.abc import Callable
 from typing import Literal
 
-from .. import schema
 from ..device.lanes import request_id
+from . import wire
 
 _MAX_MESSAGE = 64 * 1024
 
 
 class FrameHandler(logging.Handler):
-    def __init__(self, send: Callable[[schema.Outgoing], None]) -> None:
+    def __init__(self, send: Callable[[wire.Outgoing], None]) -> None:
         super().__init__()
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
         message = self.format(record)[:_MAX_MESSAGE]
-        self._send(schema.Log(level=_level(record.levelno), message=message, id=request_id.get()))
+        self._send(wire.Log(level=_level(record.levelno), message=message, id=request_id.get()))
 
 
-def install(send: Callable[[schema.Outgoing], None]) -> None:
+def install(send: Callable[[wire.Outgoing], None]) -> None:
     """Send what this package logs, from info up, through `send`."""
     logger = logging.getLogger("starweave_image")
     logger.addHandler(FrameHandler(send))

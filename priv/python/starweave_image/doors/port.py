@@ -14,6 +14,8 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from .. import schema
 from ..device.lanes import request_id
 from ..errors import ID_IN_USE, ImageError, missing_package
@@ -83,10 +85,9 @@ class Port:
                     self._read()
         return self._exit_code
 
-    def send(self, message: schema.Outgoing) -> None:
+    def send(self, message: wire.Outgoing) -> None:
         """Write one frame whole; from any thread."""
-        message.g = self._generation
-        buffers = wire.encode(message)
+        buffers = wire.encode(message, self._generation)
         try:
             with self._write_lock:
                 while buffers:
@@ -139,53 +140,52 @@ class Port:
             if error.type == "hello" and not self._generation:
                 self._finish(NO_HELLO)
             return
-        id: str | None = getattr(message, "id", None)
+        id: str | None = getattr(message.content, "id", None)
         token = request_id.set(id)
         try:
-            self._dispatch(message, id)
+            self._dispatch(message)
         except ImageError as error:
             self._refuse(id, error)
         except Exception:
-            _logger.exception("%s failed", type(message).__name__)
+            _logger.exception("%s failed", type(message.content).__name__)
             self._refuse(id, ImageError("internal", "the image service failed on this request"))
         finally:
             request_id.reset(token)
 
-    def _dispatch(self, message: schema.Incoming, id: str | None) -> None:
-        if isinstance(message, schema.Hello):
-            self._greet(message)
+    def _dispatch(self, message: wire.Message) -> None:
+        generation, content = message
+        if isinstance(content, wire.Hello):
+            self._greet(content)
             return
-        if message.g is not None and self._generation and message.g != self._generation:
-            raise ImageError("wrong_generation", f"g must be {self._generation}, got {message.g}", "g")
-        if isinstance(message, schema.Shutdown):
-            self._drain(message.grace_ms / 1000)
+        if generation is not None and self._generation and generation != self._generation:
+            raise ImageError("wrong_generation", f"g must be {self._generation}, got {generation}", "g")
+        if isinstance(content, wire.Shutdown):
+            self._drain(content.grace_ms / 1000)
             return
         engine = self._engine
         if engine is None or not self._ready:
             raise ImageError("unavailable", "the image service is still starting", retryable=True)
 
-        match message:
-            case schema.Cancel():
-                engine.cancel(message.id)
-            case schema.Models() | schema.Stats() if engine.is_open(message.id):
+        match content:
+            case wire.Cancel(id=id):
+                engine.cancel(id)
+            case wire.ListModels(id=id) if engine.is_open(id):
                 raise ImageError("invalid_request", ID_IN_USE, "id")
-            case schema.Models():
-                self.send(schema.ModelsReply(id=message.id, models=engine.models()))
-            case schema.Stats():
-                self.send(schema.StatsReply(id=message.id, **self._heartbeat.vitals()))
+            case wire.ListModels(id=id):
+                self.send(schema.Models(id=id, models=engine.models()))
             case _ if self._draining:
                 raise ImageError("unavailable", "the image service is shutting down", retryable=True)
-            case schema.Generate():
-                engine.generate(message)
-            case schema.LoadModel():
-                engine.load_model(message.id, message.model)
-            case schema.UnloadModel():
-                engine.unload_model(message.id, message.model)
+            case schema.Request():
+                engine.generate(content)
+            case wire.LoadModel(id=id, model=model):
+                engine.load_model(id, model)
+            case wire.UnloadModel(id=id, model=model):
+                engine.unload_model(id, model)
 
     def _refuse(self, id: str | None, error: ImageError) -> None:
         """Answer a message by an error, which ends nothing that runs by the id of that message."""
         self.send(
-            schema.Error(
+            schema.Failed(
                 id=id,
                 kind=error.kind,
                 message=error.message,
@@ -197,7 +197,7 @@ class Port:
 
     # Start and end
 
-    def _greet(self, hello: schema.Hello) -> None:
+    def _greet(self, hello: wire.Hello) -> None:
         if self._generation:
             raise ImageError("invalid_request", "hello must come once")
         self._generation = hello.g
@@ -211,10 +211,10 @@ class Port:
 
             engine = Engine(config, self.send, self._heartbeat.beat)
             self._engine = engine
-            ready = engine.start()
+            facts = engine.start()
             # Before the message: what the application sends in answer to it must be taken.
             self._ready = True
-            self.send(ready)
+            self.send(wire.Ready(pid=os.getpid(), **msgspec.structs.asdict(facts)))
         except ImageError as error:
             self._refuse(None, error)
             self._finish(UNAVAILABLE)

@@ -1,19 +1,21 @@
 """Frames and messages of docs/protocol.md, without any I/O.
 
-A frame is a 4-byte big-endian length and one msgpack map, whose fields stand in schema.py.
+A frame is a 4-byte big-endian length and one msgpack map. What is in it stands in schema.py; what makes a message of
+it (its type `t`, its generation `g`, and messages that are about the process alone) stands here.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
+from msgspec import Meta, Struct
 
 from .. import schema
 from ..errors import ImageError, Kind
 
+VERSION = 1
 MAX_FRAME = 32 * 1024 * 1024
 MAX_DEPTH = 32
 MAX_VALUES = 131_072
@@ -67,34 +69,111 @@ class FrameDecoder:
             yield body
 
 
-_INCOMING: dict[str, type[schema.Incoming]] = {
-    "hello": schema.Hello,
-    "generate": schema.Generate,
-    "cancel": schema.Cancel,
-    "load_model": schema.LoadModel,
-    "unload_model": schema.UnloadModel,
-    "models": schema.Models,
-    "stats": schema.Stats,
-    "shutdown": schema.Shutdown,
+# Messages to the sidecar. That of a `generate` is a `schema.Request`.
+
+
+class Hello(Struct, kw_only=True):
+    v: Annotated[int, Meta(description=f"the integer {VERSION}")]
+    g: Annotated[int, Meta(ge=1, le=schema.MAX_INT)]
+    config: schema.Config
+
+
+class Cancel(Struct, kw_only=True):
+    id: schema.Id
+
+
+class LoadModel(Struct, kw_only=True):
+    id: schema.Id
+    model: schema.ModelId
+
+
+class UnloadModel(Struct, kw_only=True):
+    id: schema.Id
+    model: schema.ModelId
+
+
+class ListModels(Struct, kw_only=True):
+    id: schema.Id
+
+
+class Shutdown(Struct, kw_only=True):
+    grace_ms: Annotated[int, Meta(ge=0, le=600_000)] = 5000
+
+
+Incoming: TypeAlias = Hello | schema.Request | Cancel | LoadModel | UnloadModel | ListModels | Shutdown
+INCOMING: dict[str, type[Incoming]] = {
+    "hello": Hello,
+    "generate": schema.Request,
+    "cancel": Cancel,
+    "load_model": LoadModel,
+    "unload_model": UnloadModel,
+    "models": ListModels,
+    "shutdown": Shutdown,
+}
+
+
+class Message(NamedTuple):
+    """What was read of a frame. `generation` is None where the sender does not care."""
+
+    generation: int | None
+    content: Incoming
+
+
+class _Generation(Struct):
+    g: Annotated[int, Meta(ge=0, le=schema.MAX_INT)] | None = None
+
+
+# Messages to the application: events, and
+
+
+class Ready(schema.Facts, kw_only=True):
+    v: int = VERSION
+    pid: int
+
+
+class Heartbeat(schema.Snapshot, kw_only=True):
+    seq: int
+    uptime_ms: int
+    rss: int
+
+
+class Log(Struct, kw_only=True):
+    level: Literal["debug", "info", "warning", "error"]
+    message: str
+    id: str | None = None
+
+
+Outgoing: TypeAlias = schema.Event | Ready | Heartbeat | Log
+OUTGOING: dict[type[Outgoing], str] = {
+    Ready: "ready",
+    schema.Accepted: "accepted",
+    schema.Progress: "progress",
+    schema.Preview: "preview",
+    schema.ImagePart: "image",
+    schema.Done: "done",
+    schema.Failed: "error",
+    schema.Models: "models",
+    Heartbeat: "heartbeat",
+    Log: "log",
 }
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder()
 
 
-def encode(message: schema.Outgoing | schema.Incoming) -> list[bytes | memoryview]:
+def encode(content: Outgoing, generation: int) -> list[bytes | memoryview]:
     """One whole frame as buffers to be written in order; the data of an image is not copied."""
-    if isinstance(message, (schema.ImagePart, schema.Preview)):
-        head = _encoder.encode(msgspec.structs.replace(message, data=b""))
+    fields = {"t": OUTGOING[type(content)], "g": generation, **msgspec.structs.asdict(content)}
+    data = fields.pop("data", None)
+    try:
+        head = _encoder.encode(fields if data is None else {**fields, "data": b""})
+    except UnicodeEncodeError:
+        # A name of the file system that is no UTF-8, most likely, in something that is to be told all the same.
+        head = _encoder.encode(_as_text(msgspec.to_builtins(fields)))
+    parts: list[bytes | memoryview] = [head]
+    if data is not None:
         # The empty bin at the end (2 bytes) gives way to the header of a bin32 and the data itself.
-        size = len(message.data)
-        parts: list[bytes | memoryview] = [head[:-2] + b"\xc6" + size.to_bytes(4, "big"), message.data]
-    else:
-        try:
-            parts = [_encoder.encode(message)]
-        except UnicodeEncodeError:
-            # A name of the file system that is no UTF-8, most likely, in something that is to be told all the same.
-            parts = [_encoder.encode(_as_text(msgspec.to_builtins(message, builtin_types=(bytes,))))]
+        parts = [head[:-2] + b"\xc6" + len(data).to_bytes(4, "big"), data]
     length = sum(map(len, parts))
     if length > MAX_FRAME:
         raise FramingError(f"a frame must have 1 to {MAX_FRAME} bytes, got {length}")
@@ -111,14 +190,14 @@ def _as_text(value: Any) -> Any:
     return value
 
 
-def decode(body: bytes) -> schema.Incoming:
+def decode(body: bytes) -> Message:
     """The message in a frame body; raises `InvalidMessage`."""
     _measure(body)
     try:
         fields = _decoder.decode(body)
     except (msgspec.DecodeError, ValueError, TypeError, RecursionError):
         raise InvalidMessage("invalid_frame", "a frame must hold exactly one msgpack map") from None
-    return parse(fields)
+    return _parse(fields)
 
 
 def _shapes() -> list[tuple[int, int, int]]:
@@ -178,8 +257,8 @@ def _measure(body: bytes) -> None:
         return
 
 
-def parse(fields: Any) -> schema.Incoming:
-    """The message in an already unpacked map; raises `InvalidMessage` with the first field at fault."""
+def _parse(fields: Any) -> Message:
+    """The message in an unpacked map; raises `InvalidMessage` with the first field at fault."""
     if not isinstance(fields, dict):
         raise InvalidMessage("invalid_frame", "a frame must hold exactly one msgpack map")
     fields = _without_nulls(fields, 1)
@@ -192,21 +271,19 @@ def parse(fields: Any) -> schema.Incoming:
     tag = fields.get("t")
     if not isinstance(tag, str):
         raise InvalidMessage("invalid_request", schema.refusal("t", "the type of the message", tag), "t", id)
-    kind = _INCOMING.get(tag)
+    kind = INCOMING.get(tag)
     if kind is None:
         raise InvalidMessage("unknown_message", f"the message type {schema.shown(tag)} is not known", "t", id)
-    if kind is schema.Hello and type(fields.get("v")) is int and fields["v"] != schema.VERSION:
+    if kind is Hello and type(fields.get("v")) is int and fields["v"] != VERSION:
         # Before anything else: the rest of another version's hello means nothing here.
-        message = f"the protocol version must be {schema.VERSION}, got {schema.shown(fields['v'])}"
+        message = f"the protocol version must be {VERSION}, got {schema.shown(fields['v'])}"
         raise InvalidMessage("unsupported_version", message, "v", type=tag)
 
     try:
-        return msgspec.convert(fields, kind, builtin_types=(bytes,))
-    except schema.Refused as refused:
-        field, reason = refused.field, refused.message
-    except msgspec.ValidationError as error:
-        field, reason = _field_at_fault(str(error)), None
-    raise InvalidMessage("invalid_request", reason or schema.describe(kind, field, fields), field, id, tag)
+        generation = None if kind is Hello else schema.read(_Generation, fields).g
+        return Message(generation, schema.read(kind, fields))
+    except ImageError as error:
+        raise InvalidMessage(error.kind, error.message, error.field, id, tag) from None
 
 
 def _without_nulls(value: Any, depth: int) -> Any:
@@ -220,9 +297,3 @@ def _without_nulls(value: Any, depth: int) -> Any:
     if not all(isinstance(key, str) for key in value):
         raise InvalidMessage("invalid_frame", "the keys of a map must be strings")
     return {key: _without_nulls(item, depth + 1) for key, item in value.items() if item is not None}
-
-
-def _field_at_fault(error: str) -> str:
-    path = re.search(r"at `\$\.?(.*)`$", error)
-    missing = re.match(r"Object missing required field `(.*?)`", error)
-    return ".".join([*filter(None, path.groups() if path else ()), *(missing.groups() if missing else ())])

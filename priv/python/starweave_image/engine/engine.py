@@ -67,7 +67,7 @@ class Engine:
     or the resident set has changed. The constructor is light; `start` imports torch."""
 
     def __init__(
-        self, config: schema.Config, emit: Callable[[schema.Outgoing], None], changed: Callable[[], None]
+        self, config: schema.Config, emit: Callable[[schema.Event], None], changed: Callable[[], None]
     ) -> None:
         self._config = config
         self._emit = emit
@@ -87,7 +87,7 @@ class Engine:
         self._ending = 0
         self._draining = False
 
-    def start(self) -> schema.Ready:
+    def start(self) -> schema.Facts:
         """Import the libraries and choose the device; raises `unavailable`, and `model_not_found` or `model_load_failed`
         when the default model is not to be had."""
         # OpenMP threads that spin while they wait for each other lose tenfold when anyone else wants a core.
@@ -140,8 +140,7 @@ class Engine:
             for name in self._config.preload:
                 self._weights.card(name, fetch=False)
             threading.Thread(target=self._preload, name="preload", daemon=True).start()
-        return schema.Ready(
-            pid=os.getpid(),
+        return schema.Facts(
             versions=self._versions,
             device=choice.device.id,
             dtype=choice.dtype,
@@ -151,7 +150,7 @@ class Engine:
             catalog=self.models(),
         )
 
-    def generate(self, message: schema.Generate) -> None:
+    def generate(self, message: schema.Request) -> None:
         """Run a request, or answer it with an error at once; never blocks."""
         request = Request(message.id, message.timeout_ms)
         with self._lock:
@@ -190,15 +189,13 @@ class Engine:
 
     def models(self) -> list[schema.Card]:
         """All cards, with the state of each; usable without `start`."""
-        return [
-            card.on_wire(*self._state(card), **self._loaded_fields(card)) for card in self._weights.cards()
-        ]
+        return [card.told(*self._state(card), **self._loaded_fields(card)) for card in self._weights.cards()]
 
     def snapshot(self) -> schema.Snapshot:
         """What a heartbeat tells; from any thread, never blocks."""
         cache = self._cache
         with self._lock:
-            running = [request.on_wire() for request in self._running.values()]
+            running = [request.stand() for request in self._running.values()]
             counters = msgspec.structs.replace(self._counters)
             draining, operating = self._draining, bool(self._operations)
         capacity = self._config.capacity
@@ -249,7 +246,7 @@ class Engine:
 
     # One request
 
-    def _serve(self, request: Request, message: schema.Generate) -> None:
+    def _serve(self, request: Request, message: schema.Request) -> None:
         with self._answered(request):
             self._loaded_models()
             card = self._card(message.model or self._config.default_model, request)
@@ -584,7 +581,7 @@ class Engine:
             try:
                 card = self._card(name, self._preloading)
                 with self._use(card, self._preloading) as model:
-                    message = schema.Generate(id=self._preloading.id, prompt="a picture", steps=1)
+                    message = schema.Request(id=self._preloading.id, prompt="a picture", steps=1)
                     job = Job(message, card, settle(message, card), model, {}, None, None, 0, self._emit)
                     lane = self._preloading.first
                     lane.begin()
@@ -612,7 +609,7 @@ class Engine:
                     work(request)
                 finally:
                     # Before the answer, so that whoever has it finds the model's new state.
-                    self._send(request, schema.ModelsReply(id=id, models=self.models()))
+                    self._send(request, schema.Models(id=id, models=self.models()))
                 self._finish(request, schema.Done(id=id))
 
         threading.Thread(target=run, name=f"operation {id}", daemon=True).start()
@@ -626,7 +623,7 @@ class Engine:
 
     # The end of a request
 
-    def _refusal(self, id: str, counted: bool = True) -> schema.Error | None:
+    def _refusal(self, id: str, counted: bool = True) -> schema.Failed | None:
         if self._is_open(id):
             return _error(id, ImageError("invalid_request", ID_IN_USE, "id"), terminal=False)
         if self._draining:
@@ -661,7 +658,7 @@ class Engine:
     def _finish(self, request: Request, done: schema.Done) -> None:
         self._end(request, "done", done)
 
-    def _end(self, request: Request, outcome: Outcome, last: schema.Outgoing) -> None:
+    def _end(self, request: Request, outcome: Outcome, last: schema.Event) -> None:
         """End a request, once. It is off the books *before* its last message, for its reader may send the next one;
         the engine counts as settled only *after* it, for whoever drains ends the process then."""
         with request.speaking:
@@ -687,14 +684,14 @@ class Engine:
                 lambda: not (self._running or self._operations or self._ending), timeout_s
             )
 
-    def _send(self, request: Request, message: schema.Outgoing) -> None:
+    def _send(self, request: Request, message: schema.Event) -> None:
         with request.speaking:
             if not request.ended and not request.silent:
                 self._emit(message)
 
 
-def _error(id: str, error: ImageError, terminal: bool = True) -> schema.Error:
-    return schema.Error(
+def _error(id: str, error: ImageError, terminal: bool = True) -> schema.Failed:
+    return schema.Failed(
         id=id,
         kind=error.kind,
         message=error.message,
@@ -709,7 +706,7 @@ class Job:
 
     def __init__(
         self,
-        message: schema.Generate,
+        message: schema.Request,
         card: ModelCard,
         settings: Settings,
         model: Model,
@@ -717,7 +714,7 @@ class Job:
         image: Image | None,
         mask: Image | None,
         base_seed: int,
-        send: Callable[[schema.Outgoing], None],
+        send: Callable[[schema.Event], None],
     ) -> None:
         self.message = message
         self.base_seed = base_seed

@@ -51,7 +51,7 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
         """The most pixels that the model itself draws at once."""
         return self.limits.max_pixels if self.native is None else 3 * self.native**2 // 2
 
-    def on_wire(self, state: State, error: str | None, **loaded: Any) -> schema.Card:
+    def told(self, state: State, error: str | None, **loaded: Any) -> schema.Card:
         """`loaded` are the fields of the wire's card that only a loaded model has."""
         return schema.Card(
             id=self.id,
@@ -103,7 +103,7 @@ class Settings(msgspec.Struct, kw_only=True, frozen=True):
     guidance_scale: float
 
 
-def settle(request: schema.Generate, card: ModelCard, image_size: tuple[int, int] | None = None) -> Settings:
+def settle(request: schema.Request, card: ModelCard, image_size: tuple[int, int] | None = None) -> Settings:
     """The request's settings within the card's limits; raises `invalid_request` naming the field.
 
     `image_size` is the size of the request's image, which is then what it is made in unless it says otherwise.
@@ -167,7 +167,7 @@ _SAID: dict[Task, str] = {
 }
 
 
-def _task(request: schema.Generate, card: ModelCard) -> Task:
+def _task(request: schema.Request, card: ModelCard) -> Task:
     """What is given decides the task; raises `invalid_request` where the model does not do it."""
     asked: tuple[Task, ...] = ("text_to_image",)
     if request.mask is not None:
