@@ -38,11 +38,11 @@ defmodule StarweaveImage do
   They are given in the child specification, or as `config :starweave_image, StarweaveImage, …` under the
   instance's name:
 
-  #{StarweaveImage.Supervisor.options_docs()}
+  #{StarweaveImage.Options.docs(StarweaveImage.Config.groups())}
 
   ## Options of a request
 
-  #{StarweaveImage.Request.options_docs()}
+  #{StarweaveImage.Options.docs(StarweaveImage.Schema.groups())}
 
   ## What is promised
 
@@ -82,7 +82,7 @@ defmodule StarweaveImage do
   `:heartbeat_timeout` is about the Python process, and costs no request.
   """
 
-  alias StarweaveImage.{Environment, Error, Image, Options, Queue, Request}
+  alias StarweaveImage.{Config, Environment, Error, Image, Options, Queue, Request, Type}
 
   @typedoc "A request's name: 1 to 128 of `A-Z a-z 0-9 . _ : -`."
   @type id :: String.t()
@@ -286,10 +286,10 @@ defmodule StarweaveImage do
       iex> StarweaveImage.child_spec(name: MyApp.Images).id
       MyApp.Images
   """
-  @spec child_spec(keyword) :: Supervisor.child_spec()
+  @spec child_spec([Config.option()]) :: Supervisor.child_spec()
   def child_spec(opts) do
     %{
-      id: StarweaveImage.Supervisor.name(opts),
+      id: Config.name(opts),
       start: {__MODULE__, :start_link, [opts]},
       type: :supervisor
     }
@@ -307,7 +307,7 @@ defmodule StarweaveImage do
       iex> Supervisor.stop(pid)
       :ok
   """
-  @spec start_link(keyword) :: Supervisor.on_start()
+  @spec start_link([Config.option()]) :: Supervisor.on_start()
   defdelegate start_link(opts \\ []), to: StarweaveImage.Supervisor
 
   @doc group: "Pictures"
@@ -455,7 +455,7 @@ defmodule StarweaveImage do
   end
 
   # Anything else is taken for a picture, and refused as one: a damaged upload must not become a prompt.
-  defp text?(value), do: is_binary(value) and not Options.image?(value) and String.valid?(value)
+  defp text?(value), do: is_binary(value) and not Type.image?(value) and String.valid?(value)
 
   defp vary(image, prompt, opts) do
     with {:ok, image} <- file(:image, image),
@@ -793,7 +793,7 @@ defmodule StarweaveImage do
     {instance, opts} = pop(opts, :instance)
     instance = instance || __MODULE__
 
-    with {:ok, kind} <- StarweaveImage.Supervisor.sidecar(opts),
+    with {:ok, kind} <- Config.sidecar(opts),
          {:ok, {:ok, index, config}} <- call(instance, {:add_sidecar, kind}),
          :ok <- StarweaveImage.Supervisor.add_sidecar(instance, index, config) do
       {:ok, index}

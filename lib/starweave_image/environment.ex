@@ -15,9 +15,7 @@ defmodule StarweaveImage.Environment do
     openvino: {:boolean, false, "Also install what `backend: :openvino` needs: 60 MB."},
     dev: {:boolean, false, "Also install what the tests of this library need."},
     check: {:boolean, true, "Run `doctor/1` on it at the end."},
-    progress:
-      {{:custom, "a function of one argument", &__MODULE__.progress/1}, &IO.puts/1,
-       "Takes each line about how it goes."}
+    progress: {{:function, 1}, &IO.puts/1, "Takes each line about how it goes."}
   ]
   @interpreter [python: {{:text, 1, 4096}, nil, ""}]
 
@@ -170,10 +168,6 @@ defmodule StarweaveImage.Environment do
       end
     end
   end
-
-  @doc false
-  def progress(fun) when is_function(fun, 1), do: {:ok, fun}
-  def progress(_other), do: :error
 
   defp validate(opts, schema) do
     with {:error, field, message} <- Options.validate(opts, schema),

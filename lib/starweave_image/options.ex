@@ -1,31 +1,16 @@
 defmodule StarweaveImage.Options do
   @moduledoc false
 
-  # A schema is a keyword list of `name: {type, default, doc}`. It validates options and is their
-  # documentation, so that the two cannot differ; `describe/1` completes "name must be …".
+  # A schema is a keyword list of `name: {type, default, doc}`. It validates options and is their documentation, so that
+  # the two cannot differ. The large schemas (`Schema`, `Config`) are in groups, and say of each field who it is for:
+  # the sidecar is told what is `:sent`, under the same name or, of milliseconds, one that ends in `_ms`.
 
-  @type type ::
-          :boolean
-          | :atom
-          | :prompt
-          | :id
-          | :model_id
-          | :scheduler
-          | :image
-          | :wait
-          | {:integer, integer, integer}
-          | {:multiple_of, pos_integer, integer, integer}
-          | {:number, number, number}
-          | {:text, min_bytes :: non_neg_integer, max_bytes :: pos_integer}
-          | {:one_of, [atom]}
-          | {:list, type, max :: pos_integer}
-          | {:custom, description :: String.t(), (term -> {:ok, term} | :error)}
-  @type schema :: [{atom, {type, default :: term, doc :: String.t()}}]
+  alias StarweaveImage.Type
 
-  @max_prompt 8_192
-  @max_image 12 * 1024 * 1024
-  # What a timer of the BEAM takes, in ms.
-  @longest_wait 0xFFFFFFFF
+  @type schema :: [{name :: atom, {Type.t(), default :: term, doc :: String.t()}}]
+  @type groups :: [{title :: String.t(), [{name :: atom, field}]}]
+  @type field :: {Type.t(), default :: term, role :: atom, doc :: String.t()}
+
   # Jaro distance: slips of the fingers and parts of a name are above it, other words below.
   @near 0.77
 
@@ -33,6 +18,12 @@ defmodule StarweaveImage.Options do
   Every option of the schema with its value, given or default; a nil counts as not given.
 
   Of equal names the first one counts, as in `Keyword.get/2`.
+
+      iex> schema = [steps: {{:integer, 1, 200}, 20, "Denoise steps."}]
+      iex> StarweaveImage.Options.validate([], schema)
+      {:ok, %{steps: 20}}
+      iex> StarweaveImage.Options.validate([step: 5], schema)
+      {:error, :step, "unknown option :step, did you mean :steps?"}
   """
   @spec validate(keyword | map, schema) ::
           {:ok, %{atom => term}} | {:error, field :: term, message :: String.t()}
@@ -49,24 +40,18 @@ defmodule StarweaveImage.Options do
     end
   end
 
-  @doc "One value as its type wants it, nil as it is."
-  @spec check(atom, type, term) :: {:ok, term} | {:error, atom, String.t()}
+  @doc """
+  One value as its type wants it, nil as it is.
+
+      iex> StarweaveImage.Options.check(:steps, {:integer, 1, 200}, 0)
+      {:error, :steps, "steps must be an integer from 1 to 200, got 0"}
+  """
+  @spec check(atom, Type.t(), term) :: {:ok, term} | {:error, atom, String.t()}
   def check(_name, _type, nil), do: {:ok, nil}
 
   def check(name, type, value) do
-    case cast(type, value) do
-      {:ok, value} -> {:ok, value}
-      :error -> {:error, name, "#{name} must be #{describe(type)}, got #{shown(value)}"}
-    end
-  end
-
-  @doc "The schema as a Markdown list."
-  @spec docs(schema) :: String.t()
-  def docs(schema) do
-    Enum.map_join(schema, "\n", fn {name, {type, default, doc}} ->
-      default = if default == nil, do: "", else: " Default: `#{inspect(default)}`."
-      "  * `:#{name}` - #{describe(type)}. #{doc}#{default}"
-    end)
+    with :error <- Type.cast(type, value),
+         do: {:error, name, "#{name} must be #{Type.describe(type)}, got #{shown(value)}"}
   end
 
   defp given(opts) when is_map(opts) and not is_struct(opts), do: {:ok, opts}
@@ -96,7 +81,12 @@ defmodule StarweaveImage.Options do
 
   defp hint(_unknown, _known), do: ""
 
-  @doc "The one of `known` that was probably meant, or nil: a far guess leads astray."
+  @doc """
+  The one of `known` that was probably meant, or nil: a far guess leads astray.
+
+      iex> StarweaveImage.Options.nearest("widht", [:width, :height])
+      :width
+  """
   @spec nearest(String.t(), [name, ...]) :: name | nil when name: atom | String.t()
   def nearest(unknown, _known) when byte_size(unknown) > 64, do: nil
 
@@ -106,99 +96,6 @@ defmodule StarweaveImage.Options do
 
     if distance >= @near, do: name
   end
-
-  defp cast(:boolean, value) when is_boolean(value), do: {:ok, value}
-  defp cast(:atom, value) when is_atom(value) and not is_boolean(value), do: {:ok, value}
-
-  defp cast({:integer, min, max}, value)
-       when is_integer(value) and value >= min and value <= max,
-       do: {:ok, value}
-
-  defp cast({:multiple_of, n, min, max}, value)
-       when is_integer(value) and value >= min and value <= max and rem(value, n) == 0,
-       do: {:ok, value}
-
-  # Minus zero becomes zero, for whoever reads it later.
-  defp cast({:number, min, max}, value) when is_number(value) and value >= min and value <= max,
-    do: {:ok, value + 0.0}
-
-  defp cast({:text, min, max}, value)
-       when is_binary(value) and byte_size(value) >= min and byte_size(value) <= max,
-       do: accept(value, String.valid?(value) and not String.contains?(value, "\0"))
-
-  defp cast(:prompt, value) do
-    with {:ok, value} <- cast({:text, 1, @max_prompt}, value),
-         do: accept(value, String.trim(value) != "")
-  end
-
-  defp cast(:id, value) when is_binary(value),
-    do: accept(value, value =~ ~r/\A[A-Za-z0-9._:-]{1,128}\z/)
-
-  defp cast(:model_id, value) when is_binary(value) and byte_size(value) <= 256,
-    do: accept(value, value =~ ~r/\A(?!\.)[A-Za-z0-9._-]+(\/(?!\.)[A-Za-z0-9._-]+)?\z/)
-
-  defp cast(:scheduler, value) when is_binary(value),
-    do: accept(value, value =~ ~r/\A[A-Za-z0-9_+.() -]{1,64}\z/)
-
-  defp cast(:image, value)
-       when is_binary(value) and byte_size(value) >= 12 and byte_size(value) <= @max_image,
-       do: accept(value, image?(value))
-
-  defp cast(:wait, :infinity), do: {:ok, :infinity}
-  defp cast(:wait, value), do: cast({:integer, 0, @longest_wait}, value)
-
-  defp cast({:one_of, atoms}, value) when is_atom(value) or is_binary(value) do
-    case Enum.find(atoms, &(&1 == value or Atom.to_string(&1) == value)) do
-      nil -> :error
-      atom -> {:ok, atom}
-    end
-  end
-
-  defp cast({:list, type, max}, value) when is_list(value) do
-    fits? = not List.improper?(value) and length(value) <= max
-    accept(value, fits? and Enum.all?(value, &match?({:ok, _}, cast(type, &1))))
-  end
-
-  defp cast({:custom, _description, cast}, value), do: cast.(value)
-  defp cast(_type, _value), do: :error
-
-  defp accept(value, true), do: {:ok, value}
-  defp accept(_value, false), do: :error
-
-  @doc "Whether these bytes begin as a PNG, JPEG or WebP file does."
-  @spec image?(binary) :: boolean
-  def image?(<<0x89, "PNG\r\n", 0x1A, "\n", _::binary>>), do: true
-  def image?(<<0xFF, 0xD8, 0xFF, _::binary>>), do: true
-  def image?(<<"RIFF", _size::32, "WEBP", _::binary>>), do: true
-  def image?(_data), do: false
-
-  defp describe(:boolean), do: "true or false"
-  defp describe(:atom), do: "an atom"
-  defp describe(:wait), do: "milliseconds from 0 to #{@longest_wait}, or :infinity"
-  defp describe(:id), do: "1 to 128 of A-Z a-z 0-9 . _ : -"
-  defp describe(:scheduler), do: "1 to 64 of A-Z a-z 0-9 _ + . ( ) - and space"
-  defp describe(:image), do: "a PNG, JPEG or WebP file of at most 12 MiB"
-
-  defp describe(:prompt),
-    do: "1 to #{@max_prompt} bytes of text, not only white space and without NUL"
-
-  defp describe(:model_id) do
-    "a model name or owner/name of at most 256 of A-Z a-z 0-9 . _ -, " <>
-      "no part beginning with a dot"
-  end
-
-  defp describe({:integer, min, max}), do: "an integer from #{bound(min)} to #{bound(max)}"
-  defp describe({:multiple_of, n, min, max}), do: "a multiple of #{n} from #{min} to #{max}"
-  defp describe({:number, min, max}), do: "a number from #{min} to #{max}"
-  defp describe({:text, 0, max}), do: "at most #{max} bytes of text without NUL"
-  defp describe({:text, min, max}), do: "#{min} to #{max} bytes of text without NUL"
-  defp describe({:one_of, atoms}), do: "one of #{Enum.join(atoms, ", ")}"
-  defp describe({:list, type, max}), do: "a list of up to #{max}, each #{describe(type)}"
-
-  defp describe({:custom, description, _cast}), do: description
-
-  defp bound(0x7FFFFFFFFFFFFFFF), do: "2^63 - 1"
-  defp bound(integer), do: Integer.to_string(integer)
 
   # Text of users is not repeated at length.
   defp shown(value) when is_binary(value) do
@@ -217,4 +114,66 @@ defmodule StarweaveImage.Options do
   defp shown(%module{}), do: "a #{inspect(module)}"
   defp shown(value) when is_map(value), do: "a map"
   defp shown(_value), do: "something else"
+
+  @doc """
+  The schema of all groups.
+
+      iex> StarweaveImage.Options.schema([{"Size", width: {{:integer, 1, 9}, 5, :sent, "Pixels."}}])
+      [width: {{:integer, 1, 9}, 5, "Pixels."}]
+  """
+  @spec schema(groups) :: schema
+  def schema(groups) do
+    for {_title, fields} <- groups, {name, {type, default, _role, doc}} <- fields do
+      {name, {type, default, doc}}
+    end
+  end
+
+  @doc """
+  The fields with a role: names, names on the wire, and types.
+
+      iex> groups = [{"Time", timeout: {{:ms, 1, 9}, 5, :sent, ""}, id: {:id, nil, :kept, ""}}]
+      iex> StarweaveImage.Options.with_role(groups, :sent)
+      [{:timeout, :timeout_ms, {:ms, 1, 9}}]
+  """
+  @spec with_role(groups, atom) :: [{name :: atom, wire_name :: atom, Type.t()}]
+  def with_role(groups, role) do
+    for {_title, fields} <- groups, {name, {type, _default, ^role, _doc}} <- fields do
+      {name, if(match?({:ms, _, _}, type), do: :"#{name}_ms", else: name), type}
+    end
+  end
+
+  @doc """
+  The types of options that may be given, for a typespec of one of them.
+
+      iex> schema = [steps: {{:integer, 1, 200}, nil, ""}, metadata: {:boolean, true, ""}]
+      iex> schema |> StarweaveImage.Options.given_spec() |> Macro.to_string()
+      "{:steps, 1..200 | nil} | {:metadata, boolean() | nil}"
+  """
+  @spec given_spec(schema) :: Macro.t()
+  def given_spec(schema) do
+    Type.union(
+      for {name, {type, _default, _doc}} <- schema,
+          do: {name, Type.union([Type.spec(type, :given), nil])}
+    )
+  end
+
+  @doc """
+  A schema, or each of its groups under a heading, as Markdown lists.
+
+      iex> StarweaveImage.Options.docs(steps: {{:integer, 1, 200}, 20, "Denoise steps."})
+      "  * `:steps` - an integer from 1 to 200. Denoise steps. Default: `20`."
+  """
+  @spec docs(schema | groups) :: String.t()
+  def docs([{title, _fields} | _] = groups) when is_binary(title) do
+    Enum.map_join(groups, "\n\n", fn {title, fields} ->
+      "### #{title}\n\n" <> docs(schema([{title, fields}]))
+    end)
+  end
+
+  def docs(schema) do
+    Enum.map_join(schema, "\n", fn {name, {type, default, doc}} ->
+      default = if default in [nil, []], do: "", else: " Default: `#{inspect(default)}`."
+      "  * `:#{name}` - #{Type.describe(type)}. #{doc}#{default}"
+    end)
+  end
 end

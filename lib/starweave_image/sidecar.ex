@@ -11,7 +11,7 @@ defmodule StarweaveImage.Sidecar do
   use StarweaveImage.CrashLog
   require Logger
 
-  alias StarweaveImage.{Backoff, Environment, Telemetry}
+  alias StarweaveImage.{Backoff, Config, Environment, Telemetry}
   alias StarweaveImage.Sidecar.{Answers, Log, Wire}
   alias StarweaveImage.Sidecar.{Health, Python}
 
@@ -297,38 +297,10 @@ defmodule StarweaveImage.Sidecar do
   end
 
   defp hello(state) do
-    config = state.config
-
-    %{
-      t: "hello",
-      v: Wire.version(),
-      g: state.generation,
-      config: %{
-        models: Enum.map(config[:models], &model_entry/1),
-        default_model: config[:default_model],
-        device: config[:device],
-        dtype: config[:dtype],
-        preload: if(state.role == :active, do: config[:preload], else: []),
-        pinned: config[:pinned],
-        memory_budget: config[:memory_budget],
-        ram_budget: config[:ram_budget],
-        disk_quota: config[:disk_quota],
-        max_models: config[:max_models],
-        cleanup_interval_ms: config[:cleanup_interval],
-        offload: config[:offload],
-        attention: config[:attention],
-        vae: config[:vae],
-        compile: config[:compile],
-        backend: config[:backend],
-        offline: config[:offline],
-        capacity: config[:capacity],
-        heartbeat_interval_ms: config[:heartbeat_interval]
-      }
-    }
+    # A spare loads nothing.
+    config = if state.role == :active, do: state.config, else: [preload: []] ++ state.config
+    %{t: "hello", v: Wire.version(), g: state.generation, config: Config.to_wire(config)}
   end
-
-  defp model_entry(id) when is_binary(id), do: %{id: id}
-  defp model_entry({id, options}), do: options |> Map.new() |> Map.put(:id, id)
 
   ## What the Python process says
 

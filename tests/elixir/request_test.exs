@@ -1,7 +1,7 @@
 defmodule StarweaveImage.RequestTest do
   use ExUnit.Case, async: true
 
-  alias StarweaveImage.{Error, Request}
+  alias StarweaveImage.{Error, Options, Request, Schema}
 
   doctest StarweaveImage.Request
 
@@ -194,6 +194,7 @@ defmodule StarweaveImage.RequestTest do
              seed: 7,
              width: 64,
              image: {:bin, image},
+             strength: 0.8,
              num_images: 1,
              format: :png,
              quality: 90,
@@ -281,7 +282,7 @@ defmodule StarweaveImage.RequestTest do
 
   test "every option is in the docs" do
     documented =
-      Regex.scan(~r/^  \* `:(\w+)` - /m, Request.options_docs(), capture: :all_but_first)
+      Regex.scan(~r/^  \* `:(\w+)` - /m, Options.docs(Schema.groups()), capture: :all_but_first)
 
     fields =
       for field <- Map.keys(accepted([])),

@@ -32,7 +32,7 @@ defmodule StarweaveImage.Client do
   use GenServer
   require Logger
 
-  alias StarweaveImage.{Error, Image, Keeper, Options, Request}
+  alias StarweaveImage.{Config, Error, Image, Keeper, Options, Request}
 
   # What a caller of this interface gets who names no model, and the other model that its server offered. Both have
   # gone from the hub, so they must be answered for where nobody has a copy.
@@ -132,7 +132,7 @@ defmodule StarweaveImage.Client do
   def start_link(opts \\ []) do
     {own, instance} = own(opts)
     # What is wrong is said where it was written, as an instance does.
-    _ = StarweaveImage.Supervisor.config([name: own.instance] ++ instance)
+    _ = Config.new([name: own.instance] ++ instance)
     client = [__MODULE__, {own, instance}, [name: own.name]]
 
     # However often the client's process ends, the host's supervisor has nothing to restart.

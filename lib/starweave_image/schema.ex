@@ -1,0 +1,176 @@
+defmodule StarweaveImage.Schema do
+  @moduledoc false
+
+  # A request: each field stands here once, with its type and range, its default, who it is for and a sentence. From here
+  # come the struct `StarweaveImage.Request` and its types, what the wire and the journal have of it, the lists in the
+  # docs and the switches of `mix image.gen`. The Python side has the same fields (`schema.py`), since both refuse by
+  # themselves; both are held to tests/contract/schema.json.
+
+  alias StarweaveImage.{Options, Type}
+
+  @max_seed 0x7FFFFFFFFFFFFFFF
+  @day 86_400_000
+  # A bare name: to write it as a module would make this one depend on the whole API.
+  @instance :"Elixir.StarweaveImage"
+
+  # Roles: the sidecar is told what decides the `:picture`, and what is `:sent` besides; all else is `:kept` here.
+  @groups [
+    {"What to draw",
+     [
+       negative_prompt: {{:text, 0, 8192}, nil, :picture, "What the picture should not show."},
+       style: {{:text, 0, 256}, nil, :picture, "Added to the prompt after a comma."},
+       model: {:model_id, nil, :picture, "The instance's `:default_model` unless given."},
+       width:
+         {{:multiple_of, 8, 64, 4096}, nil, :picture,
+          "Pixels, within the model's limits; its own default unless given."},
+       height: {{:multiple_of, 8, 64, 4096}, nil, :picture, "Pixels, as `:width`."},
+       steps:
+         {{:integer, 1, 200}, nil, :picture,
+          "Denoise steps, within the model's limits; its own default unless given."},
+       guidance_scale:
+         {{:number, 0, 50}, nil, :picture,
+          "How closely the prompt is followed; the model's own default unless given."},
+       scheduler:
+         {:scheduler, nil, :picture,
+          "The sampler, such as `DPM++ 2M Karras` or `euler_a`; the model's own unless given."},
+       seed:
+         {{:integer, -1, @max_seed}, nil, :sent,
+          "The same seed gives the same picture; -1 or none draws one, which the image reports."},
+       num_images:
+         {{:integer, 1, 16}, 1, :picture, "Pictures, with the seeds `seed`, `seed` + 1, …"},
+       variation_strength:
+         {{:number, 0, 1}, nil, :picture,
+          "How far each picture goes from that of `:seed` (0) to that of `:variation_seed` (1)."},
+       variation_seed:
+         {{:integer, 0, @max_seed}, nil, :picture,
+          "Where the first one goes to, the others to the seeds behind it; `:seed` unless given."},
+       reproducible:
+         {:boolean, false, :picture, "The same bytes for the same request, whatever else runs."}
+     ]},
+    {"Starting from a picture",
+     [
+       image: {:image, nil, :picture, "The picture to start from, a file's bytes."},
+       mask:
+         {:image, nil, :picture,
+          "Where it may change (white) and where it stays (black, transparent); of the same size."},
+       strength:
+         {{:number, 0, 1}, 0.8, :picture, "How far it may be left: 0 not at all, 1 anywhere."}
+     ]},
+    {"The file",
+     [
+       format: {{:one_of, [:png, :jpeg, :webp]}, :png, :picture, "What kind of file it will be."},
+       quality: {{:integer, 1, 100}, 90, :picture, "Of the encoding, for JPEG and WebP."},
+       metadata: {:boolean, true, :picture, "Whether the parameters are written into the file."},
+       preview:
+         {:boolean, false, :sent, "Whether to show, in small pictures, how each one forms."}
+     ]},
+    {"Fairness and time",
+     [
+       priority:
+         {{:one_of, [:interactive, :normal, :background]}, :normal, :kept, "Which goes first."},
+       user_id:
+         {{:text, 1, 128}, nil, :kept,
+          "On whose behalf: users of a priority are served one by one."},
+       timeout:
+         {{:ms, 1, @day}, 600_000, :sent,
+          "Milliseconds until it fails with `:timeout`, waiting and every attempt included."},
+       queue_timeout:
+         {{:ms, 1, @day}, nil, :kept,
+          "Milliseconds until it fails so if no sidecar has begun it; no limit unless given."},
+       run_timeout:
+         {{:ms, 1, @day}, nil, :kept,
+          "Milliseconds that one attempt may take, a model's load included; no limit unless given."},
+       fallback:
+         {:boolean, false, :kept,
+          "Whether another model of the card's `fallbacks` may draw it if its own cannot be loaded."}
+     ]},
+    {"The request itself",
+     [
+       id: {:id, nil, :sent, "Its name, by which it is joined when asked for again; else drawn."},
+       durable:
+         {:boolean, false, :kept,
+          "Whether it is on disk when `submit/2` returns; needs the instance's `:journal`."},
+       instance: {:atom, @instance, :kept, "Which of several running instances."},
+       context:
+         {{:list, {:text, 0, 8192}, 64}, [], :kept,
+          "What was said before, oldest first; accepted, and without effect yet."}
+     ]}
+  ]
+
+  @options Options.schema(@groups)
+  @fields [{:prompt, :prompt} | for({name, {type, _, _}} <- @options, do: {name, type})]
+  @deciding Options.with_role(@groups, :picture)
+  @sent [{:prompt, :prompt, :prompt} | @deciding ++ Options.with_role(@groups, :sent)]
+  # What was said before will decide it, too.
+  @picture [:prompt, :context | Enum.map(@deciding, &elem(&1, 0))]
+  @names Map.new(@fields, fn {name, _type} -> {Atom.to_string(name), name} end)
+
+  @doc """
+  The options of a request, in groups, with their roles.
+
+      iex> [{"What to draw", fields} | _] = StarweaveImage.Schema.groups()
+      iex> fields[:reproducible]
+      {:boolean, false, :picture, "The same bytes for the same request, whatever else runs."}
+  """
+  @spec groups() :: Options.groups()
+  def groups, do: @groups
+
+  @doc """
+  The same as one schema, for `StarweaveImage.Options.validate/2`.
+
+      iex> StarweaveImage.Schema.options()[:quality]
+      {{:integer, 1, 100}, 90, "Of the encoding, for JPEG and WebP."}
+  """
+  @spec options() :: Options.schema()
+  def options, do: @options
+
+  @doc """
+  Every field of a request with its type: the prompt, which is no option, and the options.
+
+      iex> hd(StarweaveImage.Schema.fields())
+      {:prompt, :prompt}
+  """
+  @spec fields() :: [{atom, Type.t()}]
+  def fields, do: @fields
+
+  @doc """
+  What the sidecar is told of a request: names, names on the wire, types.
+
+      iex> List.keyfind(StarweaveImage.Schema.sent(), :timeout, 0)
+      {:timeout, :timeout_ms, {:ms, 1, 86_400_000}}
+  """
+  @spec sent() :: [{name :: atom, wire_name :: atom, Type.t()}]
+  def sent, do: @sent
+
+  @doc """
+  The names of what decides the picture, all but its seed.
+
+      iex> :steps in StarweaveImage.Schema.picture() and :timeout not in StarweaveImage.Schema.picture()
+      true
+  """
+  @spec picture() :: [atom]
+  def picture, do: @picture
+
+  @doc """
+  The field of this name, or nil: nothing from outside becomes an atom.
+
+      iex> {StarweaveImage.Schema.name("width"), StarweaveImage.Schema.name("wdth")}
+      {:width, nil}
+  """
+  @spec name(String.t()) :: atom | nil
+  def name(text), do: Map.get(@names, text)
+
+  @doc """
+  The fields of a request with their types, as the typespec of a struct has them.
+
+      iex> StarweaveImage.Schema.specs()[:quality] |> Macro.to_string()
+      "1..100"
+  """
+  @spec specs() :: [{atom, Macro.t()}]
+  def specs do
+    for {name, {type, default, _doc}} <- [{:prompt, {:prompt, "", ""}} | @options] do
+      spec = Type.spec(type, :cast)
+      {name, if(default == nil, do: Type.union([spec, nil]), else: spec)}
+    end
+  end
+end
