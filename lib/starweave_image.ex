@@ -18,8 +18,8 @@ defmodule StarweaveImage do
       {:ok, image} = StarweaveImage.generate("a red apple", width: 256, height: 256)
       :ok = StarweaveImage.Image.save(image, "apple.png")
 
-  Without any `:models` it works offline at once, with the small embedded model `starweave/tiny`. `mix image.setup` makes
-  the Python environment, once on each machine; in a release `setup/1` does.
+  Without any `:models` it works offline at once, with the small embedded model `starweave/tiny`. `mix image.setup`
+  makes the Python environment, once on each machine; in a release `setup/1` does.
 
   ## Several instances
 
@@ -60,14 +60,15 @@ defmodule StarweaveImage do
 
   ## Errors
 
-  A function that can fail returns `{:error, %StarweaveImage.Error{}}`; its documentation names the kinds. An argument or
-  option of a wrong type or range is `:invalid_request`, before any work is done, and `details.field` names it. This
-  includes a nil in place of a picture, as a lost upload leaves it. An option that is nil counts as not given.
-  Functions that return no error (`status/1`, `available?/1`, `child_spec/1`, `start_link/1`) raise `ArgumentError`.
+  A function that can fail returns `{:error, %StarweaveImage.Error{}}`; its documentation names the kinds. An argument
+  or option of a wrong type or range is `:invalid_request`, before any work is done, and `details.field` names it. This
+  includes a nil in place of a picture, as a lost upload leaves it. An option that is nil counts as not given. Functions
+  that return no error (`status/1`, `available?/1`, `child_spec/1`, `start_link/1`) raise `ArgumentError`.
 
   ## What is logged
 
-  Each request that ends, well or not, is one line at level info, with `request_id` in its metadata and without its prompt:
+  Each request that ends, well or not, is one line at level info, with `request_id` in its metadata and without its
+  prompt:
 
       image request 5b66cbd9… done model=starweave/tiny steps=10 images=1 queue_ms=0 total_ms=3592 attempts=1 rss_mb=505
 
@@ -111,9 +112,9 @@ defmodule StarweaveImage do
         }
 
   @typedoc """
-  Image number `image` (from 0) of `num_images` has made `step` of `steps` steps, `elapsed_ms` milliseconds after attempt
-  number `attempt` began. `eta_ms` says in how many milliseconds the request's last step will be made, and is nil before
-  two steps were timed.
+  Image number `image` (from 0) of `num_images` has made `step` of `steps` steps, `elapsed_ms` milliseconds after
+  attempt number `attempt` began. `eta_ms` says in how many milliseconds the request's last step will be made, and is
+  nil before two steps were timed.
   """
   @type progress :: %{
           phase: :loading | :denoising | :decoding | :encoding,
@@ -127,7 +128,8 @@ defmodule StarweaveImage do
         }
 
   @typedoc """
-  How image number `image` (from 0) of request `id` looks after `step` steps: a picture file of at most 256 pixels a side.
+  How image number `image` (from 0) of request `id` looks after `step` steps: a picture file of at most 256 pixels a
+  side.
   """
   @type preview :: %{
           id: id,
@@ -211,13 +213,14 @@ defmodule StarweaveImage do
         }
 
   @typedoc """
-  A model's card. `defaults` hold where a request does not say otherwise, and `limits` are what it may ask for: pixels of
-  a side (`min_size`, `max_size`, `multiple_of`), pixels of a picture, steps, guidance scale. `memory_bytes` is an
+  A model's card. `defaults` hold where a request does not say otherwise, and `limits` are what it may ask for: pixels
+  of a side (`min_size`, `max_size`, `multiple_of`), pixels of a picture, steps, guidance scale. `memory_bytes` is an
   estimate of what it takes on the device.
 
-  A model that is `:available` is on the disk, a `:remote` one would be downloaded, an `:absent` one is not to be had here,
-  and of a `:failed` one `error` says why. A loaded one also has the `bytes` of its weights, `parked` (whether they
-  are in main memory and not on the device), `idle_ms` since its last use and `load_ms`, the time of its load.
+  An `:available` model is on the disk. A `:remote` one is downloaded when it is first used. An `:absent` one is not on
+  the disk and may not be downloaded. A `:failed` one cannot be used, and `error` says why. A loaded model also has the
+  `bytes` of its weights, `parked` (whether they are in main memory instead of on the device), `idle_ms` since its last
+  use and `load_ms`, the time of its load.
   """
   @type model :: %{
           id: String.t(),
@@ -378,8 +381,8 @@ defmodule StarweaveImage do
   `:strength` (0 to 1, 0.8 unless given) says how much may change. The result has the size of `image`, within the
   model's limits, unless `:width` and `:height` say otherwise.
 
-  Errors: as `generate/2`. Here an `image` of nil is `:invalid_request`, while the option `image: nil` of `generate/2` counts
-  as not given.
+  Errors: as `generate/2`. Here an `image` of nil is `:invalid_request`, while the option `image: nil` of `generate/2`
+  counts as not given.
 
       {:ok, apple} = StarweaveImage.generate("a red apple")
       {:ok, pear} = StarweaveImage.edit(apple, "a green pear", strength: 0.7)
@@ -399,8 +402,8 @@ defmodule StarweaveImage do
   Redraws the part of a picture that is white in `mask`, as `prompt` says. Where the mask is black or transparent, no
   pixel changes.
 
-  `image` and `mask` have the same size in pixels; each is a file's bytes or a `StarweaveImage.Image`. Options and errors: as
-  `edit/3`.
+  `image` and `mask` have the same size in pixels; each is a file's bytes or a `StarweaveImage.Image`. Options and
+  errors: as `edit/3`.
 
       {:ok, house} = StarweaveImage.generate("a house on green hills")
       {:ok, evening} = StarweaveImage.inpaint(house, File.read!("sky.png"), "the sky at sunset", strength: 1.0)
@@ -421,9 +424,9 @@ defmodule StarweaveImage do
   @doc """
   Makes several pictures of the same thing: four, or `:num_images`. Each has a seed of its own, and reports it.
 
-  Variations of a prompt differ by their seeds. With `:variation_strength` (0 to 1) they stay near the picture of `:seed`,
-  which is the first of them: each goes that far from it towards the picture of its own seed. To draw one of them again,
-  give the same `:seed` and `:variation_strength`, and its own seed as `:variation_seed`.
+  Variations of a prompt differ by their seeds. With `:variation_strength` (0 to 1) they stay near the picture of
+  `:seed`, which is the first of them: each goes that far from it towards the picture of its own seed. To draw one of
+  them again, give the same `:seed` and `:variation_strength`, and its own seed as `:variation_seed`.
 
   Variations of a picture, a `StarweaveImage.Image` or a file's bytes, start from that picture, and `:strength` says how
   much may change (0.6 unless given). The prompt is that of the image; for a file give `:prompt`. Errors: as `edit/3`.
@@ -468,17 +471,17 @@ defmodule StarweaveImage do
 
   @doc group: "Jobs"
   @doc """
-  Submits a request, and returns its id once it is accepted. The request outlives the caller: any process may ask for the
-  result with `await/3`, or watch with `subscribe/2`. The result is kept for the instance's `:result_ttl`.
+  Submits a request, and returns its id once it is accepted. The request outlives the caller: any process may ask for
+  the result with `await/3`, or watch with `subscribe/2`. The result is kept for the instance's `:result_ttl`.
 
-  With `:id` it is idempotent. To submit the same request again under an id that waits, runs or is done joins that request.
-  To submit another request under it is `:invalid_request`, with `details.conflict`.
+  With `:id` it is idempotent. To submit the same request again under an id that waits, runs or is done joins that
+  request. To submit another request under it is `:invalid_request`, with `details.conflict`.
 
   With `durable: true` it returns when the request is on disk, in the instance's `:journal`. If the BEAM ends before the
   request is done, the next start of the instance continues it; its result outlives the BEAM too.
 
-  Errors, after which nothing is done: `:invalid_request`, `:overloaded`, `:rate_limited`, `:disabled`, `:unavailable`, and
-  `:sidecar_crashed` for a request that is quarantined. How an accepted request ends is what `await/3` returns.
+  Errors, after which nothing is done: `:invalid_request`, `:overloaded`, `:rate_limited`, `:disabled`, `:unavailable`,
+  and `:sidecar_crashed` for a request that is quarantined. How an accepted request ends is what `await/3` returns.
 
       {:ok, id} = StarweaveImage.submit("a red apple", id: "order-17")
       {:ok, image} = StarweaveImage.await(id)
@@ -501,8 +504,8 @@ defmodule StarweaveImage do
 
   Of a request of several images it returns the first; `await_many/3` returns all. Options: `:instance`.
 
-  Errors: the error that the request ended with; `:timeout` if it has not ended; `:invalid_request` if no request has this
-  id, or its result was kept for `:result_ttl` and is gone; `:unavailable` if the instance does not run.
+  Errors: the error that the request ended with; `:timeout` if it has not ended; `:invalid_request` if no request has
+  this id, or its result was kept for `:result_ttl` and is gone; `:unavailable` if the instance does not run.
 
       iex> {:error, error} = StarweaveImage.await("order-17", 1_000, instance: :no_such_instance)
       iex> error.kind
@@ -532,7 +535,8 @@ defmodule StarweaveImage do
   @doc group: "Jobs"
   @doc """
   Makes images, as a lazy stream of `t:event/0`. It ends with one `{:image, image}` for each image, or with
-  `{:error, error}`. A consumer that leaves the stream early cancels the request, unless another process waits for it too.
+  `{:error, error}`. A consumer that leaves the stream early cancels the request, unless another process waits for it
+  too.
 
       for event <- StarweaveImage.stream("a red apple", preview: true) do
         case event do
@@ -612,8 +616,8 @@ defmodule StarweaveImage do
   @doc """
   Sends the events of a request to the calling process, as messages `{:starweave_image, id, event}` (`t:event/0`).
 
-  The first messages come at once and tell how the request stands: its place in the queue, or the last progress and preview
-  of each image, or its images or error. Options: `:instance`.
+  The first messages come at once and tell how the request stands: its place in the queue, or the last progress and
+  preview of each image, or its images or error. Options: `:instance`.
 
       iex> StarweaveImage.subscribe("no-such-request")
       {:error, :not_found}
@@ -690,8 +694,9 @@ defmodule StarweaveImage do
   @doc """
   Loads a model into every sidecar, and waits until it is loaded; a download is part of that.
 
-  Options: `:timeout` in ms (an hour unless given), after which the load goes on, and `:instance`. Errors: `:invalid_request`,
-  `:model_not_found`, `:model_load_failed`, `:out_of_memory`, `:timeout`, `:disabled`, `:unavailable`.
+  Options: `:timeout` in ms (an hour unless given), after which the load goes on, and `:instance`. Errors:
+  `:invalid_request`, `:model_not_found`, `:model_load_failed`, `:out_of_memory`, `:timeout`, `:disabled`,
+  `:unavailable`.
 
       :ok = StarweaveImage.load_model("starweave/tiny")
 

@@ -7,22 +7,22 @@ defmodule StarweaveImage.Error do
 
   | Kind | Meaning | Retry |
   |---|---|---|
-  | `:invalid_request` | an option is wrong; `details.field` names it, and `details.conflict` is true where `:id` is that of another request | no |
+  | `:invalid_request` | `details.field` names the wrong option; `details.conflict`: the `:id` is another request's | no |
   | `:model_not_found` | no such model, or it is not on this machine | no |
   | `:model_load_failed` | the model's files cannot be loaded | no |
-  | `:overloaded` | the queue is full; `details.retry_after_ms` | yes |
-  | `:rate_limited` | the user, or all users together, ask too often; `details.retry_after_ms` | yes |
+  | `:overloaded` | the queue is full; try again after `details.retry_after_ms` | yes |
+  | `:rate_limited` | this user, or all users together, ask too often; try again after `details.retry_after_ms` | yes |
   | `:timeout` | the deadline passed | yes |
   | `:cancelled` | somebody cancelled it | no |
   | `:out_of_memory` | the device has too little memory for it | no |
-  | `:sidecar_crashed` | the Python process died under it too often, now or when it was asked for before; then `details.retry_after_ms` | no |
+  | `:sidecar_crashed` | the request ends the Python process; the same one is refused for `details.retry_after_ms` | no |
   | `:unavailable` | the Python process cannot be started; the message says why | yes |
   | `:disabled` | the instance was started with `enabled: false` | no |
   | `:unsafe_content` | the model's safety checker refused the picture | no |
-  | `:internal` | a fault of this library; or of the model, whose numbers are NaN or infinite: then `details.field` is `:model` | no |
+  | `:internal` | a fault of this library; or NaN or infinite numbers in the model, then `details.field` is `:model` | no |
 
-  `message` is one sentence for a person. It never holds a path, a traceback or a secret; those
-  are in the log, with the request id.
+  `message` is one sentence for a person. It holds no path, traceback or secret; those are in the log, with the
+  request's id.
 
       iex> error = StarweaveImage.Error.new(:timeout, "the deadline of 50 ms passed")
       iex> {error.retryable?, Exception.message(error)}

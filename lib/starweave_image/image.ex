@@ -1,10 +1,10 @@
 defmodule StarweaveImage.Image do
   @moduledoc """
-  A finished image: the encoded file and everything that made it.
+  A finished image: the encoded file, and how it was made.
 
-  `data` is the file as it would lie on disk. `parameters` is the record that is also written into
-  the file (unless `metadata: false`), `timings` are milliseconds, and `notices` are sentences for
-  a person, such as that a word is not in the model's vocabulary.
+  `data` is the whole file. `parameters` is the record that the file itself holds too (unless `metadata: false`).
+  `timings` are milliseconds. `notices` are sentences for a person, for example that the model does not know a word of
+  the prompt.
   """
 
   @type format :: :png | :jpeg | :webp
@@ -55,9 +55,9 @@ defmodule StarweaveImage.Image do
   @doc """
   Writes the image to `path`.
 
-  A file that is there is replaced as a whole and keeps its mode and owner: a reader never sees half a picture, and where
-  there is no room for the new one the old one stays. A link stays and leads to the new picture. A device or a pipe is
-  written into; a pipe waits for its reader.
+  An existing file is replaced as a whole and keeps its mode and owner: no reader sees half a picture, and if the disk
+  is full the old picture stays. A symbolic link stays, and its target is replaced. A device or a pipe is written to;
+  writing to a pipe waits for its reader.
 
       iex> image = %StarweaveImage.Image{id: "a", data: "file", format: :png, width: 8, height: 8, sha256: ""}
       iex> path = Path.join(System.tmp_dir!(), "starweave_image_doctest.png")

@@ -11,22 +11,21 @@ defmodule StarweaveImage.Client do
         metadata.model #=> "starweave/tiny"
       end
 
-  As a child of a supervisor, after `StarweaveImage` if the application has one of its own:
+  As a child of a supervisor, beside an instance that the application starts itself:
 
       children = [StarweaveImage, {StarweaveImage.Client, enabled: true}]
 
-  Without one, the client starts and owns an instance. Callers go to the instance and not through the
-  client's process, so that none waits for another.
+  If no instance runs, the client starts one and owns it. Callers talk to the instance directly and not through the
+  client's process, so none waits for another.
 
-  Code that calls a client by another name keeps that name. The following module has the functions
-  below, each asking for the process of the module's own name, under which it is started:
+  Code that calls a client by another name keeps that name. The following module has the functions below, and each of
+  them asks the client that is started under the module's own name:
 
       defmodule StarweaveLlm.ImageGeneration.Client do
         use StarweaveImage.Client
       end
 
-  New code is better served by `StarweaveImage` itself: it has progress, cancellation and errors that
-  can be told apart.
+  New code should call `StarweaveImage` itself, which has progress, cancellation and errors of different kinds.
   """
 
   use GenServer
@@ -34,8 +33,8 @@ defmodule StarweaveImage.Client do
 
   alias StarweaveImage.{Config, Error, Image, Keeper, Options, Request}
 
-  # What a caller of this interface gets who names no model, and the other model that its server offered. Both have
-  # gone from the hub, so they must be answered for where nobody has a copy.
+  # The model for requests that name none, and the other model that the old server offered. Both were deleted from the
+  # hub, so there must be an answer where no copy exists.
   @default_model "runwayml/stable-diffusion-v1-5"
   @gone [@default_model, "stabilityai/stable-diffusion-2-1"]
   @defaults [width: 512, height: 512, steps: 20, guidance_scale: 7.5]
@@ -47,7 +46,7 @@ defmodule StarweaveImage.Client do
 
   @start_wait_ms 60_000
 
-  # Its callers keep seeds in 32 bits, with a sign.
+  # Callers of this interface keep seeds in signed 32-bit integers.
   @seeds 0x80000000
 
   @own [
@@ -115,10 +114,9 @@ defmodule StarweaveImage.Client do
   @doc """
   Starts the client.
 
-  `name:` is what it is registered as (default: this module), `enabled: false` disables it, `instance:`
-  names the instance to use (default `StarweaveImage`). If that one is not running, it is started with the
-  options that are left, which are those of an instance. `host:` and `port:` are accepted and mean nothing:
-  there is no server.
+  It is registered as `name:` (default: this module). `enabled: false` disables it. `instance:` names the instance to
+  use (default: `StarweaveImage`); if that one does not run, the client starts it with the remaining options, which are
+  those of an instance. `host:` and `port:` are accepted and have no effect, since there is no server.
 
   Raises `ArgumentError` on a wrong option.
 
@@ -131,11 +129,11 @@ defmodule StarweaveImage.Client do
   @spec start_link(keyword) :: GenServer.on_start()
   def start_link(opts \\ []) do
     {own, instance} = own(opts)
-    # What is wrong is said where it was written, as an instance does.
+    # A wrong option of the instance raises here, in the process of the caller who wrote it.
     _ = Config.new([name: own.instance] ++ instance)
     client = [__MODULE__, {own, instance}, [name: own.name]]
 
-    # However often the client's process ends, the host's supervisor has nothing to restart.
+    # The keeper restarts the client's process, so the host's supervisor never needs to.
     Keeper.start_link(
       name: Module.concat(own.name, "Keeper"),
       child: {GenServer, :start_link, client},
@@ -159,21 +157,22 @@ defmodule StarweaveImage.Client do
   end
 
   @doc """
-  Makes one image: the file's bytes (PNG) and how it was made.
+  Makes one image. Returns the bytes of the PNG file and how it was made.
 
-  Options are those of `StarweaveImage.generate/2`, as a keyword list or a map, their names also as
-  strings. Left out, nil or empty they are 512×512, 20 steps, guidance 7.5, a random seed, and
-  `"runwayml/stable-diffusion-v1-5"` unless the instance has a `:default_model` of its own. That model and
-  `"stabilityai/stable-diffusion-2-1"` have gone from the hub: where there is no copy on this machine the
-  instance's default takes their place, `metadata.model` is the one that ran, and `metadata.debug_info`
-  says so under `"requested_model"` and `"notice"`.
+  The options are those of `StarweaveImage.generate/2`, as a keyword list or a map; names may be strings. `:client`
+  names the client (default: this module). An option that is left out, nil or empty has the default of this interface:
+  512×512 pixels, 20 steps, guidance 7.5, a random seed, and the model `"runwayml/stable-diffusion-v1-5"`, unless the
+  instance has a `:default_model` of its own.
 
-  A seed that is drawn (none given, or -1) is below 2³¹ and fits an `int32`. With an `:id`, which may be asked
-  for again, the request draws it instead, below 2⁵³. A seed that is given may be up to 2⁶³ - 1 and is
-  reported as it was. `:client` names the client (default: this module).
+  That model and `"stabilityai/stable-diffusion-2-1"` were deleted from the hub. Where this machine has no copy, the
+  instance's default model draws instead: `metadata.model` names it, and `metadata.debug_info` has the notes
+  `"requested_model"` and `"notice"`.
+
+  A random seed (none given, or -1) is below 2³¹, so it fits an `int32`. With an `:id`, a second call must draw the same
+  seed, so the request draws it, below 2⁵³. A given seed may be up to 2⁶³ - 1 and is reported unchanged.
 
   An error is a sentence: one of `"Image generation is disabled"`, `"Image generation service is not available"`,
-  `"Image generation timed out"`, `"Image generation failed"` (more is in the log), or what is wrong with the request.
+  `"Image generation timed out"`, `"Image generation failed"` (the log says more), or what is wrong with the request.
 
       iex> StarweaveImage.Client.generate_image("a red apple", width: 250)
       {:error, "width must be a multiple of 8 from 64 to 4096, got 250"}
@@ -194,13 +193,13 @@ defmodule StarweaveImage.Client do
   end
 
   @doc false
-  # The options of a call, as of a module that uses this one.
+  # The options of a call of a module that uses this one.
   @spec of(module, term) :: term
   def of(client, opts) when is_map(opts), do: Map.put(opts, :client, client)
   def of(client, opts) when is_list(opts), do: [{:client, client} | opts]
   def of(_client, opts), do: opts
 
-  # What is no options at all is refused further on, with the reason.
+  # Options that are no list or map are refused later, with the reason.
   defp pop_client(opts) do
     {own, opts} =
       cond do
@@ -213,7 +212,7 @@ defmodule StarweaveImage.Client do
   end
 
   @doc """
-  The models that are known, each with whether a request for it can work here.
+  The models that the instance knows. `available` says whether a request for the model can work on this machine.
 
       {:ok, [%{id: "starweave/tiny", capabilities: ["text_to_image"], available: true} | _]} =
         StarweaveImage.Client.list_models()
@@ -221,7 +220,7 @@ defmodule StarweaveImage.Client do
       iex> StarweaveImage.Client.list_models()
       {:error, "Image generation service is not available"}
 
-  Options as of `available?/1`.
+  The options are those of `available?/1`.
   """
   @spec list_models(keyword) :: {:ok, [model]} | {:error, String.t()}
   def list_models(opts \\ []) do
@@ -240,10 +239,9 @@ defmodule StarweaveImage.Client do
   @doc """
   Whether images can be made.
 
-  Answers at once, also while one is made. But while Python still starts it waits for the outcome, at most
-  a minute: for a script, whose next line needs it. With `wait: false` it waits for nothing, and says false
-  while Python starts: for a LiveView's `mount/3` and whatever else may not be held up. `:client` names the
-  client (default: this module).
+  It answers at once, also while an image is made. Only while Python starts it waits for the outcome, at most a minute,
+  as a script needs it. With `wait: false` it never waits, and is false while Python starts: use that in a LiveView's
+  `mount/3` and wherever nothing may block. `:client` names the client (default: this module).
 
       iex> StarweaveImage.Client.available?()
       false
@@ -268,7 +266,7 @@ defmodule StarweaveImage.Client do
       if(StarweaveImage.available?(instance: instance), do: :ok, else: {:error, :starting_or_down})
 
   @doc false
-  # What this interface tells of an image, besides its bytes.
+  # What this interface says about an image, besides its bytes.
   @spec metadata(Image.t(), %{String.t() => String.t()}) :: metadata
   def metadata(%Image{} = image, debug_info \\ %{}) do
     facts = Map.take(image, [:width, :height, :steps, :guidance_scale, :scheduler, :attempts])
@@ -290,9 +288,9 @@ defmodule StarweaveImage.Client do
 
   @impl true
   def init({own, opts}) do
-    # To end the instance before this process ends.
+    # So that `terminate/2` runs, and stops the instance before this process ends.
     Process.flag(:trap_exit, true)
-    # What callers ask of a client is in a table, so that none of them waits for its process.
+    # Callers read the instance's name from a table, so that none of them waits for this process.
     :ets.new(table(own.name), [:named_table, :protected, read_concurrency: true])
 
     if own.enabled do
@@ -305,7 +303,7 @@ defmodule StarweaveImage.Client do
   end
 
   defp start_instance(instance, opts) do
-    # It makes room for one that the host starts itself, in whatever order.
+    # Whether the client or the host comes first: this instance stops when the host starts one of the same name.
     case StarweaveImage.Supervisor.start_link([name: instance] ++ opts, yields?: true) do
       {:ok, pid} -> {:ok, %{owned: pid}}
       {:error, {:already_started, _pid}} -> {:ok, %{owned: nil}}
@@ -326,7 +324,7 @@ defmodule StarweaveImage.Client do
   def terminate(_reason, %{owned: nil}), do: :ok
   def terminate(_reason, %{owned: pid}), do: Supervisor.stop(pid, :shutdown)
 
-  # Without a client the instance still answers: what it says is then all there is to say.
+  # Without a client, the default instance answers.
   defp instance(client) do
     :ets.lookup_element(table(client), :instance, 2)
   rescue
@@ -335,7 +333,7 @@ defmodule StarweaveImage.Client do
 
   defp table(client), do: Module.concat(client, "Instance")
 
-  # Empty strings are what unset fields were on the wire that this interface had, and -1 a seed to be drawn.
+  # On the old server's wire an unset field was an empty string, and -1 asked for a random seed.
   defp settings(opts, instance) do
     if Keyword.keyword?(opts) do
       given =
@@ -349,7 +347,7 @@ defmodule StarweaveImage.Client do
       |> Keyword.merge(model: model_unless_configured(instance), instance: instance, seed: seed)
       |> Keyword.merge(given)
     else
-      # Refused further on, with the reason.
+      # Refused later, with the reason.
       opts
     end
   end
@@ -381,7 +379,7 @@ defmodule StarweaveImage.Client do
     end
   end
 
-  # Where it is known that there is no copy, no request needs to fail for it.
+  # If the model is known to be absent, no request has to fail first to find that out.
   defp absent?(settings) do
     with cards when is_list(cards) <- StarweaveImage.models(instance: settings[:instance]),
          do:
