@@ -44,7 +44,6 @@ defmodule StarweaveImage.MixProject do
           name <- ["Start", "Pictures", "Jobs", "Models", "Health", "Sidecars"],
           do: {String.to_atom(name), &(&1[:group] == name)}
         ),
-      nest_modules_by_prefix: [StarweaveImage],
       # It tells of modules that have no pages.
       skip_undefined_reference_warnings_on: ["docs/architecture.md"]
     ]
