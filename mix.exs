@@ -36,7 +36,11 @@ defmodule StarweaveImage.MixProject do
       assets: %{"docs/readme" => "docs/readme", "docs/images" => "images"},
       groups_for_modules: [
         Values: [StarweaveImage.Request, StarweaveImage.Image, StarweaveImage.Error],
-        "Around an instance": [StarweaveImage.Environment, StarweaveImage.Telemetry],
+        "Around an instance": [
+          StarweaveImage.Config,
+          StarweaveImage.Environment,
+          StarweaveImage.Telemetry
+        ],
         Hosts: [StarweaveImage.Client]
       ],
       groups_for_docs:

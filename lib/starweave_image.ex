@@ -88,8 +88,14 @@ defmodule StarweaveImage do
   @typedoc "A request's name: 1 to 128 of `A-Z a-z 0-9 . _ : -`."
   @type id :: String.t()
 
+  @typedoc "The options of a request, as a keyword list or a map."
+  @type options :: [Request.option()] | map
+
   @typedoc "Which of several running instances, by its `:name`; `StarweaveImage` unless given."
   @type instance_option :: {:instance, atom}
+
+  @typedoc "The same, and how many milliseconds to wait."
+  @type waiting_option :: instance_option | {:timeout, timeout}
 
   @typedoc """
   What happens to a request, as `stream/2` and `subscribe/2` tell it. The last event is an error, or the last image.
@@ -328,7 +334,7 @@ defmodule StarweaveImage do
       iex> {error.kind, error.details.field}
       {:invalid_request, :steps}
   """
-  @spec generate(String.t(), keyword | map) :: {:ok, Image.t()} | {:error, Error.t()}
+  @spec generate(String.t(), options) :: {:ok, Image.t()} | {:error, Error.t()}
   def generate(prompt, opts \\ []) do
     with {:ok, [image | _]} <- generate_images(prompt, opts), do: {:ok, image}
   end
@@ -342,7 +348,7 @@ defmodule StarweaveImage do
       iex> StarweaveImage.generate!("a red apple", steps: 0)
       ** (StarweaveImage.Error) steps must be an integer from 1 to 200, got 0
   """
-  @spec generate!(String.t(), keyword | map) :: Image.t()
+  @spec generate!(String.t(), options) :: Image.t()
   def generate!(prompt, opts \\ []) do
     case generate(prompt, opts) do
       {:ok, image} -> image
@@ -363,7 +369,7 @@ defmodule StarweaveImage do
       iex> error.message
       "num_images must be an integer from 1 to 16, got 0"
   """
-  @spec generate_many(String.t(), pos_integer, keyword | map) ::
+  @spec generate_many(String.t(), pos_integer, options) ::
           {:ok, [Image.t()]} | {:error, Error.t()}
   def generate_many(prompt, n, opts \\ []), do: generate_images(prompt, put(opts, :num_images, n))
 
@@ -391,7 +397,7 @@ defmodule StarweaveImage do
       iex> error.message
       "image must be a PNG, JPEG or WebP file of at most 12 MiB, got :apple"
   """
-  @spec edit(binary | Image.t(), String.t(), keyword | map) ::
+  @spec edit(binary | Image.t(), String.t(), options) ::
           {:ok, Image.t()} | {:error, Error.t()}
   def edit(image, prompt, opts \\ []) do
     with {:ok, image} <- file(:image, image), do: generate(prompt, put(opts, :image, image))
@@ -412,7 +418,7 @@ defmodule StarweaveImage do
       iex> error.details.field
       :mask
   """
-  @spec inpaint(binary | Image.t(), binary | Image.t(), String.t(), keyword | map) ::
+  @spec inpaint(binary | Image.t(), binary | Image.t(), String.t(), options) ::
           {:ok, Image.t()} | {:error, Error.t()}
   def inpaint(image, mask, prompt, opts \\ []) do
     with {:ok, image} <- file(:image, image),
@@ -439,7 +445,7 @@ defmodule StarweaveImage do
       iex> error.message
       "prompt is required"
   """
-  @spec variations(String.t() | binary | Image.t(), keyword | map) ::
+  @spec variations(String.t() | binary | Image.t(), options) ::
           {:ok, [Image.t()]} | {:error, Error.t()}
   def variations(image_or_prompt, opts \\ []) do
     {prompt, opts} = pop(opts, :prompt)
@@ -490,7 +496,7 @@ defmodule StarweaveImage do
       iex> {error.kind, error.details.field}
       {:invalid_request, :id}
   """
-  @spec submit(String.t(), keyword | map) :: {:ok, id} | {:error, Error.t()}
+  @spec submit(String.t(), options) :: {:ok, id} | {:error, Error.t()}
   def submit(prompt, opts \\ []) do
     with {:ok, request} <- Request.new(prompt, opts),
          # Without a time limit: a caller that gave up would not know that its request is accepted.
@@ -554,7 +560,7 @@ defmodule StarweaveImage do
       iex> error.details.field
       :prompt
   """
-  @spec stream(String.t(), keyword | map) :: Enumerable.t()
+  @spec stream(String.t(), options) :: Enumerable.t()
   def stream(prompt, opts \\ []) do
     Stream.resource(fn -> open_stream(prompt, opts) end, &next_event/1, &close_stream/1)
   end
@@ -704,7 +710,7 @@ defmodule StarweaveImage do
       iex> {error.kind, error.details.field}
       {:invalid_request, :model}
   """
-  @spec load_model(String.t(), keyword) :: :ok | {:error, Error.t()}
+  @spec load_model(String.t(), [waiting_option]) :: :ok | {:error, Error.t()}
   def load_model(id, opts \\ []), do: operation("load_model", id, opts)
 
   @doc group: "Models"
@@ -720,7 +726,7 @@ defmodule StarweaveImage do
       iex> error.kind
       :unavailable
   """
-  @spec unload_model(String.t(), keyword) :: :ok | {:error, Error.t()}
+  @spec unload_model(String.t(), [waiting_option]) :: :ok | {:error, Error.t()}
   def unload_model(id, opts \\ []), do: operation("unload_model", id, opts)
 
   defp operation(type, id, opts) do
@@ -824,7 +830,8 @@ defmodule StarweaveImage do
       iex> error.kind
       :unavailable
   """
-  @spec drain_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | :timeout | Error.t()}
+  @spec drain_sidecar(pos_integer, [waiting_option]) ::
+          :ok | {:error, :not_found | :timeout | Error.t()}
   def drain_sidecar(index, opts \\ []) do
     with {:ok, index} <- checked_index(index),
          {:ok, opts} <- checked(opts, @operation) do
@@ -846,7 +853,7 @@ defmodule StarweaveImage do
       iex> error.kind
       :unavailable
   """
-  @spec resume_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | Error.t()}
+  @spec resume_sidecar(pos_integer, [waiting_option]) :: :ok | {:error, :not_found | Error.t()}
   def resume_sidecar(index, opts \\ []) do
     with {:ok, index} <- checked_index(index),
          {:ok, opts} <- checked(opts, @operation),
@@ -867,7 +874,7 @@ defmodule StarweaveImage do
       iex> error.kind
       :unavailable
   """
-  @spec remove_sidecar(pos_integer, keyword) :: :ok | {:error, :not_found | Error.t()}
+  @spec remove_sidecar(pos_integer, [waiting_option]) :: :ok | {:error, :not_found | Error.t()}
   def remove_sidecar(index, opts \\ []) do
     instance = get(opts, :instance) || __MODULE__
 
