@@ -2,52 +2,51 @@ defmodule StarweaveImage.Environment do
   @schema [
     torch:
       {{:one_of, [:cpu, :cuda, :rocm]}, nil,
-       "Which build of PyTorch. Left out, an environment that is there stays as it is, and a new " <>
-         "one suits the device that is found."},
+       "Which build of PyTorch. Unless given, an existing environment stays as it is, and a new one " <>
+         "gets the build for the device that is found."},
     wheels:
       {{:text, 1, 4096}, nil,
-       "A folder of wheels to install from: alone if it has all that is needed, else besides the " <>
-         "index. `STARWEAVE_IMAGE_WHEELS` says the same."},
+       "A folder of wheels to install from. The index is used too if a wheel is missing. " <>
+         "`STARWEAVE_IMAGE_WHEELS` means the same."},
     base_python:
       {{:text, 1, 4096}, nil,
-       "The Python to make the environment with. Left out, `python3`, or else the newest of " <>
+       "The Python to make the environment with. Unless given, `python3`, or else the newest of " <>
          "`python3.14` to `python3.10`."},
     openvino: {:boolean, false, "Also install what `backend: :openvino` needs: 60 MB."},
     dev: {:boolean, false, "Also install what the tests of this library need."},
     check: {:boolean, true, "Run `doctor/1` on it at the end."},
-    progress: {{:function, 1}, &IO.puts/1, "Takes each line about how it goes."}
+    progress: {{:function, 1}, &IO.puts/1, "Is called with each line about the progress."}
   ]
   @interpreter [python: {{:text, 1, 4096}, nil, ""}]
 
   @moduledoc """
-  The Python environment of the sidecar: finding it, making it, checking it.
+  The Python environment of the sidecar: how it is found, made and checked.
 
-  `mix image.setup` calls `setup/1`. A release has no Mix tasks and calls the function itself, once on
-  each machine: `bin/my_app eval "StarweaveImage.setup()"`. A sidecar only looks for what is there, with
-  `python/1`: nothing is installed while an application runs.
+  `mix image.setup` calls `setup/1`. A release has no Mix tasks and calls the function itself, once on each machine:
+  `bin/my_app eval "StarweaveImage.setup()"`. A sidecar only looks for an existing environment, with `python/1`:
+  nothing is installed while an application runs.
 
   ## What is used
 
     1. the interpreter that the option `python:` of an instance names;
     2. else the one that the variable `STARWEAVE_IMAGE_PYTHON` names;
-    3. else the environment that `setup/1` made in the cache folder of the user, which
-       `STARWEAVE_IMAGE_CACHE` moves. Each version of this library, and each set of pins, has a folder
-       of its own there; folders of versions that are no longer used may be deleted.
+    3. else the environment that `setup/1` made in the user's cache folder, or in the folder that
+       `STARWEAVE_IMAGE_CACHE` names. Each version of this library, and each set of pinned packages, has a
+       folder of its own there; you may delete those of versions that you no longer use.
 
-  An interpreter of your own (1 and 2) is used as it is, and needs the packages that
-  `priv/python/requirements.txt` names.
+  An interpreter of your own (1 and 2) is used as it is, and needs the packages in `priv/python/requirements.txt`.
 
   ## Where packages come from
 
-  From where `uv`, if it is installed, or else `pip` is configured to look. `priv/python/pins.txt` and the
-  lists of the extras have the SHA-256 of every file; one that differs, wherever it is from, ends the
-  set-up. PyTorch itself is one exact version, without a hash, and is taken from the first of
+  `uv`, if it is installed, or else `pip` installs them from the index that it is configured for. `priv/python/pins.txt`
+  and the lists of the extras have the SHA-256 of every file; a file that differs ends the set-up, wherever it came
+  from. PyTorch itself is one exact version, without a hash, and comes from the first of these that has it:
 
     * a folder of wheels: `wheels:`, `STARWEAVE_IMAGE_WHEELS`, or the folders in `PIP_FIND_LINKS`;
-    * PyTorch's own index, where it can be reached (`STARWEAVE_IMAGE_TORCH_INDEX` names a mirror);
-    * PyPI, which has one build for each system. On Linux it is CUDA's, with gigabytes of libraries.
+    * PyTorch's own index, if it can be reached (`STARWEAVE_IMAGE_TORCH_INDEX` names a mirror);
+    * PyPI, which has one build for each system. On Linux that is the CUDA build, with gigabytes of libraries.
 
-  together with the libraries of NVIDIA or AMD that this build of it names.
+  The libraries of NVIDIA or AMD that this build needs come with it.
   """
 
   alias StarweaveImage.Environment.{Build, Program}
@@ -56,15 +55,15 @@ defmodule StarweaveImage.Environment do
   @type torch :: :cpu | :cuda | :rocm
 
   @typedoc """
-  What was set up: the interpreter, its build of PyTorch (nil for an interpreter of your own) and what
-  the doctor says (nil with `check: false`).
+  What was set up: the interpreter, its build of PyTorch (nil for an interpreter of your own) and the report of
+  `doctor/1` (nil with `check: false`).
   """
   @type report :: %{python: Path.t(), torch: torch | nil, doctor: String.t() | nil}
 
   @doc """
-  The interpreter that a sidecar is started with, or a sentence about why there is none.
+  The interpreter that a sidecar is started with, or a sentence that says why there is none.
 
-  Looks at a few files and starts nothing.
+  It looks at a few files and starts nothing.
 
       iex> StarweaveImage.Environment.python(python: "no-such-python")
       {:error, "the interpreter that the option `python` names is not an executable file"}
@@ -100,15 +99,15 @@ defmodule StarweaveImage.Environment do
   defdelegate pythonpath, to: Program
 
   @doc """
-  Makes the environment if it is not there, and checks it.
+  Makes the environment unless it exists, and checks it.
 
-  Takes minutes the first time and seconds later. Two at once do not disturb each other, and one that
-  was interrupted or got damaged is made again.
+  The first time takes minutes, later ones seconds. Two calls at once do not disturb each other. An environment that is
+  incomplete or damaged is made again.
 
   #{Options.docs(@schema)}
 
-  Errors: `:invalid_request`, and `:unavailable` with what went wrong: no Python, no network, no room. Then `details` may
-  have `:output`, the last lines, `:log`, the file of the whole output, and `:doctor`.
+  Errors: `:invalid_request`, and `:unavailable` with the reason: no Python, no network, no space. Then `details` may
+  have `:output` (the last lines), `:log` (the file with the whole output) and `:doctor`.
 
   ## Example
 
@@ -140,10 +139,9 @@ defmodule StarweaveImage.Environment do
   end
 
   @doc """
-  Asks the environment for its versions, its device and what is wrong with it.
+  Reports the versions and the device of the environment, and what is wrong with it.
 
-  Takes the option `python:` of `python/1`. The text is for a person; an error has it too, as
-  `details.doctor`.
+  It takes the option `python:` of `python/1`. The report is text for a person; an error has it as `details.doctor`.
 
       iex> {:error, error} = StarweaveImage.Environment.doctor(python: "no-such-python")
       iex> error.kind

@@ -18,12 +18,13 @@ defmodule Mix.Tasks.Image.Models do
   ## Commands
 
     * `list` - the models on this machine, with size, last use, state and licence; `--json` for programs
-    * `pull MODEL` - shows the size and the licence of a model, asks, and fetches it. What an earlier download left is
-      not fetched again. `--revision` names a branch, a tag or a commit (default: what the configuration or the
-      catalog says); `--yes` asks nothing; `--dry-run` only shows it, with exit code 3 if there is something to fetch
+    * `pull MODEL` - shows the size and the licence of a model, asks for consent, and fetches it. Files of an earlier
+      download are not fetched again. `--revision` names a branch, a tag or a commit (default: what the configuration
+      or the catalog says); `--yes` gives consent; `--dry-run` only shows the plan, with exit code 3 if there is
+      something to fetch
     * `verify [MODEL]` - compares the files with their checksums; `--repair` fetches again what is missing or damaged
-    * `accept MODEL` - takes the weights of a configured model with a `:path`, or of a folder, as they are now, though
-      they are not what they were when they were first loaded
+    * `accept MODEL` - accepts weights that you changed, of a configured model with a `:path` or of a folder: their
+      present checksums replace those of the first load
     * `rm MODEL` - deletes a model, or one `--revision` of it, unless a process has it loaded
     * `prune --quota SIZE` - deletes the longest unused models until the rest fits, never one in use and never the
       configured default model; `--keep MODEL` keeps another one, `--dry-run` only says what would be deleted
@@ -33,7 +34,7 @@ defmodule Mix.Tasks.Image.Models do
   ## Exit codes
 
     * 0 - done
-    * 1 - it failed, a file is missing or damaged, or more than the quota stays
+    * 1 - it failed, a file is missing or damaged, or more than the quota remains
     * 2 - wrong usage: an option is wrong, the model is not known, or it is in use
     * 3 - nothing was fetched without consent
     * 69 - there is no Python, or a package of it is missing: run `mix image.setup`
@@ -83,7 +84,7 @@ defmodule Mix.Tasks.Image.Models do
   defp command([name | _]),
     do: {:usage, "#{name} is none of #{Enum.join(@commands, ", ")}; see `mix help image.models`"}
 
-  # A model in a folder of its own goes by its id here, and by its folder in Python.
+  # A model in a folder of its own has its id as its name here; Python takes the folder.
   defp named("accept", options, config) do
     paths = for {id, entry} <- models(config), path = entry[:path], into: %{}, do: {id, path}
     Enum.map(options, &Map.get(paths, &1, &1))
@@ -91,7 +92,7 @@ defmodule Mix.Tasks.Image.Models do
 
   defp named(_name, options, _config), do: options
 
-  # What the configuration of the instance adds to a command line.
+  # The options that the instance's configuration adds to a command.
   defp configured("list", _options, config) do
     for {id, entry} <- models(config), path = entry[:path], do: "--local=#{id}=#{path}"
   end
@@ -115,7 +116,7 @@ defmodule Mix.Tasks.Image.Models do
     end
   end
 
-  # Python has no terminal to ask on: it shows what there is to fetch, and is started again once that is agreed to.
+  # Python has no terminal to ask on. It is run once to show the plan, and again after the user has agreed.
   defp pull(python, options) do
     if Enum.any?(options, &(&1 in ~w(--yes --dry-run --offline --help -h))) do
       python(python, "pull", options)
@@ -132,7 +133,7 @@ defmodule Mix.Tasks.Image.Models do
   end
 
   defp python(python, name, options) do
-    # Attached: it ends with this VM, whose end closes its standard input.
+    # Attached: it ends when this VM ends, which closes its standard input.
     {arguments, env} = Program.command(["models", name, "--attached" | options])
 
     case Program.run(python, arguments, env: env, into: IO.stream(:stdio, :line)) do

@@ -2,30 +2,30 @@ defmodule Mix.Tasks.Image.Setup do
   @shortdoc "Makes and checks the Python environment of StarweaveImage"
 
   @moduledoc """
-  Makes and checks the Python environment that images are generated in.
+  Makes and checks the Python environment that generates images.
 
       mix image.setup
       mix image.setup --torch cpu --wheels /media/wheels
       mix image.setup --check
 
-  The first run takes minutes, the next ones seconds. `StarweaveImage.Environment` says what is used and
+  The first run takes minutes, the next ones seconds. `StarweaveImage.Environment` says which interpreter is used and
   where packages come from; in a release `StarweaveImage.setup()` does the same.
 
   ## Options
 
-    * `--torch cpu|cuda|rocm` - which build of PyTorch (default: what suits the device that is found; an
-      environment that is there stays as it is)
+    * `--torch cpu|cuda|rocm` - which build of PyTorch (default: the build for the device that is found; an existing
+      environment stays as it is)
     * `--wheels DIR` - a folder of wheels to install from
     * `--python PATH` - the Python to make the environment with
     * `--openvino` - also install what the option `backend: :openvino` of an instance needs
     * `--dev` - also install what the tests of this library need
     * `--check` - only check, install nothing
-    * `--if-missing` - say and do nothing where an environment is there
+    * `--if-missing` - do and print nothing if an environment exists
 
   ## Exit codes
 
-    * 0 - the environment is there and works
-    * 1 - it is not, and the last line says why
+    * 0 - the environment exists and works
+    * 1 - it does not, and the last line says why
   """
 
   use Mix.Task
