@@ -1,8 +1,7 @@
 defmodule StarweaveImage.Msgpack do
   @moduledoc false
 
-  # MessagePack, as far as the wire needs it: every type but the extension types other than
-  # timestamp (-1).
+  # MessagePack, as far as the wire needs it: every type but the extension types.
   #
   #     Elixir                          msgpack                    and back
   #     nil, true, false                nil, bool                  the same
@@ -14,7 +13,6 @@ defmodule StarweaveImage.Msgpack do
   #     {:bin, iodata}                  bin                        binary
   #     list                            array                      list
   #     map                             map                        map, the last of equal keys wins
-  #     DateTime                        timestamp (extension -1)   DateTime, in UTC, microseconds
   #
   # Encoding gives iodata that refers to large binaries instead of copying them; decoded binaries
   # are parts of the input and keep it alive. Both directions take containers at most 32 deep, and
@@ -30,8 +28,7 @@ defmodule StarweaveImage.Msgpack do
           | :invalid_utf8
           | :too_deep
           | :too_many
-          | :invalid_timestamp
-          | {:unsupported_extension, integer}
+          | :extension
           | {:unencodable, term}
 
   @spec encode(term) :: {:ok, iodata} | {:error, reason}
@@ -105,7 +102,6 @@ defmodule StarweaveImage.Msgpack do
     [header | for(item <- list, do: pack(item, depth + 1))]
   end
 
-  defp pack(%DateTime{} = time, _depth), do: pack_timestamp(time)
   defp pack(%_{} = struct, _depth), do: fail({:unencodable, struct})
 
   defp pack(map, depth) when is_map(map) do
@@ -129,18 +125,6 @@ defmodule StarweaveImage.Msgpack do
       size when size <= 0xFF -> [<<0xD9, size>> | string]
       size when size <= 0xFFFF -> [<<0xDA, size::16>> | string]
       size when size <= 0xFFFFFFFF -> [<<0xDB, size::32>> | string]
-    end
-  end
-
-  defp pack_timestamp(time) do
-    microseconds = DateTime.to_unix(time, :microsecond)
-    seconds = Integer.floor_div(microseconds, 1_000_000)
-    nanoseconds = Integer.mod(microseconds, 1_000_000) * 1_000
-
-    cond do
-      nanoseconds == 0 and seconds in 0..0xFFFFFFFF -> <<0xD6, -1, seconds::32>>
-      seconds in 0..0x3FFFFFFFF -> <<0xD7, -1, nanoseconds::30, seconds::34>>
-      true -> <<0xC7, 12, -1, nanoseconds::32, seconds::64>>
     end
   end
 
@@ -258,26 +242,9 @@ defmodule StarweaveImage.Msgpack do
   defp value(<<0xDF, count::32, rest::binary>>, kind, left, acc, stack, depth),
     do: open(rest, :map, 2 * count, kind, left, acc, stack, depth)
 
-  defp value(<<0xC7, size, type::signed, b::binary-size(size), rest::binary>>, k, l, acc, st, d),
-    do: ext(rest, type, b, k, l, acc, st, d)
-
-  defp value(<<0xC8, size::16, type::signed, b::binary-size(size), rest::binary>>, k, l, a, s, d),
-    do: ext(rest, type, b, k, l, a, s, d)
-
-  defp value(<<0xC9, size::32, type::signed, b::binary-size(size), rest::binary>>, k, l, a, s, d),
-    do: ext(rest, type, b, k, l, a, s, d)
-
-  for {byte, size} <- [{0xD4, 1}, {0xD5, 2}, {0xD6, 4}, {0xD7, 8}, {0xD8, 16}] do
-    defp value(
-           <<unquote(byte), type::signed, b::binary-size(unquote(size)), r::binary>>,
-           k,
-           l,
-           a,
-           s,
-           d
-         ),
-         do: ext(r, type, b, k, l, a, s, d)
-  end
+  defp value(<<byte, _::binary>>, _kind, _left, _acc, _stack, _depth)
+       when byte in 0xC7..0xC9 or byte in 0xD4..0xD8,
+       do: {:error, :extension}
 
   defp value(<<0xC1, _::binary>>, _kind, _left, _acc, _stack, _depth),
     do: {:error, :reserved_byte}
@@ -328,24 +295,6 @@ defmodule StarweaveImage.Msgpack do
       do: next(rest, string, kind, left, acc, stack, depth),
       else: {:error, :invalid_utf8}
   end
-
-  defp ext(rest, -1, bytes, kind, left, acc, stack, depth) do
-    with {seconds, nanoseconds} when nanoseconds < 1_000_000_000 <- timestamp(bytes),
-         {:ok, time} <- DateTime.from_unix(seconds) do
-      time = %{time | microsecond: {div(nanoseconds, 1_000), 6}}
-      next(rest, time, kind, left, acc, stack, depth)
-    else
-      _ -> {:error, :invalid_timestamp}
-    end
-  end
-
-  defp ext(_rest, type, _bytes, _kind, _left, _acc, _stack, _depth),
-    do: {:error, {:unsupported_extension, type}}
-
-  defp timestamp(<<seconds::32>>), do: {seconds, 0}
-  defp timestamp(<<nanoseconds::30, seconds::34>>), do: {seconds, nanoseconds}
-  defp timestamp(<<nanoseconds::32, seconds::64-signed>>), do: {seconds, nanoseconds}
-  defp timestamp(_bytes), do: :error
 
   defp special(_sign, bits) when bits != 0, do: :nan
   defp special(0, 0), do: :infinity

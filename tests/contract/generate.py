@@ -902,12 +902,12 @@ raw("a key that is not text", frame(b"\x83\xa1t\xa6cancel\xa2id\xa2r1\x01\x02"),
 raw("a key that is bytes", frame(b"\x83\xa1t\xa6cancel\xa2id\xa2r1\xc4\x01x\x02"), sidecar=MALFORMED)
 raw("nested 32 deep", frame(nested(32)), sidecar=OK)
 raw("the last of equal keys counts", frame(b"\x83\xa1t\xa6cancel\xa2id\xa2r0\xa2id\xa2r1"), sidecar=OK)
-raw("a timestamp", frame(with_x(b"\xd6\xff\0\0\0\x01")), sidecar=OK)
-raw("another extension", frame(with_x(b"\xd4\x05\0")), sidecar=OK, application="kill")
+raw("a timestamp", frame(with_x(b"\xd6\xff\0\0\0\x01")), sidecar=MALFORMED, application="kill")
+raw("another extension", frame(with_x(b"\xd4\x05\0")), sidecar=MALFORMED, application="kill")
 raw(
     "an extension in place of the type",
     frame(b"\x81\xa1t\xd4\x05\0"),
-    sidecar=refused("invalid_request", "t"),
+    sidecar=MALFORMED,
     application="kill",
 )
 

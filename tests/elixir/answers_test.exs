@@ -81,7 +81,6 @@ defmodule StarweaveImage.AnswersTest do
     {"accepted again", [:accepted], :accepted, %{},
      "it sent accepted in the middle of a request"},
     {"models", [:accepted], :models, %{}, "it sent models in the middle of a request"},
-    {"stats", [:accepted], :stats, %{}, "it sent stats in the middle of a request"},
     {"progress of a third image", [:accepted], :progress, %{image: 2},
      "it sent progress of an image that nobody asked for"},
     {"a preview of a third image", [:accepted], :preview, %{image: 2},

@@ -103,7 +103,7 @@ defmodule StarweaveImage.RoundTripTest do
   ## Random terms, as random as the seed of ExUnit
 
   defp term(depth) do
-    case :rand.uniform(if(depth > 4, do: 8, else: 12)) do
+    case :rand.uniform(if(depth > 4, do: 7, else: 11)) do
       1 ->
         Enum.random([nil, true, false])
 
@@ -123,12 +123,9 @@ defmodule StarweaveImage.RoundTripTest do
         {:bin, [:rand.bytes(size()), [text() | :rand.bytes(3)]]}
 
       7 ->
-        DateTime.from_unix!(:rand.uniform(2 ** 57) - 2 ** 55, :microsecond)
-
-      8 ->
         Enum.random([:nan, :infinity, :neg_infinity, 0.0, -0.0, 5.0e-324, 1.7976931348623157e308])
 
-      n when n in [9, 10] ->
+      n when n in [8, 9] ->
         for _ <- items(), do: term(depth + 1)
 
       _ ->
@@ -203,7 +200,6 @@ defmodule StarweaveImage.RoundTripTest do
   defp describe(float) when is_float(float), do: "f" <> hex(<<float::float>>)
   defp describe(text) when is_binary(text), do: "x" <> hex(text)
   defp describe({:bin, iodata}), do: "x" <> hex(IO.iodata_to_binary(iodata))
-  defp describe(%DateTime{} = time), do: "t#{DateTime.to_unix(time, :microsecond)}"
   defp describe(list) when is_list(list), do: "[" <> Enum.map_join(list, " ", &describe/1) <> "]"
 
   defp describe(map) when is_map(map) do
@@ -215,7 +211,6 @@ defmodule StarweaveImage.RoundTripTest do
 
   defp as_bytes(text) when is_binary(text), do: {:bin, text}
   defp as_bytes(list) when is_list(list), do: Enum.map(list, &as_bytes/1)
-  defp as_bytes(%DateTime{} = time), do: time
   defp as_bytes(%{} = map), do: Map.new(map, fn {key, item} -> {key, as_bytes(item)} end)
   defp as_bytes(value), do: value
 end

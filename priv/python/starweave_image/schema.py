@@ -523,7 +523,7 @@ def shown(value: Any) -> str:
         )
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
-    return "a map" if isinstance(value, dict) else "a list" if isinstance(value, list) else "an extension"
+    return "a map" if isinstance(value, dict) else "a list"
 
 
 # The schema as values.

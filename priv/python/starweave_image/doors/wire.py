@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
+import msgpack
 import msgspec
 from msgspec import Meta, Struct
 
@@ -157,19 +158,15 @@ OUTGOING: dict[type[Outgoing], str] = {
     Log: "log",
 }
 
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder()
-
 
 def encode(content: Outgoing, generation: int) -> list[bytes | memoryview]:
     """One whole frame as buffers to be written in order; the data of an image is not copied."""
     fields = {"t": OUTGOING[type(content)], "g": generation, **msgspec.structs.asdict(content)}
     data = fields.pop("data", None)
-    try:
-        head = _encoder.encode(fields if data is None else {**fields, "data": b""})
-    except UnicodeEncodeError:
-        # A name of the file system that is no UTF-8, most likely, in something that is to be told all the same.
-        head = _encoder.encode(_as_text(msgspec.to_builtins(fields)))
+    if data is not None:
+        fields["data"] = b""
+    # A name of the file system may be no UTF-8, and what is said of it is to be told all the same.
+    head: bytes = msgpack.packb(fields, default=msgspec.structs.asdict, unicode_errors="replace")
     parts: list[bytes | memoryview] = [head]
     if data is not None:
         # The empty bin at the end (2 bytes) gives way to the header of a bin32 and the data itself.
@@ -180,24 +177,25 @@ def encode(content: Outgoing, generation: int) -> list[bytes | memoryview]:
     return [length.to_bytes(_HEADER, "big"), *parts]
 
 
-def _as_text(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode(errors="replace").decode()
-    if isinstance(value, list):
-        return [_as_text(item) for item in value]
-    if isinstance(value, dict):
-        return {_as_text(key): _as_text(item) for key, item in value.items()}
-    return value
-
-
 def decode(body: bytes) -> Message:
     """The message in a frame body; raises `InvalidMessage`."""
     _measure(body)
     try:
-        fields = _decoder.decode(body)
-    except (msgspec.DecodeError, ValueError, TypeError, RecursionError):
-        raise InvalidMessage("invalid_frame", "a frame must hold exactly one msgpack map") from None
+        fields = msgpack.unpackb(body, object_pairs_hook=_map)
+    except ValueError:
+        raise _malformed() from None
     return _parse(fields)
+
+
+def _map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
+    """A map without its null fields, which count as absent."""
+    if not all(isinstance(key, str) for key, _ in pairs):
+        raise InvalidMessage("invalid_frame", "the keys of a map must be strings")
+    return {key: value for key, value in dict(pairs).items() if value is not None}
+
+
+def _malformed() -> InvalidMessage:
+    return InvalidMessage("invalid_frame", "a frame must hold exactly one msgpack map")
 
 
 def _shapes() -> list[tuple[int, int, int]]:
@@ -206,31 +204,32 @@ def _shapes() -> list[tuple[int, int, int]]:
     shapes = [(1, 0, 0)] * 256
     for first, sizes, counts in (
         (0xC4, (1, 2, 4), 0),
-        (0xC7, (1, 2, 4), 0),
         (0xD9, (1, 2, 4), 0),
         (0xDC, (2, 4), 1),
         (0xDE, (2, 4), 2),
     ):
         for byte, size in enumerate(sizes, first):
             shapes[byte] = (1 + size, size, counts)
-    for byte, size in zip(range(0xCA, 0xD9), (4, 8, 1, 2, 4, 8, 1, 2, 4, 8, 2, 3, 5, 9, 17), strict=True):
+    for byte, size in enumerate((4, 8, 1, 2, 4, 8, 1, 2, 4, 8), 0xCA):
         shapes[byte] = (1 + size, 0, 0)
     return shapes
 
 
 _SHAPES = _shapes()
-_EXTENSIONS = range(0xC7, 0xCA)
+_EXTENSIONS = {*range(0xC7, 0xCA), *range(0xD4, 0xD9)}
 
 
 def _measure(body: bytes) -> None:
-    """Refuse what nests too deep or holds too many values before one of them becomes an object: an object takes up to a
-    hundred times its byte. What is no msgpack at all is left to the decoder."""
+    """Refuse what is cut short, nests too deep, holds too many values or an extension before anything becomes an object:
+    an object takes up to a hundred times its byte, and msgpack itself bounds each list, but not all of them together."""
     at, room = 0, MAX_VALUES - 1
     # Of each open container, how many values it still lacks.
     lacking = [1]
     try:
         while lacking:
             byte = body[at]
+            if byte in _EXTENSIONS:
+                raise InvalidMessage("invalid_frame", "a message must hold no msgpack extension")
             fixed, size, counts = _SHAPES[byte]
             at += fixed
             count = int.from_bytes(body[at - size : at], "big") if size else 0
@@ -244,24 +243,25 @@ def _measure(body: bytes) -> None:
                     raise InvalidMessage("invalid_frame", f"a message must nest at most {MAX_DEPTH} deep")
                 count *= counts
                 if count > len(body) - at:
-                    return
+                    raise _malformed()
                 if count > room:
                     raise InvalidMessage("invalid_frame", f"a message must hold at most {MAX_VALUES} values")
                 room -= count
                 lacking.append(count)
             else:
-                at += count + (byte in _EXTENSIONS)
+                at += count
             while lacking and not lacking[-1]:
                 lacking.pop()
     except IndexError:
-        return
+        raise _malformed() from None
+    if at != len(body):
+        raise _malformed()
 
 
 def _parse(fields: Any) -> Message:
     """The message in an unpacked map; raises `InvalidMessage` with the first field at fault."""
     if not isinstance(fields, dict):
-        raise InvalidMessage("invalid_frame", "a frame must hold exactly one msgpack map")
-    fields = _without_nulls(fields, 1)
+        raise _malformed()
     id = fields.get("id")
     try:
         id = msgspec.convert(id, schema.Id)
@@ -284,16 +284,3 @@ def _parse(fields: Any) -> Message:
         return Message(generation, schema.read(kind, fields))
     except ImageError as error:
         raise InvalidMessage(error.kind, error.message, error.field, id, tag) from None
-
-
-def _without_nulls(value: Any, depth: int) -> Any:
-    """`value` without the null fields of its maps; refuses what nests too deep and keys that are not str."""
-    if not isinstance(value, (dict, list)):
-        return value
-    if depth > MAX_DEPTH:
-        raise InvalidMessage("invalid_frame", f"a message must nest at most {MAX_DEPTH} deep")
-    if isinstance(value, list):
-        return [_without_nulls(item, depth + 1) for item in value]
-    if not all(isinstance(key, str) for key in value):
-        raise InvalidMessage("invalid_frame", "the keys of a map must be strings")
-    return {key: _without_nulls(item, depth + 1) for key, item in value.items() if item is not None}
