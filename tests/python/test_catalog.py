@@ -6,7 +6,8 @@ import diffusers
 import pytest
 from starweave_image import schema
 from starweave_image.errors import ImageError
-from starweave_image.weights.catalog import ModelCard, find, rendered_size, settle, shipped
+from starweave_image.tasks.settings import settle
+from starweave_image.weights.catalog import ModelCard, find, rendered_size, shipped
 
 CARDS = shipped()
 

@@ -54,7 +54,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         assert opened.wait(PATIENCE_S)
         return load(*arguments)
 
-    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", gated)
+    monkeypatch.setattr("starweave_image.engine.models.load_pipeline", gated)
     yield opened
     opened.set()
 
@@ -333,7 +333,7 @@ def test_out_of_memory_and_the_unexpected_end_one_request_only(
 
     handler = Ids(logging.ERROR)
     logging.getLogger("starweave_image").addHandler(handler)
-    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", loaded)
+    monkeypatch.setattr("starweave_image.engine.models.load_pipeline", loaded)
     short = [bench.submit(**(SMALL | {"width": width})) for width in list(failures)]
     long = bench.submit(seed=9, **(SMALL | {"steps": 12}))
     *memory, unexpected = (error(bench.end(id)) for id in short)

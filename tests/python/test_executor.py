@@ -52,7 +52,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Passes]:
         passes.watch(pipeline)
         return pipeline
 
-    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", watched)
+    monkeypatch.setattr("starweave_image.engine.models.load_pipeline", watched)
     yield passes
 
 
@@ -245,7 +245,7 @@ def test_out_of_memory_in_the_decoder_draws_tile_by_tile(
         return pipeline
 
     whole = bench_of(folder).done(seed=1, **(SMALL | {"width": 128, "steps": 1}))[1]
-    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", loaded)
+    monkeypatch.setattr("starweave_image.engine.models.load_pipeline", loaded)
     bench = bench_of(folder)
     done, files = bench.done(seed=1, **(SMALL | {"width": 128, "steps": 1}))
     assert "tile by tile" in caplog.text
@@ -303,7 +303,7 @@ def test_the_text_encoder_is_asked_once_for_each_text(folder: Path, monkeypatch:
         pipeline.text_encoder.register_forward_pre_hook(lambda module, args: asked.append(1))
         return pipeline
 
-    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", loaded)
+    monkeypatch.setattr("starweave_image.engine.models.load_pipeline", loaded)
     bench = bench_of(folder)
     first = bench.done(seed=1, **SMALL)[1]
     assert len(asked) == 2

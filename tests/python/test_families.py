@@ -160,7 +160,7 @@ def company_of(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STARWEAVE_IMAGE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("starweave_image.engine.engine.load_pipeline", loaded)
+        patch.setattr("starweave_image.engine.models.load_pipeline", loaded)
         yield company
 
 

@@ -37,7 +37,7 @@ def bench(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ben
             spoil(pipeline)
             return pipeline
 
-        monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", spoiled)
+        monkeypatch.setattr("starweave_image.engine.models.load_pipeline", spoiled)
         models = [schema.ModelEntry(id="local/test", path=str(checkpoint(make)))]
         return Bench(models=models, default_model="local/test", **config).start()
 

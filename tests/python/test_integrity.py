@@ -140,7 +140,7 @@ def test_a_book_of_checksums_that_is_damaged_is_begun_anew(folder: Path, content
 def test_a_model_that_was_found_damaged_goes_over_to_nobody_else_and_leaves_memory(folder: Path) -> None:
     bench = bench_of(folder)
     bench.done(**SMALL)
-    cache = bench.engine._cache
+    cache = bench.engine._models.cache
     assert cache is not None
     cache.condemn("local/model", "local/model cannot be used any more")
     [card] = [card for card in bench.engine.models() if card.id == "local/model"]

@@ -202,14 +202,14 @@ def test_memory_that_runs_out_in_a_load_is_tried_again_without_the_idle_models(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         return load(*arguments)
 
-    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", crowded)
+    monkeypatch.setattr("starweave_image.engine.models.load_pipeline", crowded)
     bench.done(**(SMALL | {"model": "local/other"}))
     assert bench.engine.snapshot().resident == ["local/other"]
 
     def full(*arguments: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr("starweave_image.engine.engine.load_pipeline", full)
+    monkeypatch.setattr("starweave_image.engine.models.load_pipeline", full)
     refused = error(bench.generate(**SMALL))
     assert (refused.kind, refused.retryable) == ("out_of_memory", False)
 

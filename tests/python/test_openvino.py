@@ -56,7 +56,7 @@ def bench(folder: Path | None = None, backend: str = "openvino", dtype: str = "f
 
 def only_openvino(engine: Bench) -> Any:
     """The loaded model; from now on its UNet's own forward fails."""
-    model = engine.engine._cache._entries["test/model"].model.result()
+    model = engine.engine._models.cache._entries["test/model"].model.result()
     model.pipeline.unet.forward._stock = None
     return model
 
@@ -138,7 +138,7 @@ def test_what_it_does_not_take_torch_computes_and_says_so(
 
     engine = bench(checkpoint(checkpoints.stable_diffusion))
     engine.done(seed=1, steps=1)
-    unet = engine.engine._cache._entries["test/model"].model.result().pipeline.unet
+    unet = engine.engine._models.cache._entries["test/model"].model.result().pipeline.unet
     caplog.clear()
     rows = torch.randn(2, 4, 8, 8), 7, torch.randn(2, 5, unet.config.cross_attention_dim)
     mask = torch.ones(2, 5)

@@ -13,7 +13,7 @@ import pytest
 from engines import Bench
 from starweave_image import schema
 from starweave_image.pictures import images
-from starweave_image.tasks import text_to_image
+from starweave_image.tasks import call
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "seed": 1}
 # Each is one token to all of the tokenizers.
@@ -26,8 +26,8 @@ def tiny() -> Bench:
 
 
 def prepared(pipeline: Any, prompt: str, negative_prompt: str = "") -> list[str]:
-    text = text_to_image.Text(prompt, negative_prompt, 64, 64, 4, 4.0, False)
-    return text_to_image.prepare(pipeline, text).notices
+    text = call.Text(prompt, negative_prompt, 64, 64, 4, 4.0, False)
+    return call.prepare(pipeline, text).notices
 
 
 def words(count: int) -> list[str]:

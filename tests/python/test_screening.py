@@ -23,9 +23,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sidecar import Sidecar
 from starweave_image import schema
+from starweave_image.tasks.registry import class_for, offered
 from starweave_image.weights.catalog import shipped
 from starweave_image.weights.layout import spellings
-from starweave_image.weights.offered import class_for, offered
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 2, "seed": 1}
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -341,8 +341,9 @@ def test_the_libraries_see_nothing_but_what_passed(copy: Callable[..., Path], tm
 def test_the_view_of_a_process_that_was_killed_is_swept_away(copy: Callable[..., Path]) -> None:
     views = Path(os.environ["STARWEAVE_IMAGE_CACHE"]) / "views"
     script = (
-        "import os, sys, time; from pathlib import Path; from starweave_image.weights.screening import View, screen\n"
-        "view = View(screen(Path(sys.argv[1]), 'x/y')); print('made', flush=True); time.sleep(1000)"
+        "import os, sys, time; from pathlib import Path; from starweave_image.tasks.registry import offered\n"
+        "from starweave_image.weights.screening import View, screen\n"
+        "view = View(screen(Path(sys.argv[1]), 'x/y', offered)); print('made', flush=True); time.sleep(1000)"
     )
     folder = copy()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

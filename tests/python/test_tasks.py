@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import io
 import struct
 import zlib
@@ -17,7 +19,10 @@ from PIL import Image
 from starweave_image import schema
 from starweave_image.errors import ImageError
 from starweave_image.pictures import images
-from starweave_image.weights.catalog import find, fitted, shipped
+from starweave_image.tasks import registry
+from starweave_image.tasks.settings import fitted
+from starweave_image.tasks.task import File
+from starweave_image.weights.catalog import find, shipped
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 4, "seed": 1, "guidance_scale": 3.0}
 
@@ -83,6 +88,96 @@ def test_every_family_starts_from_an_image(
     steps = [p for p in progress if p.phase == "denoising" and p.step]
     assert [(p.step, p.steps) for p in steps] == [(1, 2), (2, 2)]
     assert progress[-2].phase == "decoding"
+
+
+@pytest.fixture(scope="module")
+def klein(checkpoint: Callable[[Callable[[Path], Path]], Path]) -> Bench:
+    models = [
+        schema.ModelEntry(id=f"local/{make.__name__}", path=str(checkpoint(make)))
+        for make in (checkpoints.flux_2_klein, checkpoints.flux)
+    ]
+    return Bench(models=models, default_model="local/flux_2_klein", dtype="float32").start()
+
+
+def test_a_model_that_was_not_listed_edits_from_one_and_from_two_images(klein: Bench) -> None:
+    [card] = [card for card in klein.engine.models() if card.id == "local/flux_2_klein"]
+    assert card.tasks == ["text_to_image", "edit"]
+    one, two = file(halves()), file(halves(96, 64).rotate(180))
+    from_text = klein.done(**SMALL)[1]
+    from_one = klein.done(**SMALL, image=one)[1]
+    assert klein.done(**SMALL, images=[one], task="edit")[1] == from_one
+    done, from_two = klein.done(**SMALL, images=[one, two])
+    assert done.parameters is not None
+    assert done.parameters["task"] == "edit" and len(done.parameters["images_sha256"]) == 2
+    swapped = klein.done(**SMALL | {"width": 64, "height": 64}, images=[two, one])[1]
+    assert len({pictures[0] for pictures in (from_text, from_one, from_two, swapped)}) == 4
+    assert picture_of(from_two[0]).shape == (64, 64, 3)
+
+
+def test_edits_from_several_images_are_the_same_in_company(klein: Bench) -> None:
+    fields = SMALL | {"images": [file(halves()), file(halves(96, 64))], "metadata": False}
+    alone = klein.done(**fields, reproducible=True)[1]
+    ids = [klein.submit(**fields | {"seed": seed}, reproducible=seed == 1) for seed in (1, 2, 3)]
+    assert all(isinstance(klein.end(id), schema.Done) for id in ids)
+    assert klein.files(ids[0]) == alone
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "message"),
+    [
+        (
+            {"model": "local/flux", "images": [IMAGE, IMAGE]},
+            "images",
+            "local/flux takes one image for image_to_image, got 2",
+        ),
+        (
+            {"task": "image_to_image", "image": IMAGE},
+            "task",
+            "task must be one of text_to_image, edit for local/flux_2_klein, got image_to_image",
+        ),
+        ({"task": "edit"}, "image", "task edit needs image"),
+        ({"task": "inpaint", "image": IMAGE}, "mask", "task inpaint needs mask"),
+        ({"task": "text_to_image", "image": IMAGE}, "image", "task text_to_image takes no image"),
+        (
+            {"images": [IMAGE], "mask": MASK},
+            "mask",
+            "local/flux_2_klein takes no mask: it draws from text alone or from an image",
+        ),
+        ({"images": [IMAGE, IMAGE[:-30]]}, "images[1]", "images[1] must be a whole PNG"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused(
+    klein: Bench, fields: dict[str, Any], field: str, message: str
+) -> None:
+    id = klein.submit(**SMALL, **fields)
+    refused = error(klein.end(id))
+    assert (refused.kind, refused.field) == ("invalid_request", field)
+    assert refused.message.startswith(message)
+    assert klein.of(id, schema.Accepted, schema.Progress) == []
+
+
+def test_a_task_may_be_named(klein: Bench) -> None:
+    fields = SMALL | {"model": "local/flux", "image": IMAGE}
+    assert klein.done(**fields)[1] == klein.done(**fields, task="image_to_image")[1]
+
+
+def test_a_result_of_another_kind_is_told_as_a_file_with_its_facts(
+    tiny: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = dataclasses.replace(
+        registry.TASKS["text_to_image"],
+        kind="text",
+        result=lambda output: File("text/plain", b"a picture", {"width": output.images[0].width}),
+    )
+    monkeypatch.setitem(registry.TASKS, "text_to_image", described)
+    id = tiny.submit(**SMALL, num_images=2)
+    assert isinstance(tiny.end(id), schema.Done)
+    parts = tiny.of(id, schema.ResultPart)
+    assert [(part.index, part.seed, part.offset, part.size) for part in parts] == [(0, 1, 0, 9), (1, 2, 0, 9)]
+    for part in parts:
+        assert (part.kind, part.media_type, bytes(part.data)) == ("text", "text/plain", b"a picture")
+        assert part.facts == {"width": 64} and part.sha256 == hashlib.sha256(b"a picture").hexdigest()
+    assert tiny.of(id, schema.ImagePart) == []
 
 
 def test_strength_is_how_far_the_picture_is_left(tiny: Bench) -> None:

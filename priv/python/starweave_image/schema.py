@@ -32,7 +32,12 @@ from .errors import ImageError, Kind
 
 MAX_INT = 2**63 - 1
 MAX_PART = 4 * 1024 * 1024
+MAX_PICTURES = 24 * 1024 * 1024
 STRENGTH = 0.8
+
+Task = Literal["text_to_image", "image_to_image", "edit", "inpaint"]
+TASKS: tuple[Task, ...] = get_args(Task)
+ResultKind = Literal["picture", "text", "vector", "video", "mesh"]
 
 _MAX_PROMPT = 8192
 _MAX_STYLE = 256
@@ -260,7 +265,23 @@ class Request(Struct, kw_only=True):
         Meta(ge=0, le=1),
         says("how far `image` may be left: that share of the steps is made, at least one"),
     ] = STRENGTH
+    task: Annotated[
+        Task | None, says("one of those of the model's card; follows from what is given unless named")
+    ] = None
     image: Annotated[EncodedImage | None, says("a picture to start from")] = None
+    images: Annotated[
+        Annotated[
+            list[EncodedImage],
+            Meta(
+                title="images",
+                min_length=1,
+                max_length=4,
+                description="a list of 1 to 4 PNG, JPEG or WebP files of at most 12 MiB each",
+            ),
+        ]
+        | None,
+        says("in place of `image`: pictures to make one of, by a model whose task `edit` takes several"),
+    ] = None
     mask: Annotated[EncodedImage | None, says("where `image` may change: white in it; needs `image`")] = None
     format: Annotated[Literal["png", "jpeg", "webp"], says("of the file")] = "png"
     quality: Annotated[int, Meta(ge=1, le=100), says("of a JPEG or WebP file")] = 90
@@ -286,18 +307,32 @@ class Request(Struct, kw_only=True):
         for field in ("guidance_scale", "variation_strength"):
             if (number := getattr(self, field)) is not None:
                 setattr(self, field, number + 0.0)
-        for field, data in (("image", self.image), ("mask", self.mask)):
-            if data is not None and not _is_image(data):
+        for field, data in self._files():
+            if not _is_image(data):
                 raise Refused(field)
-        if self.mask is not None and self.image is None:
+        if self.image is not None and self.images is not None:
+            raise Refused("images", "images stands in place of image: only one of them may be given")
+        if sum(len(data) for _, data in self._files()) > MAX_PICTURES:
+            raise Refused("images", "images and mask must have at most 24 MiB together")
+        if self.mask is not None and not self.pictures:
             raise Refused("mask", "mask needs image")
-        if self.variation_strength is not None and self.image is not None:
+        if self.variation_strength is not None and self.pictures:
             raise Refused(
                 "variation_strength",
                 "variation_strength is for pictures from text alone; with image, strength says how far to go",
             )
         if self.variation_seed is not None and self.variation_strength is None:
             raise Refused("variation_seed", "variation_seed needs variation_strength")
+
+    @property
+    def pictures(self) -> list[bytes]:
+        """The files to start from: `images`, or `image` alone."""
+        return self.images or [] if self.image is None else [self.image]
+
+    def _files(self) -> list[tuple[str, bytes]]:
+        named = [("image", self.image), ("mask", self.mask)]
+        named += [(f"images[{index}]", data) for index, data in enumerate(self.images or ())]
+        return [(field, data) for field, data in named if data is not None]
 
 
 # What the engine tells of itself and its models.
@@ -446,6 +481,21 @@ class ImagePart(Struct, kw_only=True):
     data: bytes | memoryview
 
 
+class ResultPart(Struct, kw_only=True):
+    """A part of a result that is no picture. `facts` are what besides the file is known of it, as JSON has it."""
+
+    id: str
+    index: int
+    seed: int
+    kind: ResultKind
+    media_type: str
+    facts: dict[str, Any]
+    sha256: str
+    size: int
+    offset: int
+    data: bytes | memoryview
+
+
 class Models(Struct, kw_only=True):
     id: str
     models: list[Card]
@@ -471,7 +521,7 @@ class Failed(Struct, kw_only=True):
     terminal: bool = True
 
 
-Event: TypeAlias = Accepted | Progress | Preview | ImagePart | Models | Done | Failed
+Event: TypeAlias = Accepted | Progress | Preview | ImagePart | ResultPart | Models | Done | Failed
 
 
 # Reading values, and what is said of those that are refused.

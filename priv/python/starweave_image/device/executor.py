@@ -25,9 +25,9 @@ from .. import clock, schema
 from ..errors import ImageError, is_device_lost, is_out_of_memory
 from . import devices, finite, stacking
 from .batching import Batch, Batcher, Call
+from .caps import Caps
 from .durations import Durations, Kind
 from .lanes import Lane
-from .limits import Limits
 
 _logger = logging.getLogger(__name__)
 
@@ -179,10 +179,10 @@ class Executor:
     `release` gives back to the device what nothing refers to."""
 
     def __init__(
-        self, choice: devices.Choice, limits: Limits, evict: Callable[[], bool], release: Callable[[], None]
+        self, choice: devices.Choice, caps: Caps, evict: Callable[[], bool], release: Callable[[], None]
     ) -> None:
         self._choice = choice
-        self._limits = limits
+        self._caps = caps
         self._evict = evict
         self._release = release
         self._news = threading.Condition()
@@ -226,7 +226,7 @@ class Executor:
         nothing tells."""
         with self._news:
             active = {label: rows for key, rows in self._batcher.active().items() if (label := _label(key))}
-        fit = [max(1, self._limits.ceiling(label) // rows) for label, rows in active.items()]
+        fit = [max(1, self._caps.ceiling(label) // rows) for label, rows in active.items()]
         return sum(fit) or None
 
     def _twin(self, lane: Lane, network: Network, alone: bool) -> Any:
@@ -327,7 +327,7 @@ class Executor:
     def _serve(self) -> None:
         torch.set_grad_enabled(False)
         while True:
-            self._limits.refresh()
+            self._caps.refresh()
             with self._news:
                 while not isinstance(batch := self._batcher.next(time.monotonic()), Batch):
                     self._news.wait(batch)
@@ -375,7 +375,7 @@ class Executor:
             return
         rows, first = sum(ticket.rows for ticket in tickets), tickets[0]
         if first.stackable is not None and rows > 1:
-            self._limits.overflow(first.label, rows)
+            self._caps.overflow(first.label, rows)
             _logger.warning("%d rows of %s do not fit into memory together", rows, first.network.kind)
             self._release()
             if len(tickets) > 1:
@@ -451,14 +451,14 @@ class Executor:
                 return None
             calls = [ticket.stackable for ticket in tickets if ticket.stackable]
             rows = [call.rows for call in calls]
-            wanted = self._limits.wants(first.label, sum(rows))
+            wanted = self._caps.wants(first.label, sum(rows))
             begun = time.monotonic()
             with self._choice.measured() if wanted else nullcontext(int) as peak:
                 result = first.run(**stacking.stack(calls))
                 # Else the time of a pass would be that of its being asked for.
                 self._choice.synchronize()
             self._durations.end(clock.now())
-            self._limits.record(first.label, sum(rows), time.monotonic() - begun, peak())
+            self._caps.record(first.label, sum(rows), time.monotonic() - begun, peak())
             results = [result] if len(calls) == 1 else stacking.split(result, rows)
             sound = finite.is_finite(result)
         except Exception as error:
@@ -473,7 +473,7 @@ class Executor:
 
     def _most(self, key: Any) -> int:
         label = _label(key)
-        return self._limits.rows(label) if label else 1
+        return self._caps.rows(label) if label else 1
 
 
 def _not_finite(ticket: _Ticket) -> ImageError:
@@ -490,7 +490,7 @@ def _not_finite(ticket: _Ticket) -> ImageError:
 
 
 def _label(key: Any) -> str | None:
-    """The name under which the limits of a key are kept; None for what runs alone."""
+    """The name under which the caps of a key are kept; None for what runs alone."""
     return key[1] if isinstance(key[1], str) else None
 
 

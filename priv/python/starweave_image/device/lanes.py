@@ -18,9 +18,9 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The request that the current thread works for; its log lines carry it."""
 
 
-class Request:
-    """A request and its lanes: the first loads the model, and each draws one picture in a thread of its own. Of a silent
-    one nothing is told."""
+class Job:
+    """A request or an operation that is worked on, and its lanes: the first loads the model, and each makes one result in
+    a thread of its own. Of a silent one nothing is told."""
 
     def __init__(self, id: str, timeout_ms: int | None, silent: bool = False) -> None:
         self.id = id
@@ -98,8 +98,8 @@ _TIMED: dict[Phase, str] = {
 class Lane:
     """Where one picture stands. Its thread waits on one event, which a cancel, a load and the device all set."""
 
-    def __init__(self, request: Request, image: int) -> None:
-        self.request = request
+    def __init__(self, job: Job, image: int) -> None:
+        self.job = job
         self.image = image
         self.wake = threading.Event()
         self.at_work = False
@@ -116,14 +116,14 @@ class Lane:
         self._waits = False
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Block until `ready`, which whoever makes it true announces by `wake`; raises as `Request.check` does."""
+        """Block until `ready`, which whoever makes it true announces by `wake`; raises as `Job.check` does."""
         while True:
             # Cleared before looking, so that an event between the look and the wait is not lost.
             self.wake.clear()
-            self.request.check()
+            self.job.check()
             if ready():
                 return
-            self.wake.wait(self.request.left_s())
+            self.wake.wait(self.job.left_s())
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -166,17 +166,17 @@ class Lane:
 
     def progress(self) -> schema.Progress:
         return schema.Progress(
-            id=self.request.id,
+            id=self.job.id,
             phase=self.phase,
             image=self.image,
             step=self.step,
             steps=self.steps,
-            elapsed_ms=round((time.monotonic() - self.request.begun) * 1000),
+            elapsed_ms=round((time.monotonic() - self.job.begun) * 1000),
         )
 
     def stand(self) -> schema.Running:
         return schema.Running(
-            id=self.request.id,
+            id=self.job.id,
             phase=self.phase,
             step=self.step,
             steps=self.steps,

@@ -151,6 +151,7 @@ OUTGOING: dict[type[Outgoing], str] = {
     schema.Progress: "progress",
     schema.Preview: "preview",
     schema.ImagePart: "image",
+    schema.ResultPart: "result",
     schema.Done: "done",
     schema.Failed: "error",
     schema.Models: "models",

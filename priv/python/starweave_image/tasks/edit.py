@@ -1,17 +1,32 @@
-"""Editing: a picture is changed as the prompt says, by a model that was trained to."""
+"""Editing: a picture is changed, or several are put together, as the prompt says, by a model that was trained to."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from PIL.Image import Image
+from . import call
+from .call import Call, Given
+from .task import Signature, Task
 
-from . import text_to_image
-from .text_to_image import Call
+
+def offered(pipeline: Signature, listed: bool) -> bool:
+    edits = "image_guidance_scale" in pipeline.takes or listed
+    return edits and "image" in pipeline.takes and not pipeline.takes & {"mask_image", "strength"}
 
 
-def prepare(pipeline: Any, text: text_to_image.Text, image: Image, strength_asked: bool) -> Call:
-    """The call for one picture made from `image`, which has the size to draw in."""
-    call = text_to_image.prepare(pipeline, text)
-    notices = ["strength has no effect on this model."] if strength_asked else []
-    return Call(call.arguments | {"image": image}, call.notices + notices)
+def prepare(pipeline: Any, given: Given) -> Call:
+    image, *others = given.images
+    return call.prepare(pipeline, given.text).also(image=[image, *others] if others else image)
+
+
+TASK = Task(
+    name="edit",
+    fields=frozenset({"image"}),
+    said="from an image",
+    offered=offered,
+    call=prepare,
+    table="AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
+    derived="AutoPipelineForImage2Image",
+    # The image's latents are given beside those of the picture.
+    channels=lambda latents: (2 * latents,),
+)

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from PIL.Image import Image
+from . import call
+from .call import Call, Given
+from .task import Signature, Task
 
-from . import text_to_image
-from .text_to_image import Call
+
+def offered(pipeline: Signature, listed: bool) -> bool:
+    return {"image", "strength"} <= pipeline.takes and "mask_image" not in pipeline.takes
 
 
-def prepare(pipeline: Any, text: text_to_image.Text, image: Image, strength: float) -> Call:
-    """The call for one picture made from `image`, which has the size to draw in. `strength` is from 0, the picture as
-    it is, to 1, anything: that part of the steps is made."""
-    call = text_to_image.prepare(pipeline, text)
-    return Call(call.arguments | {"image": image, "strength": strength}, call.notices)
+def prepare(pipeline: Any, given: Given) -> Call:
+    """`strength` is from 0, the picture as it is, to 1, anything: that part of the steps is made."""
+    [image] = given.images
+    return call.prepare(pipeline, given.text).also(image=image, strength=given.strength)
+
+
+TASK = Task(
+    name="image_to_image",
+    fields=frozenset({"image"}),
+    said="from an image",
+    offered=offered,
+    call=prepare,
+    table="AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
+    derived="AutoPipelineForImage2Image",
+    takes_strength=True,
+)

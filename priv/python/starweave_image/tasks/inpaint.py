@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from PIL.Image import Image
+from . import image_to_image
+from .call import Call, Given
+from .task import Signature, Task
 
-from . import image_to_image, text_to_image
-from .text_to_image import Call
+
+def offered(pipeline: Signature, listed: bool) -> bool:
+    return {"image", "mask_image"} <= pipeline.takes
 
 
-def prepare(pipeline: Any, text: text_to_image.Text, image: Image, mask: Image, strength: float) -> Call:
-    """As for image to image. `mask` is gray and of the size of `image`."""
-    call = image_to_image.prepare(pipeline, text, image, strength)
-    return Call(call.arguments | {"mask_image": mask}, call.notices)
+def prepare(pipeline: Any, given: Given) -> Call:
+    return image_to_image.prepare(pipeline, given).also(mask_image=given.mask)
+
+
+TASK = Task(
+    name="inpaint",
+    fields=frozenset({"image", "mask"}),
+    said="from an image with a mask",
+    offered=offered,
+    call=prepare,
+    table="AUTO_INPAINT_PIPELINES_MAPPING",
+    derived="AutoPipelineForInpainting",
+    # Some are given the masked image and the mask beside the latents.
+    channels=lambda latents: (latents, 2 * latents + 1),
+    takes_strength=True,
+)

@@ -1,4 +1,4 @@
-"""Model cards: what is known of a model before it is loaded, and what a request may ask of it.
+"""Model cards: what is known of a model before it is loaded.
 
 `catalog.json` holds the cards that ship with the package; a card for any other local folder is read from the
 folder itself (weights.py). Nothing here touches a model's files.
@@ -16,7 +16,6 @@ import msgspec
 
 from .. import schema
 from ..errors import ImageError
-from .offered import Task
 
 State = Literal["loaded", "loading", "available", "remote", "absent", "failed"]
 
@@ -36,7 +35,7 @@ class ModelCard(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields
     description: str
     aliases: tuple[str, ...] = ()
     pipeline: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[schema.Task, ...]
     source: str
     revision: str | None = None
     licence: str
@@ -91,110 +90,6 @@ def find(name: str, cards: Iterable[ModelCard]) -> ModelCard:
     )
     hint = f"; did you mean {lowered[near[0]]}?" if near else ""
     raise ImageError("model_not_found", f"model {name} is not known{hint}", "model")
-
-
-class Settings(msgspec.Struct, kw_only=True, frozen=True):
-    """What a request asks for once the card's defaults have filled the gaps."""
-
-    task: Task
-    width: int
-    height: int
-    steps: int
-    guidance_scale: float
-
-
-def settle(request: schema.Request, card: ModelCard, image_size: tuple[int, int] | None = None) -> Settings:
-    """The request's settings within the card's limits; raises `invalid_request` naming the field.
-
-    `image_size` is the size of the request's image, which is then what it is made in unless it says otherwise.
-    """
-    task = _task(request, card)
-    defaults, limits = card.defaults, card.limits
-    width, height = (defaults.width, defaults.height) if image_size is None else fitted(image_size, limits)
-    settings = Settings(
-        task=task,
-        width=width if request.width is None else request.width,
-        height=height if request.height is None else request.height,
-        steps=defaults.steps if request.steps is None else request.steps,
-        guidance_scale=float(
-            defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-        ),
-    )
-    for field, pixels in (("width", settings.width), ("height", settings.height)):
-        if pixels % limits.multiple_of or not limits.min_size <= pixels <= limits.max_size:
-            raise ImageError(
-                "invalid_request",
-                f"{field} must be a multiple of {limits.multiple_of} from {limits.min_size} to "
-                f"{limits.max_size} for {card.id}, got {pixels}",
-                field,
-            )
-    if settings.width * settings.height > limits.max_pixels:
-        raise ImageError(
-            "invalid_request",
-            f"width times height must be at most {limits.max_pixels} pixels for {card.id}, "
-            f"got {settings.width}x{settings.height}",
-            "width",
-        )
-    if not 1 <= settings.steps <= limits.max_steps:
-        raise ImageError(
-            "invalid_request",
-            f"steps must be from 1 to {limits.max_steps} for {card.id}, got {settings.steps}",
-            "steps",
-        )
-    if not 0 <= settings.guidance_scale <= limits.max_guidance:
-        raise ImageError(
-            "invalid_request",
-            f"guidance_scale must be from 0 to {limits.max_guidance:g} for {card.id}, "
-            f"got {settings.guidance_scale!r}",
-            "guidance_scale",
-        )
-    if task in ("image_to_image", "inpaint") and int(settings.steps * request.strength) < 1:
-        # Rounded up: what is told is accepted.
-        least = math.ceil(1000 / settings.steps) / 1000
-        raise ImageError(
-            "invalid_request",
-            f"strength must be at least 1 / steps, {least:g} here, got {request.strength!r}",
-            "strength",
-        )
-    return settings
-
-
-_SAID: dict[Task, str] = {
-    "text_to_image": "from text alone",
-    "image_to_image": "from an image",
-    "edit": "from an image",
-    "inpaint": "from an image with a mask",
-}
-
-
-def _task(request: schema.Request, card: ModelCard) -> Task:
-    """What is given decides the task; raises `invalid_request` where the model does not do it."""
-    asked: tuple[Task, ...] = ("text_to_image",)
-    if request.mask is not None:
-        asked = ("inpaint",)
-    elif request.image is not None:
-        # A model that is for edits changes an image; one that is not leaves it as far as the strength says.
-        asked = ("image_to_image", "edit")
-    for task in asked:
-        if task in card.tasks:
-            return task
-    field = "mask" if request.mask is not None else "image"
-    draws = f"it draws {' or '.join(dict.fromkeys(_SAID[task] for task in card.tasks))}"
-    if getattr(request, field) is not None:
-        raise ImageError("invalid_request", f"{card.id} takes no {field}: {draws}", field)
-    raise ImageError("invalid_request", f"{card.id} needs an image: {draws}", field)
-
-
-def fitted(size: tuple[int, int], limits: schema.Limits) -> tuple[int, int]:
-    """The size in pixels, (width, height), within the limits that is nearest to an image's, its shape kept."""
-    longer, shorter = max(size), min(size)
-    scale = min(1.0, limits.max_size / longer, math.sqrt(limits.max_pixels / (longer * shorter)))
-    scale = max(scale, limits.min_size / shorter)
-    unit = limits.multiple_of
-    least, most = -(-limits.min_size // unit), limits.max_size // unit
-    # A hair over a multiple is one: the scale is rounded.
-    width, height = (unit * min(max(int(side * scale / unit + 1e-6), least), most) for side in size)
-    return width, height
 
 
 def rendered_size(width: int, height: int, card: ModelCard) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from .catalog import ModelCard, State, find, shipped
 from .layout import INDEX, check_complete, read_layout, unfit
 from .lease import Lease, take
 from .outside import Unreadable
-from .screening import Network, Screened, screen, survey
+from .screening import Network, Offered, Screened, screen, survey
 
 _logger = logging.getLogger(__name__)
 
@@ -82,10 +82,12 @@ class Weights:
         self,
         entries: Sequence[schema.ModelEntry],
         offline: bool,
+        offered: Offered,
         make_room: Callable[[hub.Plan], None] = lambda plan: None,
     ) -> None:
-        """`make_room` is called before the weights of a model travel."""
+        """`offered` tells the tasks of a model; `make_room` is called before the weights of one travel."""
         self._offline = offline
+        self._offered = offered
         self._make_room = make_room
         self._lock = threading.Lock()
         self._cards = {card.id: card for card in shipped()}
@@ -149,7 +151,7 @@ class Weights:
         else:
             raise self._missing(card)
         # With the lease in hand: what was found may have been deleted meanwhile.
-        return Source(place.folder, place.revision, screen(place.folder, card.id), lease)
+        return Source(place.folder, place.revision, screen(place.folder, card.id, self._offered), lease)
 
     def pins(self, card: ModelCard) -> dict[str, str]:
         """What the configuration says of the SHA-256 of weight files, by their names within the model."""
@@ -199,7 +201,7 @@ class Weights:
                 # What is ours needs no look by the libraries, which may not be imported yet.
                 check_complete(folder, read_layout(folder, card.id), card.id)
             else:
-                survey(folder, card.id)
+                survey(folder, card.id, self._offered)
             return Place(folder, None)
         except ImageError:
             raise
@@ -246,9 +248,9 @@ class Weights:
             place = self._find(card)
             if place is None and fetch and self._elsewhere(card) == "remote":
                 place, _ = self._download(card, weights=False)
-                card = describe(card, place.folder, whole=False)
+                card = describe(card, place.folder, self._offered, whole=False)
             elif place is not None:
-                card = describe(card, place.folder)
+                card = describe(card, place.folder, self._offered)
             else:
                 return card
         except ImageError:
@@ -287,10 +289,10 @@ def _unread(id: str) -> ModelCard:
     )
 
 
-def describe(card: ModelCard, folder: Path, whole: bool = True) -> ModelCard:
+def describe(card: ModelCard, folder: Path, offered: Offered, whole: bool = True) -> ModelCard:
     """Fill a card from the model's own files: its tasks, native size, what sizes are a multiple of, its bytes. Of a
     model that the catalog knows its settings stay. Raises `model_load_failed`."""
-    found = survey(folder, card.id, whole)
+    found = survey(folder, card.id, offered, whole)
     held = sum(os.path.getsize(folder / file) for file in found.weights)
     known = msgspec.structs.replace(
         card, pipeline=found.kind.__name__, tasks=found.tasks, memory_bytes=held or card.memory_bytes

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from .. import schema
 from ..errors import ImageError
 from ..paths import cache_folder
 from . import outside
 from .layout import INDEX, Layout, Part, check_complete, no_class, no_pipeline, read_layout, spellings, unfit
-from .offered import Task, offered
 from .outside import Unreadable
 
 _logger = logging.getLogger(__name__)
@@ -65,6 +65,10 @@ _ATTENTION = (None, "eager", "sdpa", "native")
 _LONGEST = 10**6
 
 
+Offered = Callable[[type, Mapping[str, Any], Mapping[str, Any]], tuple[schema.Task, ...]]
+"""The tasks of a model, from the class of its pipeline and the configurations of its UNet and autoencoder."""
+
+
 @dataclass(frozen=True)
 class Screened:
     """A model's folder that has passed: `kind` is its pipeline's class, `weights` its weight files by their names within
@@ -72,13 +76,12 @@ class Screened:
 
     layout: Layout
     kind: type
-    tasks: tuple[Task, ...]
     weights: dict[str, Path]
     links: dict[str, Path]
     texts: dict[str, bytes]
 
 
-def screen(folder: Path, id: str) -> Screened:
+def screen(folder: Path, id: str, offered: Offered) -> Screened:
     """Check a folder as far as that goes without loading it; raises `model_load_failed` with the reason. Imports
     diffusers."""
     layout = read_layout(folder, id)
@@ -95,7 +98,8 @@ def screen(folder: Path, id: str) -> Screened:
         if "Tokenizer" in classes[name].__name__:
             _bound_tokenizer(name, settings, texts)
     texts[INDEX] = _index(layout, kind, classes)
-    return Screened(layout, kind, _tasks(kind, settings, id), weights, links, texts)
+    _tasks(kind, settings, id, offered)
+    return Screened(layout, kind, weights, links, texts)
 
 
 _Count = Annotated[int, Meta(ge=1, le=2**16)]
@@ -117,12 +121,12 @@ class Survey:
 
     layout: Layout
     kind: type
-    tasks: tuple[Task, ...]
+    tasks: tuple[schema.Task, ...]
     weights: list[str]
     networks: dict[str, Network]
 
 
-def survey(folder: Path, id: str, whole: bool = True) -> Survey:
+def survey(folder: Path, id: str, offered: Offered, whole: bool = True) -> Survey:
     """Look at a folder without opening its weights; raises `model_load_failed` for a model that is not sound on the
     surface, and, if it has to be `whole`, for one that is not all there. Imports diffusers."""
     layout = read_layout(folder, id)
@@ -136,7 +140,7 @@ def survey(folder: Path, id: str, whole: bool = True) -> Survey:
     return Survey(
         layout,
         kind,
-        _tasks(kind, settings, id),
+        _tasks(kind, settings, id, offered),
         [f"{name}/{file}" for name, part in parts.items() for file in part.weights],
         _networks(settings, id),
     )
@@ -154,12 +158,15 @@ def _networks(settings: Mapping[str, dict[str, Any]], id: str) -> dict[str, Netw
     return networks
 
 
-def _tasks(kind: type, settings: Mapping[str, dict[str, Any]], id: str) -> tuple[Task, ...]:
+def _tasks(
+    kind: type, settings: Mapping[str, dict[str, Any]], id: str, offered: Offered
+) -> tuple[schema.Task, ...]:
+    """The tasks of a model; raises `model_load_failed` for one that has none."""
     unet = settings.get("unet/config.json", {})
     tasks = offered(kind, unet, settings.get("vae/config.json", {}))
     if not tasks:
         channels = f" and its unet takes {unet['in_channels']} channels" if "in_channels" in unet else ""
-        of = "text to image, image to image, edit, inpaint"
+        of = ", ".join(task.replace("_", " ") for task in schema.TASKS)
         raise unfit(
             id, f"does none of the tasks here ({of}): its pipeline is {kind.__name__}{channels}"[:300]
         )

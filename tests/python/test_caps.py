@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starweave_image.device.limits import FIRST_ROWS, LONGEST_S, MOST_ROWS, Limits, Profile
+from starweave_image.device.caps import FIRST_ROWS, LONGEST_S, MOST_ROWS, Caps, Profile
 
 MB = 1024 * 1024
 
@@ -62,12 +62,12 @@ def test_a_limit_is_always_at_least_one(sizes: dict[int, tuple[float, int]], fre
 
 def test_limits_are_kept_for_the_next_run_beside_those_of_others(tmp_path: Path) -> None:
     path = tmp_path / "new" / "limits.json"
-    one, two = (Limits(path, lambda: 10**12) for _ in range(2))
+    one, two = (Caps(path, lambda: 10**12) for _ in range(2))
     one.record("a", 4, 0.1, 0)
     two.record("b", 8, 0.1, 0)
     one.save()
     two.save()
-    again = Limits(path, lambda: 10**12)
+    again = Caps(path, lambda: 10**12)
     assert (again.rows("a"), again.rows("b"), again.rows("c")) == (8, 16, FIRST_ROWS)
     assert not again.wants("a", 4) or again.wants("a", 5)
     assert [file.name for file in path.parent.iterdir()] == ["limits.json"]
@@ -76,15 +76,15 @@ def test_limits_are_kept_for_the_next_run_beside_those_of_others(tmp_path: Path)
 def test_a_file_that_is_damaged_counts_as_none(tmp_path: Path) -> None:
     path = tmp_path / "limits.json"
     path.write_bytes(b'{"a": {"sizes": 3}')
-    limits = Limits(path, lambda: 10**12)
-    assert limits.rows("a") == FIRST_ROWS
-    limits.overflow("a", 2)
-    assert Limits(path, lambda: 10**12).rows("a") == 1
+    caps = Caps(path, lambda: 10**12)
+    assert caps.rows("a") == FIRST_ROWS
+    caps.overflow("a", 2)
+    assert Caps(path, lambda: 10**12).rows("a") == 1
 
 
 def test_what_is_measured_often_enough_is_measured_no_more() -> None:
-    limits = Limits(None, lambda: 10**12)
-    assert limits.wants("a", 2)
+    caps = Caps(None, lambda: 10**12)
+    assert caps.wants("a", 2)
     for _ in range(3):
-        limits.record("a", 2, 0.1, 0)
-    assert not limits.wants("a", 2) and limits.wants("a", 4)
+        caps.record("a", 2, 0.1, 0)
+    assert not caps.wants("a", 2) and caps.wants("a", 4)

@@ -1,6 +1,6 @@
 """How many rows one forward pass may have: measured for each network, shape and device, and kept between runs.
 
-A limit starts small and at most doubles with each size that has been seen to work, as long as the memory model says
+A cap starts small and at most doubles with each size that has been seen to work, as long as the memory model says
 that the next one fits and no pass gets too long. The model is a line, bytes = base + slope * rows, through the peaks
 that were measured; with one size alone, through zero.
 """
@@ -90,7 +90,7 @@ class Profile(msgspec.Struct):
         return max(1, most)
 
 
-class Limits:
+class Caps:
     """The profiles of this machine, kept in the file `path`; `free` gives the bytes free on the device. From any thread, but
     for `refresh`, which asks the device."""
 
@@ -160,7 +160,7 @@ class Limits:
             except OSError:
                 # Said once, not at each try.
                 level = logging.DEBUG if self._refused else logging.WARNING
-                _logger.log(level, "the measured limits could not be kept", exc_info=True)
+                _logger.log(level, "the measured caps could not be kept", exc_info=True)
                 self._refused = True
             else:
                 self._refused = False

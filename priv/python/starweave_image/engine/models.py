@@ -1,0 +1,158 @@
+"""The models of this machine: their cards, and those of them that are loaded onto the device."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from .. import schema
+from ..device.caps import Caps
+from ..device.lanes import Job
+from ..errors import ImageError, is_out_of_memory
+from ..paths import cache_folder
+from ..tasks import registry
+from ..weights.cache import Model, ModelCache, release_memory
+from ..weights.catalog import ModelCard, State
+from ..weights.find import Weights
+from ..weights.hub import Plan
+from ..weights.integrity import Check
+from ..weights.load import divide, load_pipeline
+
+if TYPE_CHECKING:
+    from ..device.devices import Choice
+    from ..device.executor import Executor
+
+_logger = logging.getLogger(__name__)
+
+_MEMORY_SHARE = 0.85
+
+
+class Models:
+    """What is known of models before `start`, and what is loaded of them after it: `choice`, `cache` and `executor` are
+    None until then. From any thread."""
+
+    def __init__(self, config: schema.Config, make_room: Callable[[Plan], None]) -> None:
+        """`make_room` is called before the weights of a model travel."""
+        self._config = config
+        self.weights = Weights(config.models, config.offline, registry.offered, make_room)
+        self.choice: Choice | None = None
+        self.cache: ModelCache | None = None
+        self.executor: Executor | None = None
+
+    def start(self, choice: Choice, changed: Callable[[], None]) -> None:
+        """`changed` is called after every load and unload. Imports torch."""
+        from ..device.executor import Executor
+
+        config, budget = self._config, self._config.memory_budget
+        cache = ModelCache(
+            self._load,
+            int(choice.device.total_bytes * _MEMORY_SHARE) if budget is None else budget,
+            changed,
+            # A CPU computes where it would park.
+            0 if choice.device.kind == "cpu" else config.ram_budget,
+            [self.weights.card(name, fetch=False).id for name in config.pinned],
+        )
+        caps = Caps(cache_folder() / "limits.json", choice.free_bytes)
+        self.choice = choice
+        self.executor = Executor(choice, caps, cache.make_room, release_memory)
+        self.cache = cache
+
+    def loaded(self) -> ModelCache:
+        """What is loaded; raises `unavailable` before `start`."""
+        if self.cache is None:
+            raise ImageError("unavailable", "the image service is still starting", retryable=True)
+        return self.cache
+
+    def told(self) -> list[schema.Card]:
+        """All cards, with the state of each."""
+        return [card.told(*self._state(card), **self._loaded_fields(card)) for card in self.weights.cards()]
+
+    def card(self, name: str, job: Job) -> ModelCard:
+        """The card of an id or alias. One that is not known yet may have to come from the hub, for which a cancel or the
+        deadline of the job does not wait."""
+        card = self.weights.card(name, fetch=False)
+        if card.pipeline:
+            return card
+        answer: Future[ModelCard] = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self.weights.card(name))
+            except Exception as error:
+                answer.set_exception(error)
+
+        answer.add_done_callback(lambda _: job.wake())
+        threading.Thread(target=ask, name=f"card {card.id}", daemon=True).start()
+        job.first.wait(answer.done)
+        return answer.result()
+
+    @contextmanager
+    def use(self, card: ModelCard, job: Job, tell: Callable[[schema.Event], None]) -> Iterator[Model]:
+        """The card's model, loaded if need be, which the job waits for."""
+
+        def patiently(model: Future[Model]) -> None:
+            if not model.done():
+                job.first.enter("loading")
+                tell(job.first.progress())
+                model.add_done_callback(lambda _: job.wake())
+                with job.first.waiting():
+                    job.first.wait(model.done)
+
+        with self.loaded().use(card, patiently) as model:
+            yield model
+
+    def _load(self, card: ModelCard, room: Callable[[int], AbstractContextManager[None]]) -> Model:
+        assert self.choice is not None and self.cache is not None and self.executor is not None
+        config, choice, cache = self._config, self.choice, self.cache
+        source = self.weights.obtain(card)
+        check = Check(card.id, source.screened.weights, self.weights.pins(card))
+        compiled = config.compile == "blocks"
+        load = functools.partial(
+            load_pipeline, source, card.id, choice, self.executor.alone, config.offload, compiled
+        )
+        with room(card.memory_bytes or source.bytes):
+            begun = time.monotonic()
+            pipeline = None
+            try:
+                pipeline = load()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            if pipeline is None:
+                cache.make_room()
+                pipeline = load()
+            # Nothing that is not what it should be has drawn anything by now.
+            whole = check.wait()
+            # A hub revision names its files; a folder on this machine may have been changed.
+            digest = whole if source.revision is None else None
+            model = Model(card, pipeline, source.folder, source.revision, digest, choice)
+            model.divided = divide(
+                pipeline, config.attention, config.vae, choice.device, model.bytes, card.most_pixels
+            )
+        model.load_s = time.monotonic() - begun
+        check.again(lambda sentence: cache.condemn(card.id, sentence))
+        _logger.info("%s loaded in %.1f s, %d MB", card.id, time.monotonic() - begun, model.bytes // 10**6)
+        return model
+
+    def _state(self, card: ModelCard) -> tuple[State, str | None]:
+        state, error = self.cache.state(card.id) if self.cache else (None, None)
+        if state is None:
+            return self.weights.state(card)
+        return cast(State, state), error
+
+    def _loaded_fields(self, card: ModelCard) -> dict[str, Any]:
+        report = self.cache.report(card.id) if self.cache else None
+        if report is None:
+            return {}
+        return {
+            "bytes": report.bytes,
+            "parked": report.parked,
+            "idle_ms": round(report.idle_s * 1000),
+            "load_ms": round(report.load_s * 1000),
+        }
