@@ -35,7 +35,13 @@ defmodule StarweaveImage.MixProject do
       # All pages lie in one folder, so that pictures are where the text of each page looks for them.
       assets: %{"docs/readme" => "docs/readme", "docs/images" => "images"},
       groups_for_modules: [
-        Values: [StarweaveImage.Request, StarweaveImage.Image, StarweaveImage.Error],
+        Values: [
+          StarweaveImage.Request,
+          StarweaveImage.Image,
+          StarweaveImage.Text,
+          StarweaveImage.Result,
+          StarweaveImage.Error
+        ],
         "Around an instance": [
           StarweaveImage.Config,
           StarweaveImage.Environment,

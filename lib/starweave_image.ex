@@ -83,7 +83,18 @@ defmodule StarweaveImage do
   `:heartbeat_timeout` is about the Python process, and costs no request.
   """
 
-  alias StarweaveImage.{Config, Environment, Error, Image, Options, Queue, Request, Type}
+  alias StarweaveImage.{
+    Config,
+    Environment,
+    Error,
+    Image,
+    Options,
+    Queue,
+    Request,
+    Result,
+    Text,
+    Type
+  }
 
   @typedoc "A request's name: 1 to 128 of `A-Z a-z 0-9 . _ : -`."
   @type id :: String.t()
@@ -105,6 +116,7 @@ defmodule StarweaveImage do
           | {:progress, progress}
           | {:preview, preview}
           | {:image, Image.t()}
+          | {:result, Text.t() | Result.t()}
           | {:error, Error.t()}
 
   @typedoc """
@@ -508,7 +520,8 @@ defmodule StarweaveImage do
   @doc """
   Waits up to `timeout` ms for a submitted request. When that time is over the work goes on.
 
-  Of a request of several images it returns the first; `await_many/3` returns all. Options: `:instance`.
+  Of a request of several images it returns the first; `await_many/3` returns all. What a model gives that is no image is a
+  `StarweaveImage.Text` or a `StarweaveImage.Result`. Options: `:instance`.
 
   Errors: the error that the request ended with; `:timeout` if it has not ended; `:invalid_request` if no request has
   this id, or its result was kept for `:result_ttl` and is gone; `:unavailable` if the instance does not run.
@@ -517,7 +530,7 @@ defmodule StarweaveImage do
       iex> error.kind
       :unavailable
   """
-  @spec await(id, timeout, [instance_option]) :: {:ok, Image.t()} | {:error, Error.t()}
+  @spec await(id, timeout, [instance_option]) :: {:ok, Result.any_kind()} | {:error, Error.t()}
   def await(id, timeout \\ 600_000, opts \\ []) do
     with {:ok, [image | _]} <- await_many(id, timeout, opts), do: {:ok, image}
   end
@@ -530,7 +543,8 @@ defmodule StarweaveImage do
       iex> error.details.field
       :id
   """
-  @spec await_many(id, timeout, [instance_option]) :: {:ok, [Image.t()]} | {:error, Error.t()}
+  @spec await_many(id, timeout, [instance_option]) ::
+          {:ok, [Result.any_kind()]} | {:error, Error.t()}
   def await_many(id, timeout \\ 600_000, opts \\ []) do
     with {:ok, id} <- checked_id(id),
          {:ok, instance} <- instance(opts),

@@ -13,7 +13,7 @@ defmodule StarweaveImage.Journal do
   use StarweaveImage.CrashLog
   require Logger
 
-  alias StarweaveImage.{Error, Image, Telemetry}
+  alias StarweaveImage.{Error, Result, Telemetry}
   alias StarweaveImage.Journal.{Folder, Lock, Log, Record}
 
   @group 64
@@ -120,7 +120,7 @@ defmodule StarweaveImage.Journal do
     images
     |> Enum.reduce_while([], fn {image, blob}, read ->
       case Folder.read_blob(folder, blob) do
-        {:ok, data} -> {:cont, [%{image | data: data} | read]}
+        {:ok, data} -> {:cont, [Result.put_data(image, data) | read]}
         bad -> {:halt, bad}
       end
     end)
@@ -409,7 +409,7 @@ defmodule StarweaveImage.Journal do
   defp store(group, {:finish, id, at, {:ok, images}}, state) do
     {images, blobs} =
       Enum.map_reduce(images, [], fn image, blobs ->
-        case Folder.put_blob(state.folder, image.data) do
+        case Folder.put_blob(state.folder, Result.data(image)) do
           {:ok, blob} -> {{image, blob}, [blob | blobs]}
           error -> {error, blobs}
         end

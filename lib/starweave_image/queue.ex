@@ -11,7 +11,7 @@ defmodule StarweaveImage.Queue do
   use StarweaveImage.CrashLog
   require Logger
 
-  alias StarweaveImage.{Error, Journal, Request, Sidecar, Telemetry}
+  alias StarweaveImage.{Error, Journal, Request, Result, Sidecar, Telemetry}
   alias StarweaveImage.Queue.{Fleet, Job, Operations, RateLimit, RequestLog, Schedule, Verdict}
 
   defstruct [
@@ -765,7 +765,8 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  defp sidecar_event(state, index, {:message, %{t: :image, id: id} = image}) do
+  defp sidecar_event(state, index, {:message, %{t: said, id: id} = image})
+       when said in [:image, :result] do
     if job = running(state, index, id),
       do: put_job(state, %{job | images: [image | job.images]}),
       else: state
@@ -1172,7 +1173,7 @@ defmodule StarweaveImage.Queue do
       %{
         duration: native(total),
         queue_duration: native(waited),
-        bytes: Enum.sum(Enum.map(images, &byte_size(&1.data))),
+        bytes: Enum.sum(Enum.map(images, &byte_size(Result.data(&1)))),
         images: length(images)
       },
       %{

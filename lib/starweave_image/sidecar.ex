@@ -402,7 +402,7 @@ defmodule StarweaveImage.Sidecar do
   end
 
   defp receive_message(%{generation: g} = state, %{t: type, g: g} = message)
-       when type in [:accepted, :progress, :preview, :image, :done, :error, :models] do
+       when type in ~w(accepted progress preview image result done error models)a do
     case Answers.heard(state.answers, message) do
       {:tell, message, answers} ->
         tell(state, {:message, message})

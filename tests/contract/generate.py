@@ -768,6 +768,23 @@ to_application(
     "the last part of the largest image", IMAGE | {"size": 2**27, "offset": 2**27 - 1, "data": data(b"\0")}
 )
 to_application("the last image of the most", IMAGE | {"index": 15, "seed": 0})
+RESULT = {
+    "t": "result",
+    "g": 1,
+    "id": "r1",
+    "index": 0,
+    "seed": 42,
+    "kind": "text",
+    "media_type": "text/plain",
+    "facts": {"tags": ["round", "red"], "sure": 0.5},
+    "sha256": "0" * 64,
+    "size": 5,
+    "offset": 0,
+    "data": data(b"apple"),
+}
+for kind in ("text", "vector", "video", "mesh"):
+    to_application(f"a result: {kind}", RESULT | {"kind": kind})
+to_application("a result without facts", RESULT | {"facts": {}})
 to_application(
     "done",
     {
@@ -1074,6 +1091,23 @@ for name, value, expect in [
     ("image with a list for data", IMAGE | {"data": [1, 2, 3]}, "kill"),
     ("image with a float for its size", IMAGE | {"size": 69.0}, "kill"),
     ("image without bytes", IMAGE | {"data": data(b"")}, "kill"),
+    ("result of no kind", {key: item for key, item in RESULT.items() if key != "kind"}, "kill"),
+    ("result of a kind that nobody knows", RESULT | {"kind": "smell"}, "kill"),
+    ("result with a list for its facts", RESULT | {"facts": [1]}, "kill"),
+    (
+        "result without a media type",
+        {key: item for key, item in RESULT.items() if key != "media_type"},
+        "kill",
+    ),
+    ("result with half a media type", RESULT | {"media_type": "text/"}, "kill"),
+    ("result with a path for its media type", RESULT | {"media_type": "../text/plain"}, "kill"),
+    ("result with a long media type", RESULT | {"media_type": "text/" + "x" * 124}, "kill"),
+    ("result without bytes", RESULT | {"data": data(b"")}, "kill"),
+    ("result of no size", RESULT | {"size": 0}, "kill"),
+    ("result over 128 MiB", RESULT | {"size": 2**27 + 1}, "kill"),
+    ("result 16 of at most 16", RESULT | {"index": 16}, "kill"),
+    ("result with a negative seed", RESULT | {"seed": -1}, "kill"),
+    ("result with a short checksum", RESULT | {"sha256": "0" * 63}, "kill"),
     ("image with a part over 4 MiB", IMAGE | {"size": 2**23, "data": repeat(data(b"\0"), 2**22 + 1)}, "kill"),
     ("image of no size", IMAGE | {"size": 0}, "kill"),
     ("image over 128 MiB", IMAGE | {"size": 2**27 + 1}, "kill"),

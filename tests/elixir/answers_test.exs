@@ -86,11 +86,11 @@ defmodule StarweaveImage.AnswersTest do
     {"a preview of a third image", [:accepted], :preview, %{image: 2},
      "it sent preview of an image that nobody asked for"},
     {"the second image first", [:accepted], :image, %{index: 1, seed: 8},
-     "it sent the images of a request out of order"},
+     "it sent the results of a request out of order"},
     {"a third image", [:accepted, :image, :second], :image, %{index: 2, seed: 9},
-     "it sent the images of a request out of order"},
+     "it sent the results of a request out of order"},
     {"an image again", [:accepted, :image], :image, %{},
-     "it sent the images of a request out of order"},
+     "it sent the results of a request out of order"},
     {"a part that does not begin", [:accepted], :image, %{offset: 1},
      "it sent the parts of an image out of order"},
     {"more than the size", [:accepted], :image, %{size: 4},
@@ -103,9 +103,9 @@ defmodule StarweaveImage.AnswersTest do
      "it sent an image of another form than it had accepted"},
     {"an image of another format", [:accepted], :image, %{format: :jpeg},
      "it sent an image of another form than it had accepted"},
-    {"done without images", [:accepted], :done, %{}, "it sent done before all images"},
+    {"done without images", [:accepted], :done, %{}, "it sent done before all results"},
     {"done before the last image", [:accepted, :image], :done, %{},
-     "it sent done before all images"},
+     "it sent done before all results"},
     {"done without a model", [:accepted, :image, :second], :done, %{model: nil},
      "it sent done without its facts"},
     {"done again", [:accepted, :image, :second, :done], :done, %{},
@@ -230,5 +230,57 @@ defmodule StarweaveImage.AnswersTest do
     assert {:error, _} = Answers.heard(answers, %{t: :models, id: "m201"})
     assert {:error, _} = Answers.heard(answers, %{t: :models, id: "m1200"})
     assert :erlang.external_size(answers) < 100_000
+  end
+
+  describe "a result that is no picture" do
+    defp other(data, fields) do
+      digest = Base.encode16(:crypto.hash(:sha256, data), case: :lower)
+
+      %{t: :result, id: "r", index: 0, seed: 7, kind: :mesh, media_type: "a/b", facts: %{}}
+      |> Map.merge(%{sha256: digest, size: byte_size(data), offset: 0, data: data})
+      |> Map.merge(fields)
+    end
+
+    defp hear_others(messages),
+      do: hear(asked(%{num_images: 1}), [accepted(%{seeds: [7]}) | messages])
+
+    test "is told whole" do
+      cut = [other("first", %{data: "fir"}), other("first", %{data: "st", offset: 3})]
+      assert {:ok, told, _answers} = hear_others(cut ++ [done()])
+      assert [%{t: :accepted}, %{t: :result, data: "first"}, %{t: :done}] = told
+    end
+
+    test "has parts that agree and follow each other, and the seed asked for" do
+      for {second, said} <- [
+            {%{offset: 2}, "the parts of a result out of order"},
+            {%{kind: :video}, "parts of a result that do not agree"},
+            {%{facts: %{"a" => 1}}, "parts of a result that do not agree"}
+          ] do
+        parts = [
+          other("first", %{data: "fir"}),
+          other("first", Map.merge(%{data: "st", offset: 3}, second))
+        ]
+
+        assert {:error, reason} = hear_others(parts)
+        assert reason =~ said
+      end
+
+      assert {:error, reason} = hear_others([other("x", %{seed: 8})])
+      assert reason =~ "a result of another seed"
+      assert {:error, reason} = hear_others([other("x", %{index: 1})])
+      assert reason =~ "out of order"
+      assert {:error, reason} = hear_others([other("x", %{sha256: String.duplicate("0", 64)})])
+      assert reason =~ "a result that does not match its checksum"
+    end
+
+    test "is no picture from its second part on, and as text is UTF-8" do
+      [_whole, second] = halves("first", 0)
+      assert {:error, reason} = hear_others([other("first", %{data: "fi"}), second])
+      assert reason =~ "do not agree"
+
+      assert {:ok, _told, _answers} = hear_others([other("ä", %{kind: :text}), done()])
+      assert {:error, reason} = hear_others([other(<<255>>, %{kind: :text})])
+      assert reason == "it sent a text that is not UTF-8"
+    end
   end
 end

@@ -6,7 +6,7 @@ defmodule StarweaveImage.Journal.Record do
   #     {:accept, id, job}               it is to be done; `job` has the request and when it was submitted
   #     {:attempt, id, n}                it was begun for the n-th time
   #     {:finish, id, at, outcome}       it ended, at a wall clock time in ms, with
-  #                                      {:ok, [{image without its data, SHA-256 of the data}]} or {:error, error}
+  #                                      {:ok, [{result without its data, SHA-256 of the data}]} or {:error, error}
   #     {:forget, id}                    nobody will ask for it again
   #
   # A map with text as keys, of which further ones are ignored: nothing from a disk becomes an atom but by
@@ -15,11 +15,11 @@ defmodule StarweaveImage.Journal.Record do
   # `cast/1` is the only way from a disk into this library. What it lets through has the shape that everybody behind it
   # relies on; a wrong value in a right shape (a width of 7) is for `Request.restore/2` to refuse.
 
-  alias StarweaveImage.{Error, Image, Msgpack, Options, Request}
+  alias StarweaveImage.{Error, Image, Msgpack, Options, Request, Result, Text}
 
   @version 1
 
-  @type outcome :: {:ok, [{Image.t(), sha256 :: String.t()}]} | {:error, Error.t()}
+  @type outcome :: {:ok, [{Result.any_kind(), sha256 :: String.t()}]} | {:error, Error.t()}
   @type t ::
           {:accept, String.t(), map}
           | {:attempt, String.t(), non_neg_integer}
@@ -45,6 +45,21 @@ defmodule StarweaveImage.Journal.Record do
     steps: {:maybe, :count},
     guidance_scale: {:maybe, :number},
     scheduler: {:maybe, :text},
+    parameters: :map,
+    notices: :texts,
+    attempts: :count
+  ]
+
+  # Of a result that is no picture: those of no kind in the log are pictures.
+  @kinds_of_results ~w(text vector video mesh)a
+  @other [
+    id: :text,
+    index: :count,
+    sha256: :text,
+    model: {:maybe, :text},
+    prompt: {:maybe, :text},
+    seed: {:maybe, :count},
+    facts: :map,
     parameters: :map,
     notices: :texts,
     attempts: :count
@@ -109,10 +124,7 @@ defmodule StarweaveImage.Journal.Record do
   defp fields({:forget, id}), do: %{record: "forget", id: id}
 
   defp fields({:finish, id, at, {:ok, images}}) do
-    images =
-      for {image, blob} <- images do
-        image |> Map.take([:format, :timings | Keyword.keys(@image)]) |> Map.put(:blob, blob)
-      end
+    images = for {image, blob} <- images, do: image |> result() |> Map.put(:blob, blob)
 
     %{record: "finish", id: id, at: at, images: images}
   end
@@ -124,6 +136,15 @@ defmodule StarweaveImage.Journal.Record do
       at: at,
       error: Map.delete(Map.from_struct(error), :__exception__)
     }
+
+  defp result(%Image{} = image),
+    do: Map.take(image, [:format, :timings | Keyword.keys(@image)])
+
+  defp result(%Text{} = text),
+    do: text |> Map.take([:timings | Keyword.keys(@other)]) |> Map.put(:kind, :text)
+
+  defp result(%Result{} = result),
+    do: Map.take(result, [:kind, :media_type, :timings | Keyword.keys(@other)])
 
   # Text where it is text, bytes where not; both come back as binaries.
   defp plain(binary) when is_binary(binary),
@@ -190,7 +211,7 @@ defmodule StarweaveImage.Journal.Record do
   defp outcome(%{"images" => [_ | _] = images}) do
     images
     |> Enum.reduce_while([], fn fields, images ->
-      case image(fields) do
+      case result_of(fields) do
         {:ok, image} -> {:cont, [image | images]}
         error -> {:halt, error}
       end
@@ -216,21 +237,37 @@ defmodule StarweaveImage.Journal.Record do
 
   defp outcome(_fields), do: {:error, "it has neither images nor an error"}
 
-  defp image(%{} = fields) do
+  defp result_of(%{} = fields) do
     with {:ok, blob} <- value(fields, :blob, :blob),
-         {:ok, format} <- value(fields, :format, {:one_of, @formats}),
+         {:ok, kind, own} <- own(fields),
          {:ok, timings} <- value(fields, :timings, :numbers),
-         %{} = values <- values(fields) do
+         %{} = values <- values(fields, if(kind == Image, do: @image, else: @other)) do
       timings = Map.new(timings, fn {name, ms} -> {named(name, @timings, name), ms} end)
-      values = Map.merge(values, %{data: "", format: format, timings: timings})
-      {:ok, {struct!(Image, values), blob}}
+      {:ok, {struct!(kind, values |> Map.merge(own) |> Map.put(:timings, timings)), blob}}
     end
   end
 
-  defp image(_fields), do: {:error, "it is not a map"}
+  defp result_of(_fields), do: {:error, "it is not a map"}
 
-  defp values(fields) do
-    Enum.reduce_while(@image, %{}, fn {name, type}, values ->
+  # The struct that it becomes, and what that alone has.
+  defp own(%{"kind" => _} = fields) do
+    with {:ok, kind} <- value(fields, :kind, {:one_of, @kinds_of_results}),
+         {:ok, media_type} <- value(fields, :media_type, {:maybe, :text}) do
+      case {kind, media_type} do
+        {:text, _} -> {:ok, Text, %{text: ""}}
+        {_, nil} -> {:error, "media_type is missing"}
+        _ -> {:ok, Result, %{data: "", kind: kind, media_type: media_type}}
+      end
+    end
+  end
+
+  defp own(fields) do
+    with {:ok, format} <- value(fields, :format, {:one_of, @formats}),
+         do: {:ok, Image, %{data: "", format: format}}
+  end
+
+  defp values(fields, types) do
+    Enum.reduce_while(types, %{}, fn {name, type}, values ->
       case value(fields, name, type) do
         {:ok, value} -> {:cont, Map.put(values, name, value)}
         error -> {:halt, error}

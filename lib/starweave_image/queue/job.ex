@@ -3,7 +3,7 @@ defmodule StarweaveImage.Queue.Job do
   # What the queue knows of one accepted request: who waits for it, how far it has come, and what its sidecar has
   # sent of it. Where it waits or runs, `Schedule` knows.
 
-  alias StarweaveImage.{Error, Image}
+  alias StarweaveImage.{Error, Image, Result, Text}
   alias StarweaveImage.Queue.Verdict
 
   # `serial` tells it from an earlier one of the same id, and is a new one when it has ended. `owners` are the
@@ -41,7 +41,7 @@ defmodule StarweaveImage.Queue.Job do
   ]
 
   @type t :: %__MODULE__{}
-  @type result :: {:ok, [Image.t()]} | {:error, Error.t()}
+  @type result :: {:ok, [Result.any_kind()]} | {:error, Error.t()}
   # A process, or a stream by its alias, which is also told when no more comes.
   @type subscriber :: {:process, pid} | {:alias, reference}
 
@@ -130,47 +130,58 @@ defmodule StarweaveImage.Queue.Job do
     {%{job | previews: Map.put(job.previews, event.image, event)}, event}
   end
 
-  @doc "Its images, with the `done` message of the wire."
+  @doc "Its results, with the `done` message of the wire."
   @spec result(t, map, pos_integer) :: result
   def result(%{accepted: nil}, _done, _attempts), do: incomplete("the answer was not complete")
 
   def result(job, done, attempts) do
     if length(job.images) == job.request.num_images do
       parts = Enum.sort_by(job.images, & &1.index)
-      {:ok, Enum.map(parts, &image(&1, job, done, attempts))}
+      {:ok, Enum.map(parts, &made(&1, job, done, attempts))}
     else
-      incomplete("an image is missing")
+      incomplete("a result is missing")
     end
   end
 
   defp incomplete(message), do: {:error, Error.new(:internal, message)}
 
-  defp image(part, job, done, attempts) do
+  defp made(part, job, done, attempts) do
     timings =
       for name <- @timings, value = (done.timings || %{})[Atom.to_string(name)], into: %{} do
         {name, value}
       end
 
-    %Image{
+    common = %{
       id: job.request.id,
       index: part.index,
-      data: part.data,
-      format: part.format,
-      width: part.width,
-      height: part.height,
       sha256: part.sha256,
       model: done.model || job.accepted.model,
       prompt: job.request.prompt,
-      negative_prompt: job.request.negative_prompt,
       seed: part.seed,
-      steps: job.accepted.steps,
-      guidance_scale: job.accepted.guidance_scale,
-      scheduler: job.accepted.scheduler,
       parameters: own_parameters(done.parameters || %{}, part.seed),
       timings: Map.put(timings, :queue, job.dispatched_at - job.submitted_at),
       notices: job.notices ++ (done.notices || []),
       attempts: attempts
     }
+
+    made(part, job, common)
+  end
+
+  defp made(%{t: :image} = part, job, common) do
+    part
+    |> Map.take([:data, :format, :width, :height])
+    |> Map.merge(Map.take(job.accepted, [:steps, :guidance_scale, :scheduler]))
+    |> Map.put(:negative_prompt, job.request.negative_prompt)
+    |> Map.merge(common)
+    |> then(&struct!(Image, &1))
+  end
+
+  defp made(%{kind: :text} = part, _job, common),
+    do: struct!(Text, Map.merge(common, %{text: part.data, facts: part.facts}))
+
+  defp made(part, _job, common) do
+    own = Map.take(part, [:data, :kind, :media_type, :facts])
+    struct!(Result, Map.merge(common, own))
   end
 
   # `done` has those of the first image, and the seeds of all; each file has its own.
@@ -180,9 +191,9 @@ defmodule StarweaveImage.Queue.Job do
   defp own_parameters(parameters, seed),
     do: parameters |> Map.delete("seeds") |> Map.replace("seed", seed)
 
-  @doc "Bytes of its images."
+  @doc "Bytes of its results."
   @spec bytes(t) :: non_neg_integer
-  def bytes(%{result: {:ok, images}}), do: Enum.sum(Enum.map(images, &byte_size(&1.data)))
+  def bytes(%{result: {:ok, images}}), do: Enum.sum(Enum.map(images, &byte_size(Result.data(&1))))
   def bytes(_job), do: 0
 
   ## Who waits for it
@@ -209,8 +220,11 @@ defmodule StarweaveImage.Queue.Job do
     :ok
   end
 
-  defp final_events({:ok, images}), do: Enum.map(images, &{:image, &1})
+  defp final_events({:ok, images}), do: Enum.map(images, &final_event/1)
   defp final_events({:error, error}), do: [{:error, error}]
+
+  defp final_event(%Image{} = image), do: {:image, image}
+  defp final_event(result), do: {:result, result}
 
   defp send_event({:process, pid}, id, event), do: send(pid, {:starweave_image, id, event})
   defp send_event({:alias, reference}, _id, event), do: send(reference, {reference, event})

@@ -1,14 +1,14 @@
 defmodule StarweaveImage.Sidecar.Answers do
   @moduledoc false
   # What one Python process has answered so far to what it was asked, and whether what it says next may
-  # be said (docs/protocol.md, "Order"). Pure; images are put together here.
+  # be said (docs/protocol.md, "Order"). Pure; images and other results are put together here.
 
   alias StarweaveImage.Sidecar.Answers.Draft
 
   defmodule Draft do
     @moduledoc false
-    # A `generate` that is being answered. `seeds` are those that its images must have; `index` is the
-    # image that comes next, and `parts` what there is of it, the last first.
+    # A `generate` that is being answered. `seeds` are those that its results must have; `index` is the
+    # result that comes next, and `parts` what there is of it, the last first.
     defstruct [:seeds, :format, :preview?, :accepted, :first, index: 0, parts: [], have: 0]
   end
 
@@ -41,7 +41,7 @@ defmodule StarweaveImage.Sidecar.Answers do
   def asked(answers, _message), do: answers
 
   @doc """
-  What was heard: to be told, with the whole image in place of its last part, or to be kept, or of
+  What was heard: to be told, with the whole result in place of its last part, or to be kept, or of
   nobody, or an error that says what is wrong with it.
   """
   @spec heard(t, map) :: {:tell, map, t} | {:keep, t} | :of_nobody | {:error, String.t()}
@@ -125,12 +125,12 @@ defmodule StarweaveImage.Sidecar.Answers do
   defp answer(draft, %{t: said} = message) when said in [:progress, :preview],
     do: {:tell, message, draft}
 
-  defp answer(draft, %{t: :image} = part), do: image(draft, part)
+  defp answer(draft, %{t: said} = part) when said in [:image, :result], do: part(draft, part)
 
   defp answer(draft, %{t: :done} = done) do
     cond do
       draft.index < length(draft.seeds) ->
-        {:error, "it sent done before all images"}
+        {:error, "it sent done before all results"}
 
       nil in [done.model, done.parameters, done.timings] ->
         {:error, "it sent done without its facts"}
@@ -140,25 +140,26 @@ defmodule StarweaveImage.Sidecar.Answers do
     end
   end
 
-  defp image(draft, part) do
+  defp part(draft, part) do
     have = draft.have + byte_size(part.data)
     first = draft.first || part
 
     cond do
       part.index != draft.index or part.index >= length(draft.seeds) ->
-        {:error, "it sent the images of a request out of order"}
+        {:error, "it sent the results of a request out of order"}
 
       part.offset != draft.have or have > part.size ->
-        {:error, "it sent the parts of an image out of order"}
+        {:error, "it sent the parts of #{a(part)} out of order"}
 
       Map.drop(part, [:data, :offset]) != Map.drop(first, [:data, :offset]) ->
-        {:error, "it sent parts of an image that do not agree"}
+        {:error, "it sent parts of #{a(part)} that do not agree"}
 
       part.seed != Enum.at(draft.seeds, part.index) ->
-        {:error, "it sent an image of another seed than it was asked for"}
+        {:error, "it sent #{a(part)} of another seed than it was asked for"}
 
-      Map.take(part, [:format, :width, :height]) !=
-          Map.take(draft.accepted, [:format, :width, :height]) ->
+      part.t == :image and
+          Map.take(part, [:format, :width, :height]) !=
+            Map.take(draft.accepted, [:format, :width, :height]) ->
         {:error, "it sent an image of another form than it had accepted"}
 
       have < part.size ->
@@ -169,11 +170,20 @@ defmodule StarweaveImage.Sidecar.Answers do
     end
   end
 
+  defp a(%{t: :image}), do: "an image"
+  defp a(%{t: :result}), do: "a result"
+
   defp whole(data, draft, part) do
-    if Base.encode16(:crypto.hash(:sha256, data), case: :lower) == part.sha256,
-      do:
+    cond do
+      Base.encode16(:crypto.hash(:sha256, data), case: :lower) != part.sha256 ->
+        {:error, "it sent #{a(part)} that does not match its checksum"}
+
+      part.t == :result and part.kind == :text and not String.valid?(data) ->
+        {:error, "it sent a text that is not UTF-8"}
+
+      true ->
         {:tell, %{part | data: data},
-         %{draft | index: draft.index + 1, first: nil, parts: [], have: 0}},
-      else: {:error, "it sent an image that does not match its checksum"}
+         %{draft | index: draft.index + 1, first: nil, parts: [], have: 0}}
+    end
   end
 end

@@ -121,6 +121,18 @@ defmodule StarweaveImage.Sidecar.Wire do
        size: {:int, 1, @max_image},
        offset: {:int, 0, @max_image - 1},
        data: {:bytes, @max_part}},
+    "result" =>
+      {:result,
+       id: :str,
+       index: :index,
+       seed: :seed,
+       kind: {:one_of, ~w(text vector video mesh)a},
+       media_type: :media_type,
+       facts: :map,
+       sha256: :sha256,
+       size: {:int, 1, @max_image},
+       offset: {:int, 0, @max_image - 1},
+       data: {:bytes, @max_part}},
     "done" =>
       {:done,
        id: :str,
@@ -241,6 +253,9 @@ defmodule StarweaveImage.Sidecar.Wire do
 
   defp value(:sha256, value) when is_binary(value) and byte_size(value) == 64,
     do: if(value =~ ~r/\A[0-9a-f]+\z/, do: {:ok, value}, else: :wrong)
+
+  defp value(:media_type, value) when is_binary(value) and byte_size(value) <= 128,
+    do: if(value =~ ~r"\A[a-z0-9.+-]+/[a-z0-9.+-]+\z", do: {:ok, value}, else: :wrong)
 
   defp value({:bytes, most}, value) when is_binary(value) and byte_size(value) in 1..most//1,
     do: {:ok, value}
