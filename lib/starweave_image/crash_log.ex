@@ -1,8 +1,8 @@
 defmodule StarweaveImage.CrashLog do
   @moduledoc false
-  # What the log of a crash shows of a process: not its state and messages, which hold what users asked for.
+  # Keeps the state and messages of a process, which hold what users asked for, out of the log of a crash.
 
-  @doc "The callback `format_status/1` of whoever uses this module."
+  @doc "Defines the callback `format_status/1`."
   defmacro __using__(_opts) do
     quote do
       # OTP has this callback since 25, Elixir knows it since 1.17.
@@ -12,7 +12,7 @@ defmodule StarweaveImage.CrashLog do
     end
   end
 
-  @doc "A status with the sizes of what it holds in place of it."
+  @doc "A status with sizes in place of contents."
   @spec hidden(map) :: map
   def hidden(status) do
     Map.new(status, fn {key, value} ->

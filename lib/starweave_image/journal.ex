@@ -1,13 +1,13 @@
 defmodule StarweaveImage.Journal do
   @moduledoc false
 
-  # What an instance must not forget when its BEAM is killed: the requests that it accepted, how often
-  # each was begun, and how each ended. docs/journal.md says what is promised and what lies in the folder.
+  # What must survive when the BEAM of an instance is killed: the requests that it accepted, how often each was begun,
+  # and how each ended. docs/journal.md says what is promised and what is in the folder.
   #
-  # Its callers are never blocked by a disk: they are told by `{:journal, {operation, id}, :ok | {:error, sentence}}`
-  # when what they asked for is durable, or that it is not. Whatever waits is written together and synced once.
+  # A caller never blocks on a disk: the message `{:journal, {operation, id}, :ok | {:error, sentence}}` tells it when
+  # its record is durable, or that it is not. All records that wait are written together and synced once.
   #
-  # In memory are only the places of the records, by id.
+  # Memory holds only the places of the records, by id.
 
   use GenServer
   use StarweaveImage.CrashLog
@@ -18,12 +18,12 @@ defmodule StarweaveImage.Journal do
 
   @group 64
   @compact_above 1024 * 1024
-  # Files of each kind of what is kept aside.
+  # How many `damaged-…` and how many `quarantined-…` files are kept.
   @kept_aside 4
-  # So many records that nobody can use are named one by one in the log.
+  # How many unusable records the log names one by one.
   @named 20
   @retry_ms 1_000
-  # How soon it is seen that somebody has removed the folder while nothing was to be written.
+  # How soon a removed folder is noticed while there is nothing to write.
   @watch_ms 10_000
 
   defstruct [
@@ -55,20 +55,21 @@ defmodule StarweaveImage.Journal do
   @doc """
   Starts the journal of a `:folder`, registered as `:name`.
 
-  It starts also where the folder cannot be used; every operation then says why, and it tries again by itself.
-  `:instance` is for telemetry; above `:compact_above` bytes a log that is mostly dead is written anew.
+  It also starts if the folder cannot be used; then every operation fails with the reason, and the folder is tried
+  again. `:instance` is for telemetry; above `:compact_above` bytes a log that is mostly dead is written anew.
   """
   @spec start_link(keyword) :: GenServer.on_start()
   def start_link(opts) do
-    # The state holds no large binaries, but what was written last may stay in the heap.
+    # The state holds no large binaries, but the last ones that were written may stay in the heap.
     GenServer.start_link(__MODULE__, opts, name: opts[:name], hibernate_after: 5_000)
   end
 
   @doc """
-  What the journal knows: the unfinished in the order of their acceptance, the finished in that of their end.
+  All requests of the journal: unfinished ones in the order of their acceptance, finished ones in the order of their
+  ends.
 
-  After an error the caller is told by `{:journal, :open, :ok}` when the folder can be used, to ask again. The last one who
-  asked is told by `{:journal, :health, nil | sentence}` whenever it can be used no more, or again.
+  After an error the caller is told by `{:journal, :open, :ok}` when the folder can be used, to ask again. The last one
+  who asked is told by `{:journal, :health, nil | sentence}` whenever it can be used no more, or again.
   """
   @spec recover(GenServer.server()) ::
           %{unfinished: [unfinished], finished: [finished], damaged: non_neg_integer}
@@ -76,23 +77,24 @@ defmodule StarweaveImage.Journal do
   def recover(journal), do: call(journal, :recover)
 
   @doc """
-  A request is to be done: `job` is a map of MessagePack's types with text as keys, binaries of any bytes included.
+  Records an accepted request. `job` is a map of types that MessagePack knows, with text as keys; binaries may hold any
+  bytes.
 
-  One that is not finished keeps its job: the same id is the same request. One that is finished is begun anew.
+  An unfinished request of this id keeps its job, since the same id is the same request. A finished one starts anew.
   """
   @spec accept(GenServer.server(), String.t(), map) :: :ok
   def accept(journal, id, job) when is_binary(id), do: cast(journal, {:accept, id, job})
 
-  @doc "A request was begun for the n-th time; ignored if it is unknown or finished."
+  @doc "Records that a request was begun for the n-th time; ignored if it is unknown or finished."
   @spec attempt(GenServer.server(), String.t(), pos_integer) :: :ok
   def attempt(journal, id, n) when is_binary(id), do: cast(journal, {:attempt, id, n})
 
-  @doc "A request has ended; ignored if it is unknown. Of several ends the last one counts."
+  @doc "Records how a request ended; ignored if it is unknown. Of several ends the last one counts."
   @spec finish(GenServer.server(), String.t(), result) :: :ok
   def finish(journal, id, result) when is_binary(id),
     do: cast(journal, {:finish, id, System.system_time(:millisecond), result})
 
-  @doc "Nobody will ask for a request again, finished or not; ignored if it is unknown."
+  @doc "Forgets a request, finished or not; ignored if it is unknown."
   @spec forget(GenServer.server(), String.t()) :: :ok
   def forget(journal, id) when is_binary(id), do: cast(journal, {:forget, id})
 
@@ -103,7 +105,7 @@ defmodule StarweaveImage.Journal do
   @doc """
   The result of a finished request, read and checked in the calling process.
 
-  An image file that is gone or damaged makes its request unfinished again.
+  If an image file is missing or damaged, its request counts as unfinished again.
   """
   @spec result(GenServer.server(), String.t()) ::
           {:ok, result} | {:unfinished, unfinished} | {:error, String.t()}
@@ -145,7 +147,7 @@ defmodule StarweaveImage.Journal do
 
   @impl true
   def init(opts) do
-    # So that `terminate/2` runs, after all that was asked for before the end.
+    # So that `terminate/2` runs, after everything that was asked for before.
     Process.flag(:trap_exit, true)
     Logger.metadata(instance: opts[:instance])
     compact_above = opts[:compact_above] || @compact_above
@@ -202,7 +204,7 @@ defmodule StarweaveImage.Journal do
     end
   end
 
-  # The timeout of 0 comes when the mailbox is empty: all that waited there is one group.
+  # The timeout of 0 fires when the mailbox is empty: everything that waited there is written as one group.
   defp noreply(%{batch: []} = state), do: {:noreply, state}
   defp noreply(state), do: {:noreply, state, 0}
 
@@ -284,7 +286,7 @@ defmodule StarweaveImage.Journal do
     end
   end
 
-  ## The index: of each request, where its records stand
+  ## The index: where the records of each request are
 
   defp note(index, {:accept, id, _job}, place) do
     case index do
@@ -300,7 +302,7 @@ defmodule StarweaveImage.Journal do
     end
   end
 
-  # A result whose request is not known was read from a log that lost the request: it is still a result.
+  # A result without its request comes from a log that lost the request's record: it is still a result.
   defp note(index, {:finish, id, at, outcome}, place) do
     blobs =
       with {:ok, images} <- outcome,
@@ -369,7 +371,7 @@ defmodule StarweaveImage.Journal do
     if state.file && state.size > state.compact_at, do: compact(state), else: state
   end
 
-  # What the journal itself has to say has no pid, and is always written.
+  # Records of the journal itself have no pid to answer, and are always written.
   defp join(group, {pid, record}, state) do
     case if(pid, do: admit(record, group.index[elem(record, 1)]), else: :ok) do
       :ignored ->
@@ -386,7 +388,7 @@ defmodule StarweaveImage.Journal do
           group = %{group | index: index, size: group.size + size, bytes: [group.bytes, bytes]}
           answered(group, pid, record, :ok)
         else
-          # Which it would be another time, too.
+          # It would be too large the next time, too.
           {:error, reason} when reason in [:unencodable, :too_large] ->
             answered(group, pid, record, {:error, reason})
 
@@ -405,7 +407,7 @@ defmodule StarweaveImage.Journal do
   defp admit({:attempt, _, _}, %{finish: finish}) when finish != nil, do: :ignored
   defp admit(_record, _known), do: :ok
 
-  # The images before the record that refers to them.
+  # Images are written before the record that refers to them.
   defp store(group, {:finish, id, at, {:ok, images}}, state) do
     {images, blobs} =
       Enum.map_reduce(images, [], fn image, blobs ->
@@ -429,7 +431,7 @@ defmodule StarweaveImage.Journal do
 
   defp appended(state, %{bytes: []}, _batch), do: {:ok, state}
 
-  # Written it is; but where somebody has removed the file meanwhile, nobody would find it.
+  # The bytes are written, but if the file was removed meanwhile, no later start would find them.
   defp appended(state, group, batch) do
     case usable(%{state | index: group.index, size: group.size}) do
       {:ok, written} ->
@@ -446,11 +448,11 @@ defmodule StarweaveImage.Journal do
     :file.close(state.file)
     state = trouble(unwritten(%{state | file: nil}, batch), reason)
 
-    # Which cuts off what was written of the group.
+    # This cuts off the part of the group that was written.
     try_open(state)
   end
 
-  # What is forgotten is so all the same, and logged with the next group: its files make room for that.
+  # Forgotten requests stay forgotten and are logged with the next group: deleting their files makes room for that.
   defp unwritten(state, batch) do
     forgotten = for {_pid, {:forget, id}} <- batch, is_map_key(state.index, id), do: id
     unlogged = Enum.uniq(state.unlogged ++ forgotten)
@@ -458,8 +460,8 @@ defmodule StarweaveImage.Journal do
     unended(state, for({_pid, record} <- batch, do: record))
   end
 
-  # Whoever waits is told of an end that cannot be written, and it is written as soon as it can be: the request
-  # must not be begun again in the next life.
+  # A caller is told of an end that cannot be written. The write is repeated until it succeeds, because otherwise the
+  # next start would do the request again.
   defp unended(state, records) do
     ends = for {:finish, id, _at, _result} = record <- records, into: %{}, do: {id, record}
     %{state | unended: Map.merge(state.unended, ends)}
@@ -481,7 +483,7 @@ defmodule StarweaveImage.Journal do
     end
   end
 
-  # Those of them that no result has any more.
+  # The image files that no result refers to any more.
   defp drop_blobs(_state, []), do: :ok
 
   defp drop_blobs(state, blobs) do
@@ -505,7 +507,7 @@ defmodule StarweaveImage.Journal do
   defp usable(%{file: nil} = state) do
     with {:ok, state} <- held(state),
          {:ok, state} <- with_file(state) do
-      # Closed again if its new name could not be made durable.
+      # The file is closed again if its new name could not be made durable.
       usable(state)
     else
       {:error, reason} -> closed(state, reason)
@@ -513,8 +515,8 @@ defmodule StarweaveImage.Journal do
     end
   end
 
-  # The file is open; but somebody may have removed the folder, or put another one in its place. Then the folder is made
-  # anew, and what was acknowledged is written there: it is all in the file, whose bytes stay until it is closed.
+  # The file is open, but the folder may have been removed or replaced. Then the folder is made again and everything
+  # acknowledged is written there: the open file has all of it, since its bytes stay until it is closed.
   defp usable(state) do
     if locked?(state) and place_of_file(state) == :here do
       {:ok, state}
@@ -529,7 +531,7 @@ defmodule StarweaveImage.Journal do
     end
   end
 
-  # Another one may use the folder only when this process is gone.
+  # Another journal may use the folder only after this process has ended.
   defp held(state) do
     with :ok <- Folder.create(state.folder),
          {:ok, was_open?} <- Folder.close(state.folder) do
@@ -550,7 +552,7 @@ defmodule StarweaveImage.Journal do
   defp locked?(%{lock: nil}), do: false
   defp locked?(state), do: match?({:ok, _}, File.lstat(path(state, state.lock)))
 
-  # Whether who opens the journal by its name finds the file that is written to.
+  # Whether the journal's name still leads to the file that is written to.
   defp place_of_file(state) do
     with {:ok, info} <- :file.read_file_info(state.file),
          {:ok, there} <- File.stat(path(state, "journal")) do
@@ -583,7 +585,7 @@ defmodule StarweaveImage.Journal do
   defp placed(_state, error), do: error
 
   defp with_file(state) do
-    # Not with :append: a group is written at its own place, over what may be left of one that failed.
+    # Not with :append: a group is written at its own place, over the rest of a group that failed.
     with {:ok, file} <- :file.open(path(state, "journal"), [:read, :write, :raw, :binary]),
          _ = File.chmod(path(state, "journal"), 0o600),
          {:error, reason} <- if(state.open?, do: reopen(state, file), else: load(state, file)) do
@@ -600,7 +602,7 @@ defmodule StarweaveImage.Journal do
     {:error, reason, trouble(%{state | timer: timer}, reason)}
   end
 
-  # Said once, not for every request.
+  # The log says it once, not for every request.
   defp trouble(state, reason) do
     sentence = sentence(reason)
 
@@ -688,7 +690,7 @@ defmodule StarweaveImage.Journal do
     end
   end
 
-  ## Records that were written as they are and that this version cannot use
+  ## Undamaged records that this version cannot use
 
   defp tell_newer(%{kept: []}), do: :ok
 
@@ -698,7 +700,7 @@ defmodule StarweaveImage.Journal do
     )
   end
 
-  # Into a log of their own, in the order in which they were written.
+  # They go to a log of their own, in the order in which they were written.
   defp quarantine(state, rejected) do
     name = "quarantined-#{System.system_time(:millisecond)}"
 
@@ -748,7 +750,7 @@ defmodule StarweaveImage.Journal do
 
   defp places_of(rejected), do: for(%{place: place} <- rejected, do: {place, []})
 
-  # Whoever was told that such a request is accepted is told how it ended.
+  # The caller of such a request was told that it is accepted, so it must be told how it ended.
   defp end_unreadable(%{file: nil} = state, _rejected), do: state
 
   defp end_unreadable(state, rejected) do
@@ -766,7 +768,7 @@ defmodule StarweaveImage.Journal do
     end
   end
 
-  # A request whose images are not what they were is to be done again.
+  # A request whose images are missing or damaged is done again.
   defp check_images(state, index) do
     Enum.reduce_while(index, {:ok, state}, fn {id, entry}, {:ok, state} ->
       bad =
@@ -808,7 +810,7 @@ defmodule StarweaveImage.Journal do
     })
   end
 
-  # A second name for the file, or a copy where there are no second names.
+  # A hard link to the file, or a copy where the file system has no links.
   defp keep_aside(state) do
     name = "damaged-#{System.system_time(:millisecond)}"
     [journal, aside] = for name <- ["journal", name], do: path(state, name)
@@ -835,7 +837,8 @@ defmodule StarweaveImage.Journal do
 
   ## Compaction
 
-  # Written anew when more than half of it is of no use; so it costs as much as what was appended since, at most.
+  # The log is rewritten when more than half of it is not needed, so this costs at most as much as the appends since the
+  # last time.
   defp compact(%{size: size, compact_at: at} = state) when size <= at, do: state
 
   defp compact(state) do
@@ -846,7 +849,7 @@ defmodule StarweaveImage.Journal do
     if 2 * live < state.size, do: rewrite(state), else: %{state | compact_at: 2 * live}
   end
 
-  # Beside the old one, which is whole until the new one has taken its name.
+  # The new log is written beside the old one, which stays complete until the new one takes its name.
   defp rewrite(state) do
     case write_anew(state) do
       {:ok, state} -> state
@@ -883,7 +886,7 @@ defmodule StarweaveImage.Journal do
     end
   end
 
-  # Until the name is durable a loss of power may bring the old one back, and nothing may be promised.
+  # Until the name is durable a loss of power may bring the old log back, so nothing may be acknowledged before.
   defp renamed(state) do
     case Folder.sync(state.folder) do
       :ok ->

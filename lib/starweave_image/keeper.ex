@@ -1,12 +1,12 @@
 defmodule StarweaveImage.Keeper do
   @moduledoc false
-  # A supervisor of one child that never gives up. However often the child ends, and for whatever reason, it is started
-  # again: at once where it had been well, and else after a pause that grows. A `Supervisor` counts restarts and then ends
-  # itself, and its own supervisor next; so a fault of ours, or somebody who kills our processes, would end the host.
+  # A supervisor of one child that never gives up. However often and for whatever reason the child ends, it is started
+  # again: at once if it had been well, otherwise after a growing pause. A `Supervisor` would count the restarts, end
+  # itself and then its own supervisor, so a fault of ours, or somebody who kills our processes, would end the host.
   #
-  # Some processes of a former life may still be about to end when the next one begins: their supervisor was killed, and
-  # they take their time. So before each start this one waits until nobody has any of the `names` of that life, and
-  # meanwhile it is up for its own supervisor, which has others to care for.
+  # If the child's supervisor was killed, some processes below it may still run when the next start is due. So before
+  # each start the keeper waits until none of the `names` is registered. It does so without blocking its own
+  # supervisor.
 
   use GenServer
   use StarweaveImage.CrashLog
@@ -14,10 +14,10 @@ defmodule StarweaveImage.Keeper do
 
   alias StarweaveImage.Backoff
 
-  # A child that lived for so long was well.
+  # A child that lived this long had been well.
   @stable_ms 5_000
   @pauses {100, 30_000}
-  # For a name that is taken while we look.
+  # How often to look again when a name is still taken.
   @look_again_ms 50
 
   @enforce_keys [:child, :name, :names, :type, :shutdown]
@@ -32,17 +32,18 @@ defmodule StarweaveImage.Keeper do
           | {:yields?, boolean}
 
   @doc """
-  Starts `:child`, a function that links what it starts, and keeps it up.
+  Starts `:child`, a function that starts and links a process, and starts it again whenever it ends.
 
-  With `:name` there is one keeper of that name: a second one is refused with `:already_started`, unless the first is about
-  to end, or was started with `yields?: true` and so makes room. `:shutdown` is how long the child may take to end.
+  With `:name` there is one keeper of that name: a second one is refused with `:already_started`, unless the first is
+  about to end, or was started with `yields?: true` and so makes room. `:shutdown` is how long the child may take to
+  end.
   """
   @spec start_link([option]) :: GenServer.on_start()
   def start_link(opts) do
     with :ok <- claim(opts[:name]), do: GenServer.start_link(__MODULE__, {self(), opts})
   end
 
-  # A keeper whose parent has ended ends too. It is not asked, since it may be busy with just that.
+  # A keeper whose parent has ended ends too. It is not called, since it may be ending at this moment.
   defp claim(name) do
     with pid when pid != nil <- name && Process.whereis(name),
          {:dictionary, dictionary} <- Process.info(pid, :dictionary),
@@ -85,7 +86,7 @@ defmodule StarweaveImage.Keeper do
   @impl true
   def handle_cast(:yield, state), do: {:stop, {:shutdown, :yielded}, state}
 
-  # What a supervisor is asked by tools.
+  # The calls that tools make to a supervisor.
   @impl true
   def handle_call(:which_children, _from, state) do
     {module, _function, _arguments} = state.child
@@ -122,7 +123,7 @@ defmodule StarweaveImage.Keeper do
         if named?(state.name), do: start(state), else: soon(state, @look_again_ms)
 
       pid ->
-        # Said, for it may be somebody who only happens to have the name.
+        # The log says so, since the name may belong to an unrelated process.
         Logger.info(
           "#{describe(state)} waits until #{inspect(pid)}, which has its name, has ended"
         )
@@ -143,7 +144,7 @@ defmodule StarweaveImage.Keeper do
   defp named?(name) do
     Process.whereis(name) == self() or Process.register(self(), name)
   rescue
-    # Somebody else was quicker.
+    # Another process took the name first.
     ArgumentError -> false
   end
 
@@ -157,7 +158,7 @@ defmodule StarweaveImage.Keeper do
   defp again(state, reason) do
     pause = Backoff.pause(state.failures, @pauses)
 
-    # More may hold what users asked for.
+    # The rest of the reason may hold what users asked for.
     why = if is_atom(reason), do: inspect(reason), else: "a fault that the log has"
     Logger.warning("#{describe(state)} ended (#{why}); next start in #{pause} ms")
     soon(state, pause)

@@ -1,7 +1,7 @@
 defmodule StarweaveImage.Msgpack do
   @moduledoc false
 
-  # MessagePack, as far as the wire needs it: every type but the extension types.
+  # MessagePack, as far as the wire and the journal need it: every type but the extension types.
   #
   #     Elixir                          msgpack                    and back
   #     nil, true, false                nil, bool                  the same

@@ -1,25 +1,25 @@
 defmodule StarweaveImage.Output do
   @moduledoc false
 
-  # Where an image goes. priv/python/starweave_image/output.py has the same rules, and tests/contract/outputs.jsonl
-  # is what both are held to.
+  # Writes an image to a file. priv/python/starweave_image/doors/output.py has the same rules;
+  # tests/contract/outputs.jsonl tests both.
   #
-  # A regular file is replaced as a whole, with its mode and owner: a reader sees the old picture or the new one, and
-  # where there is no room the old one stays. Of a link that is so for the file that it leads to. Where that
-  # cannot be, since nothing may be created in the folder or the owner would be another, the file is overwritten.
-  # Anything else (a device, a pipe) is written into.
+  # A regular file is replaced as a whole, and keeps its mode and owner: a reader sees the old picture or the new one,
+  # and on a full disk the old one stays. The target of a link is replaced, not the link. If a file cannot be
+  # replaced, because nothing may be created in the folder or the owner would change, it is overwritten. Devices and
+  # pipes are written to.
 
   import Bitwise
 
   @formats %{".png" => :png, ".jpg" => :jpeg, ".jpeg" => :jpeg, ".webp" => :webp}
   @links 40
-  # What a full disk refuses before anything is drawn for it.
+  # Written as a trial, so that a full disk is noticed before anything is drawn.
   @probe 64 * 1024
-  # A folder in which nothing can be created, while a file in it may be writable.
+  # Errors of a folder in which nothing can be created, though a file in it may be writable.
   @closed [:eacces, :eperm, :erofs]
 
   @doc """
-  The format that a name asks for; PNG where it has no ending.
+  The format for a file's name, by its ending; PNG if it has none.
 
       iex> StarweaveImage.Output.format("a/pear.JPG")
       {:ok, :jpeg}
@@ -36,9 +36,9 @@ defmodule StarweaveImage.Output do
   end
 
   @doc """
-  The files for so many images, and for a preview, if all of them can be written; else how `out` must be.
+  The files for `count` images, and for a preview. If one of them cannot be written, the error says how `out` must be.
 
-  It is asked before anything is drawn, so it opens no pipe: that would wait for a reader.
+  This is called before anything is drawn, and opens no pipe, which would wait for a reader.
   """
   @spec plan(Path.t(), pos_integer, boolean) ::
           {:ok, %{paths: [Path.t()], preview: Path.t()}} | {:error, String.t()}
@@ -54,7 +54,7 @@ defmodule StarweaveImage.Output do
     end
   end
 
-  # Beside a device or a pipe nothing is to be created.
+  # No files may be created beside a device or a pipe.
   defp plain(out) do
     case target(out) do
       {:into, _path} -> {:error, "must be a file for several images or a preview, got #{out}"}
@@ -78,7 +78,7 @@ defmodule StarweaveImage.Output do
     end
   end
 
-  @doc "Whether a file can be written, as far as that can be known without writing it."
+  @doc "Whether a file can be written, as far as that is known without writing it."
   @spec check(Path.t()) :: :ok | {:error, File.posix()}
   def check(path) do
     case target(path) do
@@ -110,7 +110,7 @@ defmodule StarweaveImage.Output do
   def write(path, data) do
     case target(path) do
       {:into, path} ->
-        # Appending: what else the standard output got in a file stays.
+        # Appended: if the standard output is a file, its other content stays.
         with {:ok, file} <- :file.open(path, [:append, :raw, :binary]),
              do: fill(file, data, false)
 
@@ -144,7 +144,7 @@ defmodule StarweaveImage.Output do
 
   defp made_alike(_part, nil), do: :ok
 
-  # The owner first: to change it takes some bits from the mode.
+  # The owner before the mode: a change of the owner clears some bits of the mode.
   defp made_alike(part, stat) do
     with {:ok, %{uid: uid, gid: gid}} <- File.stat(part),
          :ok <- if({uid, gid} == {stat.uid, stat.gid}, do: :ok, else: own(part, stat)),
@@ -170,8 +170,8 @@ defmodule StarweaveImage.Output do
     if result == :ok, do: closed, else: result
   end
 
-  # A short name that nobody can guess, so that one of 255 bytes has room beside it; and a new file, so
-  # that no link which waits there is followed.
+  # A short name, which is allowed beside a name of 255 bytes, and one that cannot be guessed. The file must be new,
+  # so that no prepared link is followed.
   defp create_beside(path) do
     name = ".#{Base.url_encode64(:crypto.strong_rand_bytes(12))}.part"
     part = Path.join(Path.dirname(path), name)
@@ -187,7 +187,7 @@ defmodule StarweaveImage.Output do
   defp target(path, links) do
     case File.lstat(path) do
       {:ok, %{type: :symlink}} ->
-        # There a link is an open file, whose name may be gone, or none.
+        # A link there stands for an open file, which may have no name any more.
         if String.starts_with?(path, ["/proc/", "/dev/fd/"]) do
           {:into, path}
         else
@@ -219,7 +219,7 @@ defmodule StarweaveImage.Output do
   defp leading(_joined, "/" <> _ = link), do: link
   defp leading(joined, _link), do: joined
 
-  @doc "Whether what is written there goes where this process prints."
+  @doc "Whether the path leads to the standard output of this process."
   @spec stdout?(Path.t()) :: boolean
   def stdout?(path) do
     with {:into, path} <- target(path),
@@ -236,7 +236,7 @@ defmodule StarweaveImage.Output do
 
   defp root(out), do: binary_part(out, 0, byte_size(out) - byte_size(ending(out)))
 
-  # From the last dot of the name on, unless the name begins with it.
+  # From the last dot of the name on, unless that is its first character.
   defp ending(out) do
     name = out |> :binary.split("/", [:global]) |> List.last()
 

@@ -1,18 +1,19 @@
 defmodule StarweaveImage.Scratch do
   @moduledoc false
-  # Folders for moments, in the folder for temporary files: private, and with a path short enough for a unix socket in it.
+  # Short-lived folders in the folder for temporary files: private, and with a path short enough for a unix socket in
+  # it.
   #
-  # Whoever makes one removes it. If it is killed before it could, the name tells whose it was, and whoever makes the next
-  # one removes it.
+  # The process that makes one removes it. If it is killed before, the name tells whose folder it was, and the next
+  # process that makes one removes it.
 
   @prefix "starweave_image-"
   # The path of a unix socket has room for 103 bytes on macOS and 107 on Linux; a folder's name takes some 50, and
   # names in it 20.
   @longest_parent 30
-  # What cannot be told from the name is told by the age.
+  # If the name does not tell whether the owner lives, the age of the folder decides.
   @old_s 86_400
 
-  @doc "Makes a folder that nobody else can enter or guess."
+  @doc "Makes a folder that no other user can enter, with a name that cannot be guessed."
   @spec create() :: {:ok, Path.t()} | {:error, File.posix()}
   def create do
     parent = System.tmp_dir() || "/tmp"
@@ -37,7 +38,7 @@ defmodule StarweaveImage.Scratch do
     :ok
   end
 
-  # Process ids mean nothing to a container that shares the folder and not the processes.
+  # A container may share the folder but not the process ids.
   defp owner, do: "#{namespace()}.#{System.pid()}"
 
   defp namespace do
@@ -57,7 +58,7 @@ defmodule StarweaveImage.Scratch do
     end
   end
 
-  # Also one whose end nobody has asked about yet.
+  # A zombie counts as dead.
   defp dead?(pid) do
     case File.read("/proc/#{pid}/stat") do
       {:ok, stat} -> stat =~ ~r/\) [ZX] /

@@ -44,7 +44,7 @@ defmodule StarweaveImage.Environment.Build do
     rocm: ~w(rocm7.2 rocm7.1 rocm7.0 rocm6.4)
   }
 
-  # Where the user's own pip settings would send packages elsewhere than into the environment.
+  # Settings of the user's pip that would install packages outside of the environment.
   @env [
     {"PYTHONPATH", nil},
     {"PYTHONHOME", nil},
@@ -60,10 +60,10 @@ defmodule StarweaveImage.Environment.Build do
     {"UV_NO_PROGRESS", "1"}
   ]
 
-  # How long a command may be silent before the caller hears that it still runs.
+  # How long a command may print nothing before the caller is told that it still runs.
   @still_ms 20_000
 
-  # Ends the whole process group of the command, of which this shell is the leader, when the BEAM goes.
+  # Ends the whole process group of the command, whose leader is this shell, when the BEAM ends.
   @until_eof """
   exec 3<&0
   "$@" </dev/null 3<&- &
@@ -114,7 +114,7 @@ defmodule StarweaveImage.Environment.Build do
     end
   end
 
-  @doc "Makes `kind` complete and current; says whether it was complete before."
+  @doc "Makes the environment of a kind unless it is complete, and makes it current; says whether it was complete."
   @spec ensure(kind, map, (String.t() -> any)) ::
           {:ok, :found | :made} | {:error, Error.t()}
   def ensure(kind, opts, progress) do
@@ -154,8 +154,8 @@ defmodule StarweaveImage.Environment.Build do
     :ok
   end
 
-  # The only place where the user's cache folder is asked for. Without a home there may be none, and without a
-  # working folder, which may have been removed, a relative name means nothing.
+  # The only place that asks for the user's cache folder. A user without a home may have none, and if the working
+  # folder was removed, a relative name means nothing.
   defp root do
     named = variable("STARWEAVE_IMAGE_CACHE")
 
@@ -177,7 +177,7 @@ defmodule StarweaveImage.Environment.Build do
 
   defp known, do: with({:error, sentence} <- root(), do: failed(sentence), else: (_ -> :ok))
 
-  # For what is done in a folder that is known.
+  # For the functions below, which are called only where there is a folder.
   defp root!, do: root() |> elem(1)
   defp folder(kind), do: Path.join(root!(), Atom.to_string(kind))
   defp log, do: Path.join(root!(), "setup.log")
@@ -289,8 +289,8 @@ defmodule StarweaveImage.Environment.Build do
 
         lists = ["pins.txt" | Enum.map(missing(opts, []), &"pins-#{&1}.txt")]
 
-        # torch comes last: what it needs of PyPI is then there, in the pinned versions, and its index, which has some
-        # of PyPI's packages in others, is asked for nothing but torch and the libraries that this build of it names.
+        # torch comes last. Its index has other versions of some packages of PyPI; since the pinned ones are installed
+        # by then, that index is asked only for torch and the libraries that this build needs.
         with {:ok, torch, folder} <- torch(kind, base, opts, progress),
              :ok <- virtual_environment(kind, base, progress),
              _ = progress.("Installing the packages"),
@@ -315,7 +315,7 @@ defmodule StarweaveImage.Environment.Build do
     run(command, "the Python environment could not be made", progress)
   end
 
-  # Where torch comes from is settled here, to the exact build, before any of it is downloaded.
+  # Decides the source and the exact build of torch before anything is downloaded.
   defp torch(kind, base, opts, progress) do
     folders = Enum.filter([wheels(opts) | words("PIP_FIND_LINKS")], &(&1 && File.dir?(&1)))
     arguments = ["torch", Atom.to_string(kind), @torch | folders ++ indexes(kind, base)]
@@ -348,7 +348,7 @@ defmodule StarweaveImage.Environment.Build do
           )
         end
 
-        # `===` passes over a CPU build in a folder that pip is configured to look in.
+        # `===`, so that a CPU build in a folder of pip's configuration does not match.
         {:ok, ["torch#{if kind == :cuda, do: "===", else: "=="}#{@torch}"], nil}
     end
   end
@@ -372,8 +372,8 @@ defmodule StarweaveImage.Environment.Build do
 
   defp generation(kind), do: kind
 
-  # The lists are complete: a package that is not in them, or whose file has another hash, is not installed. Wheels alone,
-  # since what a source is built with is in no list.
+  # The lists are complete: a package that is not in them, or whose file has another hash, is not installed. Only
+  # wheels are installed, since the packages that build a source distribution are in no list.
   defp packages(kind, lists, opts, progress) do
     lists = Enum.flat_map(lists, &["-r", in_priv(&1)])
     exactly = ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
@@ -405,7 +405,7 @@ defmodule StarweaveImage.Environment.Build do
 
   # Running commands
 
-  # What they print goes to the log; the caller hears of large downloads, and that it goes on.
+  # Their output goes to the log; the caller is told of large downloads, and that a command still runs.
   defp run([program | arguments], failure, progress) do
     port =
       Port.open({:spawn_executable, "/bin/sh"}, [
@@ -470,7 +470,7 @@ defmodule StarweaveImage.Environment.Build do
     ]
   end
 
-  # With the last lines, where the sentence alone may not be enough.
+  # With the last lines of output, since the sentence alone may not be enough.
   defp reason(lines) do
     text = Enum.join(lines, "\n")
 
@@ -484,7 +484,7 @@ defmodule StarweaveImage.Environment.Build do
     end
   end
 
-  # As pip says it, and as uv does.
+  # The messages of pip and of uv.
   defp mismatch,
     do: ~r/(?:DO NOT MATCH THE HASHES.*\n\s+|Hash mismatch for `)([\w.-]+)/
 

@@ -3,8 +3,8 @@ defmodule StarweaveImage.Journal.Folder do
 
   import Bitwise
 
-  # The folder of a journal and the image files in it, each named by the SHA-256 of its content:
-  # blobs/ab/abcdef…. What these functions say is done is done for the disk too, names included.
+  # The folder of a journal and the image files in it, each named by the SHA-256 of its content: blobs/ab/abcdef….
+  # When one of these functions returns :ok, its work is durable, names included.
 
   @doc "Makes a folder, and those above it, for this user alone."
   @spec create(Path.t()) :: :ok | {:error, File.posix()}
@@ -27,9 +27,9 @@ defmodule StarweaveImage.Journal.Folder do
   end
 
   @doc """
-  Sees to it that a folder is for this user alone, and with it the files of a journal in it; says whether it was not.
+  Takes the access of other users to a folder and to a journal's files in it away; says whether they had any.
 
-  It may not be ours to close: another user's, or one that holds more than a journal.
+  It refuses a folder that is not the journal's own: another user's, or one that holds other things too.
   """
   @spec close(Path.t()) ::
           {:ok, was_open? :: boolean} | {:error, :not_ours | :shared | File.posix()}
@@ -67,7 +67,7 @@ defmodule StarweaveImage.Journal.Folder do
     end
   end
 
-  @doc "A new file for this user alone, opened to write; nothing that has the name is opened or followed."
+  @doc "Creates a file for this user alone and opens it for writing; fails if anything, also a link, has the name."
   @spec create_file(Path.t()) :: {:ok, :file.fd()} | {:error, File.posix()}
   def create_file(path) do
     with {:ok, file} <- :file.open(path, [:write, :exclusive, :raw, :binary]),
@@ -75,7 +75,7 @@ defmodule StarweaveImage.Journal.Folder do
          do: {:ok, file}
   end
 
-  @doc "Makes the names in a folder durable: what was created, renamed or removed."
+  @doc "Makes the names in a folder durable: of files that were created, renamed or removed."
   @spec sync(Path.t()) :: :ok | {:error, File.posix()}
   def sync(folder) do
     case :file.open(folder, [:read, :raw, :directory]) do
@@ -89,7 +89,7 @@ defmodule StarweaveImage.Journal.Folder do
     end
   end
 
-  # By systems that cannot do it for a folder.
+  # The errors of systems that cannot sync a folder.
   defp refused?(result),
     do: result in for(reason <- ~w(einval enotsup eisdir eacces)a, do: {:error, reason})
 
@@ -99,10 +99,10 @@ defmodule StarweaveImage.Journal.Folder do
     path = path(folder, blob)
     part = path <> ".part"
 
-    # Left by one who was killed.
+    # A process that was killed may have left one.
     _ = File.rm(part)
 
-    # Also where it is already: that one may have been damaged since.
+    # An existing file is replaced too: it may have been damaged since.
     with :ok <- create(Path.dirname(path)),
          {:ok, file} <- create_file(part),
          :ok <- fill(file, data),
@@ -126,7 +126,7 @@ defmodule StarweaveImage.Journal.Folder do
   def read_blob(folder, blob) do
     path = path(folder, blob)
 
-    # What is no file could keep its reader for ever.
+    # To read from a pipe or a device could block for ever.
     case with {:ok, %{type: :regular}} <- File.stat(path), do: File.read(path) do
       {:ok, %File.Stat{}} -> :damaged
       {:ok, data} -> if sha256(data) == blob, do: {:ok, data}, else: :damaged
@@ -142,9 +142,9 @@ defmodule StarweaveImage.Journal.Folder do
   end
 
   @doc """
-  Deletes all image files but these, and what was not written to its end.
+  Deletes all image files but these, and incomplete ones.
 
-  And makes durable what a process that was killed has left without: the folder, and those in it.
+  It also syncs the folder and the folders in it, which a killed process may not have done.
   """
   @spec sweep(Path.t(), [String.t()]) :: :ok | {:error, File.posix()}
   def sweep(folder, blobs) do

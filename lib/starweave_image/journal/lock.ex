@@ -5,9 +5,9 @@ defmodule StarweaveImage.Journal.Lock do
   # socket in the folder, which the kernel closes with the process, however that ends, and a connect tells
   # at once whether anyone still listens.
   #
-  # Each who wants the folder first listens under a name of its own, which nobody ever uses again, and then looks
-  # for others that listen: of two at the same time at least the later one sees the other and withdraws. So
-  # what nobody listens on may be removed by anyone, and no moment is left in which two can hold it.
+  # A process that wants the folder first listens under a new name, which is never used again, and then looks for
+  # other listeners: of two at the same time at least the later one sees the other and withdraws. So a socket without
+  # a listener may be removed by anyone, and two processes can never hold the folder at once.
 
   alias StarweaveImage.Scratch
 
@@ -21,7 +21,7 @@ defmodule StarweaveImage.Journal.Lock do
   defp take(folder, tries) do
     case with_short_path(folder, &listen/1) do
       {:error, :held} when tries > 1 ->
-        # Two that withdrew from each other must not go on doing so.
+        # A random pause, so that two that withdrew because of each other do not do so again.
         Process.sleep(:rand.uniform(20))
         take(folder, tries - 1)
 
@@ -50,19 +50,19 @@ defmodule StarweaveImage.Journal.Lock do
     [new, lock] = for ending <- ~w(new lock), do: Path.join(folder, "#{name}.#{ending}")
 
     with {:ok, socket} <- :gen_tcp.listen(0, ifaddr: {:local, new}) do
-      # Renamed when it already listens: a name that ends in .lock on which nobody listens is dead for ever.
+      # The name ends in .lock only after it listens: such a name without a listener is dead for ever.
       with :ok <- File.rename(new, lock),
            {:ok, names} <- File.ls(folder),
            others = for(name <- names, do: Path.join(folder, name)) -- [lock],
            false <- Enum.any?(others, &(Path.extname(&1) == ".lock" and held?(&1))) do
-        # Of those that were killed before they had another name.
+        # Processes that were killed before they renamed their socket left these.
         for path <- others, Path.extname(path) == ".new", do: held?(path)
         {:ok, Path.basename(lock)}
       else
         refusal ->
           :gen_tcp.close(socket)
           for path <- [new, lock], do: File.rm(path)
-          # Its first name is gone because another one holds the folder by now.
+          # Another process has removed the first name, so it holds the folder by now.
           if refusal in [true, {:error, :enoent}], do: {:error, :held}, else: refusal
       end
     end

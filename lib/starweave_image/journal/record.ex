@@ -1,7 +1,7 @@
 defmodule StarweaveImage.Journal.Record do
   @moduledoc false
 
-  # What the journal says of a request, as MessagePack:
+  # The records of the journal, in MessagePack:
   #
   #     {:accept, id, job}               it is to be done; `job` has the request and when it was submitted
   #     {:attempt, id, n}                it was begun for the n-th time
@@ -9,11 +9,11 @@ defmodule StarweaveImage.Journal.Record do
   #                                      {:ok, [{result without its data, SHA-256 of the data}]} or {:error, error}
   #     {:forget, id}                    nobody will ask for it again
   #
-  # A map with text as keys, of which further ones are ignored: nothing from a disk becomes an atom but by
-  # the lists below, and what is read are parts of the payload, which keep it alive.
+  # Each is a map with text as keys; unknown keys are ignored. Text from a disk becomes an atom only by the lists below.
+  # Binaries that are read are parts of the payload, which they keep alive.
   #
-  # `cast/1` is the only way from a disk into this library. What it lets through has the shape that everybody behind it
-  # relies on; a wrong value in a right shape (a width of 7) is for `Request.restore/2` to refuse.
+  # `cast/1` is the only way from a disk into this library, and what it accepts has a shape that other code may rely on.
+  # A wrong value in a right shape (a width of 7) is refused by `Request.restore/2`.
 
   alias StarweaveImage.{Error, Image, Msgpack, Options, Request, Result, Text}
 
@@ -25,7 +25,7 @@ defmodule StarweaveImage.Journal.Record do
           | {:attempt, String.t(), non_neg_integer}
           | {:finish, String.t(), integer, outcome}
           | {:forget, String.t()}
-  @typedoc "A record that nobody can use: as far as they can be read, its kind and its id."
+  @typedoc "A record that cannot be used: its kind and its id, as far as they can be read."
   @type rejected :: %{record: String.t() | nil, id: String.t() | nil, reason: String.t()}
 
   @kinds ~w(accept attempt finish forget)
@@ -74,7 +74,7 @@ defmodule StarweaveImage.Journal.Record do
   end
 
   @doc """
-  The record of a payload, whatever that is.
+  Reads any payload as a record.
 
   `:newer` is one of a later version of this library: not understood here and not ours to delete, nor are the image files
   that it may name.
@@ -100,14 +100,14 @@ defmodule StarweaveImage.Journal.Record do
     end
   end
 
-  # A later version may say anything under a later number, or have further kinds of records.
+  # A later version may give its records any shape under a higher number, or have further kinds.
   defp known(%{"v" => v} = fields) when is_integer(v) and v > @version, do: {:newer, fields}
   defp known(%{"v" => v}) when v != @version, do: {:error, "v must be a version"}
   defp known(%{"record" => kind}) when kind in @kinds, do: :ok
   defp known(%{"record" => kind} = fields) when is_binary(kind), do: {:newer, fields}
   defp known(_fields), do: {:error, "it does not say what it records"}
 
-  # Whatever in it may be the name of an image file.
+  # Everything in it that may be the name of an image file.
   defp blobs(text) when is_binary(text),
     do: if(blob?(text), do: [:binary.copy(text)], else: [])
 
@@ -146,7 +146,7 @@ defmodule StarweaveImage.Journal.Record do
   defp result(%Result{} = result),
     do: Map.take(result, [:kind, :media_type, :timings | Keyword.keys(@other)])
 
-  # Text where it is text, bytes where not; both come back as binaries.
+  # Valid UTF-8 is written as text and everything else as bytes; both are read as binaries.
   defp plain(binary) when is_binary(binary),
     do: if(String.valid?(binary), do: binary, else: {:bin, binary})
 
@@ -181,7 +181,7 @@ defmodule StarweaveImage.Journal.Record do
     with {:ok, id} <- id(fields), do: :binary.copy(id), else: (_ -> nil)
   end
 
-  # A seed that is missing would be drawn anew in each life, and give another picture.
+  # Without a recorded seed each start would draw a new one, and give another picture.
   defp record("accept", id, fields) do
     with {:ok, job} <- value(fields, :job, :map),
          {:ok, _ms} <- value(job, :submitted_at, :integer),

@@ -1,19 +1,19 @@
 defmodule StarweaveImage.Mix.CommandLine do
   @moduledoc false
 
-  # What all Mix tasks of this library share: arguments are the bytes that were typed, and whoever loses what is
-  # printed (`| head`, a full disk, a stream that was closed from the start) loses no work by it.
+  # What all Mix tasks of this library share: arguments are the bytes that were typed, and a failing output (`| head`, a
+  # full disk, a stream that was closed from the start) loses no work.
 
-  @doc "Calls `fun` with the arguments of a task; what the calling process prints meanwhile may fail unseen."
+  @doc "Calls `fun` with the arguments of a task; failures to print are ignored during the call."
   @spec run([String.t()], ([String.t()] -> result)) :: result when result: term
   def run(argv, fun) do
     leader = Process.group_leader()
     without_locale? = :file.native_name_encoding() == :latin1
-    # So that what was typed is also printed as it was typed.
+    # So that arguments are also printed as they were typed.
     if without_locale?,
       do: for(device <- [leader, :standard_error], do: :io.setopts(device, encoding: :unicode))
 
-    # It stays, as what is started meanwhile keeps it as its own.
+    # It stays after the call, since processes that were started during it keep it as their group leader.
     Process.group_leader(self(), spawn(fn -> forward(leader) end))
 
     try do
@@ -24,7 +24,7 @@ defmodule StarweaveImage.Mix.CommandLine do
     end
   end
 
-  @doc "A line on the standard error, where there is one."
+  @doc "Prints a line on the standard error, if there is one."
   @spec complain(String.t()) :: :ok
   def complain(line) do
     Mix.shell().error(line)
@@ -40,7 +40,7 @@ defmodule StarweaveImage.Mix.CommandLine do
     end
   end
 
-  # A group leader before another one, whose failures to print are none.
+  # A group leader in front of another one, which hides failures to print.
   defp forward(leader) do
     receive do
       {:io_request, from, reference, request} ->
