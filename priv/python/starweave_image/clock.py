@@ -8,11 +8,11 @@ _lost_s = 0.0
 
 
 def now() -> float:
-    """Seconds since some moment, without those in which nothing here could run."""
+    """Seconds since some moment, without those during which this process was stopped."""
     return time.monotonic() - _lost_s
 
 
 def stood_still(seconds: float) -> None:
-    """The process was stopped for so long. For the one thread that sees it: the heartbeat's."""
+    """Count a time during which the process was stopped. Only the heartbeat's thread, which notices it, calls this."""
     global _lost_s
     _lost_s += seconds

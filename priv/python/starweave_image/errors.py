@@ -55,15 +55,14 @@ _DEVICE_LOST = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of whatever device: most allocators of torch say so in words only."""
+    """Whether the memory of any device ran out: most of torch's allocators say so only in the message."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
     )
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether nothing that this process asks of its device is done any more: CUDA and HIP say so to each call after the one
-    that did it."""
+    """Whether the device does no more work for this process: after such an error CUDA and HIP fail every further call."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _DEVICE_LOST)
 
 

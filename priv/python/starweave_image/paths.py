@@ -10,7 +10,7 @@ _NOWHERE = "/nonexistent"
 
 
 def settle() -> None:
-    """Make the process one that has a home, a name and a working folder, as libraries expect when they are imported.
+    """Give the process a home, a user name and a working folder, which libraries expect when they are imported.
 
     Some users have neither `HOME` nor an entry in passwd, as in containers. Their home is the cache folder that
     `STARWEAVE_IMAGE_CACHE` names, or else one that is nowhere: then nothing is kept, and nothing else fails of it.
@@ -26,19 +26,19 @@ def settle() -> None:
     try:
         os.getcwd()
     except OSError:
-        # It was removed under us, and native libraries that look for their files would end the process.
+        # The working folder was removed, and native libraries that look for files in it would end the process.
         os.chdir("/")
 
 
 def cache_folder() -> Path:
-    """What this package keeps for itself; it may not be there, nor be writable."""
+    """The folder of this package's own files; it may be missing or not writable."""
     if own := os.environ.get("STARWEAVE_IMAGE_CACHE"):
         return Path(own)
     return _user_cache() / "starweave_image"
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps models, by its own rules, for when that package cannot be asked."""
+    """Where huggingface_hub keeps models, by its own rules, without importing that package."""
     home = os.environ.get("HF_HOME") or _user_cache() / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 

@@ -11,10 +11,10 @@ from PIL import Image, ImageCms
 
 from .containers import Container
 
-# Profiles of pictures; others stand for a link of two spaces or for named colours.
+# Classes of profiles that describe pictures; others link two colour spaces or name colours.
 _CLASSES = ("mntr", "scnr", "prtr", "spac")
 _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
-# Such a difference is rounding.
+# A difference up to this is rounding.
 _SAME = 2
 _SRGB_GAMMA = 45_455
 
@@ -32,7 +32,7 @@ def to_srgb(image: Image.Image, container: Container) -> Image.Image:
 
     A profile that is broken, or is one for other channels than the picture has, is ignored.
     """
-    # In the order in which PNG ranks them.
+    # In PNG's order of precedence.
     if (told := _by_numbers(container)) is not None:
         return _converted(image.convert("RGB"), told)
     if container.profile is not None:
@@ -43,7 +43,7 @@ def to_srgb(image: Image.Image, container: Container) -> Image.Image:
 
 
 def _by_numbers(container: Container) -> bytes | None:
-    """A profile for a cICP chunk; None without one, and for numbers that mean no RGB, or none known here."""
+    """A profile for a cICP chunk; None without one, and for numbers that mean no RGB or an unknown one."""
     if container.cicp is None:
         return None
     primaries, transfer, matrix, is_full = container.cicp
@@ -53,13 +53,13 @@ def _by_numbers(container: Container) -> bytes | None:
 
 
 def _by_gamma(container: Container) -> bytes | None:
-    """A profile for the chunks gAMA and cHRM; None where there is no gamma, or that of sRGB."""
+    """A profile for the chunks gAMA and cHRM; None without a gamma, or for that of sRGB."""
     if not container.gamma:
         return None
     power = 100_000 / container.gamma
     if container.primaries is not None:
         return _profile(container.primaries, lambda value: value**power)
-    # What PNG wants written beside sRGB, for which it stands when it is alone.
+    # The values that PNG recommends beside sRGB; alone they mean sRGB too.
     if abs(container.gamma - _SRGB_GAMMA) < 500:
         return None
     return _profile(_PRIMARIES[1], lambda value: value**power)
@@ -73,7 +73,7 @@ def _converted(image: Image.Image, profile: bytes) -> Image.Image:
             srgb = ImageCms.createProfile("sRGB")
             transform = ImageCms.buildTransform(source, srgb, image.mode, "RGB")
             if image.mode != "RGB" or _changes(transform):
-                # In place where it can be: a picture may have 16 million pixels.
+                # In place if possible: a picture may have 16 million pixels.
                 converted = ImageCms.applyTransform(image, transform, inPlace=image.mode == "RGB")
                 return converted or image
     except (ImageCms.PyCMSError, OSError, ValueError):
@@ -82,7 +82,7 @@ def _converted(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _changes(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether any of 729 colours comes out as another one: most profiles are that of sRGB, in many versions."""
+    """Whether the profile changes any of 729 colours: most profiles are sRGB's, in many versions."""
     levels = bytes(range(0, 256, 32)) + b"\xff"
     colours = bytes(value for r in levels for g in levels for b in levels for value in (r, g, b))
     image = Image.frombytes("RGB", (729, 1), colours)

@@ -19,15 +19,15 @@ MAX_PARTS = 65_536
 MAX_PROFILE = 4 * 1024 * 1024
 """Bytes of a colour profile; a larger one is left out."""
 MAX_BLOCKS = 2**24
-"""Blocks of 8x8 values that all scans of a JPEG may pass over: each scan passes over all of its components, however
-little it holds, and a core does about 20 million a second."""
+"""Blocks of 8x8 values that all scans of a JPEG may visit together: even an almost empty scan visits all blocks of its
+components, and a core visits about 20 million a second."""
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8"
 
 
 class Refused(Exception):
-    """The file is sound and not taken; the message says what it must be, and follows the name of a field."""
+    """The file is sound but not accepted; the message says what it must be, and follows the name of a field."""
 
 
 class Damaged(Exception):
@@ -45,7 +45,7 @@ class Container:
     orientation: int = 1
     profile: bytes | None = None
     """An ICC profile, which may be broken."""
-    # The rest is said by PNG alone.
+    # Only PNG has the fields below.
     depth: int = 8
     key: bytes | None = None
     """In gray or RGB: the one colour that is transparent, 16 bits a channel of which `depth` count."""
@@ -53,7 +53,7 @@ class Container:
     """Primaries, transfer, matrix and range by the numbers of ITU-T H.273."""
     is_srgb: bool = False
     gamma: int | None = None
-    """What the light was raised to for the values of the file, in 1/100,000."""
+    """The exponent by which light became the file's values, in 1/100,000."""
     primaries: tuple[int, ...] | None = None
     """x and y of white, red, green and blue, in 1/100,000."""
 
@@ -85,8 +85,8 @@ _PALETTE = 3
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Each chunk's name, content and whole, but for ancillary ones with a wrong checksum. What is cut off behind the pixels
-    is left out too; whether those are all there is seen when they are unpacked."""
+    """Each chunk's name, content and all its bytes, without ancillary chunks of a wrong checksum and without a chunk that is
+    cut off after the pixels. Whether the pixels are complete shows when they are unpacked."""
     at, pixels = len(PNG), False
     for _ in range(MAX_PARTS):
         header, name = data[at : at + 8], data[at + 4 : at + 8]
@@ -129,14 +129,14 @@ def _read_png(data: bytes) -> Container:
             raise Damaged
         elif name == b"acTL" and not pixels and int.from_bytes(content[:4], "big") > 1:
             raise Refused("must be a still picture")
-        # Of several the first one counts, and what is to be known for the pixels stands before them.
+        # The first of several counts. A palette or a transparent colour counts only before the pixels.
         elif not pixels or name not in (b"PLTE", b"tRNS"):
             facts.setdefault(name, content)
     key, palette = facts.get(b"tRNS"), b""
     if kind == _PALETTE:
         if not facts.get(b"PLTE"):
             raise Damaged
-        # More colours than a byte can name are of no use, and an error to most readers.
+        # More colours than a byte can index are useless, and an error to most readers.
         palette, key = _png_chunk(b"PLTE", facts[b"PLTE"][:768]), None
         palette += _png_chunk(b"tRNS", facts[b"tRNS"][:256]) if facts.get(b"tRNS") else b""
     gamma, primaries, cicp = (facts.get(name, b"") for name in (b"gAMA", b"cHRM", b"cICP"))
@@ -169,7 +169,7 @@ def _inflated(content: bytes) -> bytes | None:
 
 # JPEG
 
-# Behind the bytes FF that may fill up; 00 says that an FF was data, D0 to D7 divide data, 01 says nothing.
+# After any number of FF bytes as padding. 00 marks an FF as data, D0 to D7 divide data, 01 has no meaning.
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})
@@ -178,7 +178,7 @@ _TABLES = frozenset({0xC4, 0xDB, 0xDD})
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """Each marker with its parameters and, of a scan, the data behind them; ends where the first picture does."""
+    """Each marker with its parameters and, for a scan, its data; ends with the first picture."""
     at = 2
     for _ in range(MAX_PARTS):
         found = _MARKER.search(data, at)
@@ -228,9 +228,9 @@ def _read_jpeg(data: bytes) -> Container:
         elif marker == 0xE1 and parameters.startswith(b"Exif\0\0"):
             exif = exif or parameters
         elif marker == 0xE2 and parameters.startswith(b"ICC_PROFILE\0"):
-            # Its parts are numbered from 1, and each says how many they are.
+            # Its parts are numbered from 1, and each has their total number.
             profile.setdefault(parameters[12], parameters[13:])
-        # How the channels are to be understood; one that is too short would not be.
+        # It says how to read the channels; one that is too short is ignored.
         known = (marker == 0xE0 and parameters.startswith(b"JFIF\0") and len(parameters) >= 14) or (
             marker == 0xEE and parameters.startswith(b"Adobe") and len(parameters) >= 12
         )
@@ -262,7 +262,7 @@ def _joined(parts: dict[int, bytes]) -> bytes | None:
 
 
 def _riff(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, bytes]]:
-    """Name and content of each chunk, as far as there are whole ones."""
+    """Name and content of each complete chunk."""
     for _ in range(MAX_PARTS):
         name, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         if at + 8 + length > end:
@@ -324,7 +324,7 @@ _MAX_TAGS = 1000
 
 
 def _orientation(exif: bytes) -> int:
-    """How the picture is to be turned, as the first directory of a TIFF structure says; 1, upright, where it does not."""
+    """The orientation in the first directory of a TIFF structure; 1, upright, if it has none."""
     tiff = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:

@@ -34,8 +34,8 @@ def decode(data: bytes, field: str) -> Image.Image:
 
 
 def decode_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
-    """A mask in gray, of the `size` of its image: white may change, black and what is transparent stays. Where all that is
-    to be seen is black, the opaque may change: such a mask was drawn in its alpha channel alone."""
+    """A mask in gray, of the `size` of its image: white may change, black and transparent stays. If all visible pixels are
+    black, the opaque ones may change: such a mask was drawn only in its alpha channel."""
     _, image, alpha = _open(data, "mask")
     if image.size != size:
         raise ImageError(
@@ -51,7 +51,7 @@ def decode_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
 
 
 def _open(data: bytes, field: str) -> tuple[Container, Image.Image, Image.Image | None]:
-    """What the file consists of, its picture in gray, RGB or CMYK, and its alpha channel; both upright."""
+    """The parts of the file, its picture in gray, RGB or CMYK, and its alpha channel; both upright."""
     try:
         container = containers.read(data)
         with Image.open(io.BytesIO(container.data), formats=(container.format,)) as opened:
@@ -65,7 +65,7 @@ def _open(data: bytes, field: str) -> tuple[Container, Image.Image, Image.Image 
         raise ImageError(
             "out_of_memory", f"there is not enough memory to read {field}", field, True
         ) from None
-    # What Pillow raises for a damaged file is anything from SyntaxError to struct.error.
+    # Pillow raises many types for a damaged file, from SyntaxError to struct.error.
     except Exception:
         raise ImageError(
             "invalid_request", f"{field} must be a whole PNG, JPEG or WebP file, and is damaged", field
@@ -88,7 +88,7 @@ def _channels(image: Image.Image, container: Container) -> tuple[Image.Image, Im
 
 
 def _of_16_bits(image: Image.Image) -> Image.Image:
-    """Gray of 16 bits, of which Pillow would cut off what is over 255, in 8."""
+    """Gray of 16 bits in 8 bits; Pillow itself would clip at 255."""
     import numpy as np
 
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -42,7 +42,7 @@ def encode(image: Image.Image, format: str, quality: int, record: dict[str, Any]
 def read(data: bytes) -> dict[str, Any] | None:
     """The record that `encode` embedded, or None; raises `OSError` for what is no image."""
     with Image.open(io.BytesIO(data)) as image:
-        # PNG text after the pixels is known only once they are read.
+        # PNG text after the pixels is known only after they are read.
         image.load()
         text, exif = image.info.get(_KEY), image.getexif().get(_IMAGE_DESCRIPTION)
     try:
@@ -60,11 +60,11 @@ def _dump(record: dict[str, Any]) -> str:
 
 
 def _exif(record: dict[str, Any], limit: int | None) -> bytes:
-    """Both forms, or the one that fits: prompts of control characters can outgrow a JPEG segment."""
+    """Both forms, or only the one that fits: prompts of control characters can exceed a JPEG segment."""
     comment = b"UNICODE\0" + parameters_text(record).encode("utf-16-be")
     description = _dump(record).encode()
     for with_comment, with_description in ((True, True), (False, True), (True, False)):
-        # Big-endian as the comment's text is: readers take the byte order of the whole for it.
+        # Big-endian like the comment's text, since readers use the byte order of the whole for it.
         exif = Image.Exif()
         exif.endian = ">"
         if with_description:

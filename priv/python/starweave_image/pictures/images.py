@@ -12,7 +12,7 @@ __all__ = ["decode", "decode_mask", "encode", "parameters_text", "read", "resize
 
 
 def resize(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The image at another size, what does not fit its shape cut off evenly on both sides."""
+    """The image at another size; if the shape differs, both sides are cropped evenly."""
     if image.size == (width, height):
         return image
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

@@ -47,7 +47,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, fraction: float) -> torch.Tensor:
     cosine = torch.dot(one, two) / (one.norm() * two.norm())
     angle = torch.arccos(cosine.clamp(-1.0, 1.0))
     if angle.sin() < 1e-5:
-        # The same noise; or the opposite one, to which no arc is the shortest.
+        # Equal noises, or opposite ones, between which no arc is the shortest.
         return a if fraction < 1 else b
     weights = ((1 - fraction) * angle).sin() / angle.sin(), (fraction * angle).sin() / angle.sin()
     return (weights[0] * one + weights[1] * two).reshape(a.shape).to(a.dtype)

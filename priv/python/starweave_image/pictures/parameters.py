@@ -13,7 +13,7 @@ from typing import Any
 from . import schedulers
 
 _NEGATIVE = "Negative prompt:"
-# Tokenizers see no difference, and readers no beginning of a negative prompt.
+# Tokenizers see no difference, and readers do not take it for the start of a negative prompt.
 _NO_NEGATIVE = "Negative  prompt:"
 
 
@@ -44,7 +44,7 @@ def parameters_text(record: dict[str, Any]) -> str:
         laid_out = _laid_out(given)
         text += f"{beginning}{laid_out}\n"
         if _read(laid_out) != given:
-            # White space at the ends of lines does not come through. Settings are read last, and outdo the text.
+            # Readers drop white space at the ends of lines. They read settings last, which override the text.
             settings[name.capitalize().replace("_", " ")] = given
     return text + ", ".join(f"{name}: {_value(value)}" for name, value in settings.items())
 
@@ -63,7 +63,7 @@ def _read(text: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """A setting's value, in quotes where it would not be read back as it is."""
+    """A setting's value, in quotes if it could not be read back otherwise."""
     text = str(value)
     plain = text and text == text.strip() and not any(character in text for character in ',:"\n')
     return text if plain else json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Previews: how a picture stands in the middle of its making, for next to nothing.
+"""Previews: cheap small pictures of an image that is still being drawn.
 
 Latents are nearly a picture: a linear map of each with its eight neighbours gives a colour. That map is fitted to
 the model's own autoencoder when it is first needed, so that it is right for every model, also for one that nobody
@@ -32,7 +32,7 @@ _PICTURES = 3
 _SHAPES = (4, 6, 8, 10, 12)
 _MIN_SIDE = 128
 _RIDGE = 1e-3
-# From here on a colour counts as full: the map may go beyond it, which is cut off again when it is drawn.
+# A colour beyond this counts as saturated: the map may exceed it, since drawing clips it again.
 _FULL = 0.98
 _ROUNDS = 10
 
@@ -114,7 +114,7 @@ class Pace:
         self._not_before = -math.inf
 
     def due(self, steps: int) -> bool:
-        """Count one step of `steps`; whether it is to be shown."""
+        """Count one step of `steps`; says whether to show it."""
         self.step += 1
         now = self._clock()
         if now < self._not_before or self.step - self._shown < math.ceil(steps / _MOST):
@@ -206,7 +206,7 @@ def fitted(vae: Any, scale: int) -> Any:
     pictures = _pictures(max(_MIN_SIDE, 16 * scale))
     latents = _encode(vae, pictures).float().cpu()
     colours = torch.nn.functional.interpolate(pictures, latents.shape[-2:], mode="area")
-    # The ones stop at the border as the latents do: so the map can tell a border.
+    # The channel of ones ends at the border like the latents, so the map can recognise a border.
     seen = torch.nn.functional.unfold(_with_ones(latents), 3, padding=1)
     seen = seen.double().transpose(1, 2).flatten(0, 1)
     colours = wanted = colours.double().flatten(2).transpose(1, 2).flatten(0, 1)

@@ -15,11 +15,11 @@ from typing import Any
 
 from ..errors import ImageError
 
-# So many can be made with every scheduler that can do any.
+# Every usable scheduler can make this many steps.
 _PLENTY = 10
 _MOST_STEPS = 200
 
-# What the words behind a class name set in its configuration.
+# The settings for the words after a class name.
 _WORDS: dict[str, dict[str, Any]] = {
     "sde": {"algorithm_type": "sde-dpmsolver++"},
     "heun": {"solver_type": "heun"},
@@ -32,7 +32,7 @@ _WORDS: dict[str, dict[str, Any]] = {
 _SPACED_BY = ("karras", "exponential", "beta")
 _PLAIN = {f"use_{word}_sigmas": False for word in _SPACED_BY}
 
-# How the steps are spread: the words with which other tools say it, behind the sampler's.
+# Other tools' words for how the steps are spread, which follow the sampler's name.
 _SCHEDULES = {
     "karras": "karras",
     "ka": "karras",
@@ -95,7 +95,7 @@ def resolve(wanted: str | None, own: str | None, config: Mapping[str, Any], step
     name = own if wanted is None else _found(wanted, own, config, text, model)
     if not _works(name, text, steps):
         others = sorted(range(1, _MOST_STEPS + 1), key=lambda count: abs(count - steps))
-        # None at all: it wants to be told more than this trial knows, by the pipeline that it belongs to.
+        # No number of steps works: its own pipeline gives it arguments that this trial does not know.
         near = next((count for count in others if _works(name, text, count)), None)
         if near is not None:
             bound = f"at {'least' if near > steps else 'most'} {near}"
@@ -114,19 +114,19 @@ def make(name: str, config: Any) -> Any:
     for word in words:
         if any(key not in takes for key in _WORDS.get(word, {})):
             raise ValueError(f"{kind} knows no {word}")
-        # One way of spreading the steps excludes the others.
+        # Only one way of spreading the steps can be set.
         plain = _PLAIN if word in _SPACED_BY or word == "plain" else {}
         settings |= {key: value for key, value in plain.items() if key in takes} | _WORDS.get(word, {})
     try:
         return getattr(diffusers, kind).from_config(config, **settings)
     except (NotImplementedError, ValueError):
-        # A solver's variant goes by names that only some of the others know.
+        # Not every solver has this variant.
         config = {key: value for key, value in config.items() if key != "algorithm_type"}
         return getattr(diffusers, kind).from_config(config, **settings)
 
 
 def name_of(name: str, scheduler: Any) -> str:
-    """The whole name of a scheduler that was made by `name`: with what the model's own configuration made of it."""
+    """The full name of a scheduler that was made by `name`, with the settings of the model's own configuration."""
     kind, *words = name.split()
     takes = inspect.signature(type(scheduler).__init__).parameters
     variants = {word for known, _, _ in _SAMPLERS if known.split()[0] == kind for word in known.split()[1:]}
@@ -148,21 +148,21 @@ def label(name: str) -> tuple[str, str]:
     spread = next((word for word in words if word in _SPACED_BY), None)
     if spread is None and "trailing" in words:
         return sampler, "SGM Uniform"
-    # What A1111 takes for "Automatic" is another schedule in these.
+    # For these, A1111's "Automatic" is another schedule.
     return sampler, spread.capitalize() if spread else "Uniform" if sampler.startswith("DPM") else "Automatic"
 
 
 def _found(wanted: str, own: str, config: Mapping[str, Any], text: str, model: str) -> str:
     import diffusers
 
-    # What lacks an optional package is there as a stand-in that is no scheduler.
+    # A class whose optional package is missing is a dummy that is no scheduler.
     kinds = [
         kind
         for kind in getattr(diffusers, own)._get_compatibles()
         if issubclass(kind, diffusers.SchedulerMixin)
     ]
     if config.get("use_flow_sigmas"):
-        # diffusers lists those too that know no flow.
+        # diffusers also lists schedulers that cannot predict a flow.
         kinds = [kind for kind in kinds if "use_flow_sigmas" in inspect.signature(kind.__init__).parameters]
     names = sorted({own, *(kind.__name__ for kind in kinds)})
     for name in _meant(wanted, own, names):
@@ -182,7 +182,7 @@ def _found(wanted: str, own: str, config: Mapping[str, Any], text: str, model: s
 
 
 def _named(kinds: list[str]) -> list[str]:
-    """All names of these classes that other tools know, and theirs alone where there is none."""
+    """All names that other tools have for these classes; for a class without one, its own."""
     known = [name for name, _, _ in _SAMPLERS if name.split()[0] in kinds]
     return known + [kind for kind in kinds if kind not in known]
 
@@ -225,8 +225,8 @@ def _keys(name: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1024)
 def _works(name: str, config: str, steps: int) -> bool:
-    """Whether it makes so many steps of a sample of a few numbers: diffusers lists as compatible, and only refuses at the
-    first step, what cannot use the kind of prediction or the noise schedule that `config` names."""
+    """Whether it can make this many steps, tried on a sample of a few numbers. diffusers lists schedulers as compatible that
+    cannot use the prediction type or noise schedule in `config`, and refuses them only at the first step."""
     import torch
 
     try:

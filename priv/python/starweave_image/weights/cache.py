@@ -1,8 +1,8 @@
 """Loaded models: each is loaded once for all who wait for it, and the longest unused make room for the next.
 
-There are two tiers. What must leave the device is parked in main memory where there is room for it, from where it comes
-back in a fraction of a load; on a CPU both are the same memory, and there is one tier. A load runs in a thread of its
-own and goes on when those who asked for it have left.
+There are two tiers. A model that must leave the device is parked in main memory if there is room, and returns from there in
+a fraction of a load's time. On a CPU both are the same memory, so there is one tier. A load runs in its own thread and
+goes on when all who asked for it have left.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _logger = logging.getLogger(__name__)
 
 
 class Model:
-    """A loaded pipeline. `borrow` gives a copy of it for one request; all copies share the weights. `notices` are what
-    whoever has it draw should know."""
+    """A loaded pipeline. `borrow` gives a copy of it for one request; all copies share the weights. `notices` go to every
+    request that it draws."""
 
     def __init__(
         self,
@@ -46,15 +46,15 @@ class Model:
         self.checksum = checksum
         self.bytes = _weight_bytes(pipeline)
         self.load_s = 0.0
-        # The tasks of which it has made a picture.
+        # The tasks for which it has drawn a picture.
         self.proven: set[str] = set()
-        # Which networks work part by part, for want of memory.
+        # Which networks work in parts, because memory is short.
         self.divided: dict[str, str] = {}
         self._home = choice.device.id
-        # Its networks go to the device one after another, when they are called.
+        # Whether each network goes to the device only when it is called.
         self.offloaded = any(hasattr(part, "_hf_hook") for part in pipeline.components.values())
-        # A tokenizer keeps the padding and truncation of its last call, and a large one takes a second to
-        # copy: sets of them are lent, and made from the spare one, which nobody uses, when all are out.
+        # A tokenizer keeps the padding and truncation of its last call, and a large one takes a second to copy. So sets
+        # of them are lent; when all are lent, a new one is copied from the spare one, which is never used itself.
         own = {name: part for name, part in pipeline.components.items() if _is_tokenizer(part)}
         self._tokenizers = [own]
         self._spare = copy.deepcopy(own)
@@ -71,8 +71,8 @@ class Model:
         self.networks = networks_of(pipeline, where)
 
     def park(self) -> None:
-        """Take it from the device to main memory."""
-        # One that is offloaded is there already, but for the network that works.
+        """Move it from the device to main memory."""
+        # An offloaded one is there already, except for the network that works.
         if not self.offloaded:
             self.pipeline.to("cpu")
             release_memory()
@@ -87,7 +87,7 @@ class Model:
         with self._lock:
             tokenizers = self._tokenizers.pop() if self._tokenizers else copy.deepcopy(self._spare)
         pipeline = copy.copy(self.pipeline)
-        # At the end of a call it would send the weights away from others that are at work with them.
+        # At the end of a call it would offload weights that other requests use.
         pipeline.maybe_free_model_hooks = _nothing
         for name, part in tokenizers.items():
             setattr(pipeline, name, part)
@@ -125,17 +125,17 @@ class _Entry:
         self.turn = 0
         self.used = time.monotonic()
         self.parked = False
-        # Done when it is back on the device; None while it is not on its way there.
+        # Done when it is back on the device; None unless it is on its way there.
         self.coming: Future[Model] | None = None
-        # Since when it is loaded, or comes back; None while it waits for its turn.
+        # When its load or return began; None while it waits for its turn.
         self.begun: float | None = clock.now()
-        # Held by whoever moves it between the tiers.
+        # Held while it is moved between the tiers.
         self.moving = threading.Lock()
 
 
 Load = Callable[[ModelCard, Callable[[int], AbstractContextManager[None]]], Model]
-"""Loads a card's model. It enters what the second argument gives for so many bytes when its files are here and the
-loading itself begins: one at a time, with room made for it."""
+"""Loads a card's model. When its files are here, it enters the context manager that the second argument returns for its
+size in bytes: that lets one load in at a time, and makes room for it."""
 
 
 class ModelCache:
@@ -177,12 +177,12 @@ class ModelCache:
     def _fetch(self, entry: _Entry) -> Future[Model]:
         """The entry's model, done when it is on the device."""
         with self._lock:
-            # Nobody parks what is in use.
+            # A model in use is never parked.
             if not entry.parked:
                 return entry.model
             if entry.coming is None:
                 entry.coming, entry.begun = Future(), None
-                # Until it is back, whoever gives up meanwhile.
+                # Held until it is back, also if the one who asked gives up.
                 entry.users += 1
                 threading.Thread(target=self._bring_back, args=(entry,), daemon=True).start()
             return entry.coming
@@ -190,7 +190,7 @@ class ModelCache:
     def _bring_back(self, entry: _Entry) -> None:
         model, coming, failure = entry.model.result(), entry.coming, None
         assert coming is not None
-        # In the order of those who park others while they load.
+        # Locks in the same order as a load that parks other models, so that neither blocks the other.
         with self._loading, entry.moving:
             entry.begun = clock.now()
             try:
@@ -217,14 +217,14 @@ class ModelCache:
                 why = f"{id} is in use and cannot be unloaded now"
                 raise ImageError("invalid_request", why, "model", retryable=True)
             del self._entries[id]
-        # The last reference goes before the device is asked to give its memory back.
+        # The last reference must be gone before the device frees the memory.
         del entry
         release_memory()
         self._changed()
 
     def condemn(self, id: str, error: str) -> None:
-        """Let nobody else have a model whose weights turned out to be damaged: whoever asks next has it loaded anew, or is
-        told why not. Whoever has it goes on."""
+        """Withdraw a model whose weights turned out to be damaged. Requests that use it go on; the next one loads it
+        again, or gets the reason why it cannot."""
         with self._lock:
             self._entries.pop(id, None)
             self._errors[id] = error
@@ -239,7 +239,7 @@ class ModelCache:
             return any(not entry.model.done() or entry.coming for entry in self._entries.values())
 
     def loads(self) -> list[schema.Load]:
-        """What is being loaded, without what waits for its turn."""
+        """The models that are being loaded, without those that wait for their turn."""
         with self._lock:
             now = clock.now()
             at_work = [(id, e) for id, e in self._entries.items() if e.coming or not e.model.done()]
@@ -247,7 +247,7 @@ class ModelCache:
         return [schema.Load(model=id, age_ms=max(0, round((now - since) * 1000))) for id, since in begun]
 
     def report(self, id: str) -> Report | None:
-        """What is known of a model that is loaded."""
+        """The facts about a loaded model."""
         with self._lock:
             entry = self._entries.get(id)
             if entry is None or not entry.model.done() or entry.model.exception():
@@ -257,7 +257,7 @@ class ModelCache:
             return Report(model.bytes, entry.parked, idle_s, model.load_s)
 
     def state(self, id: str) -> tuple[str | None, str | None]:
-        """`loaded`, `loading` or `failed`, with the last error; None where nothing was tried."""
+        """`loaded`, `loading` or `failed`, with the last error; None if no load was tried."""
         with self._lock:
             entry, error = self._entries.get(id), self._errors.get(id)
         if entry is not None:
@@ -284,7 +284,7 @@ class ModelCache:
         @contextmanager
         def room(wanted: int) -> Iterator[None]:
             entry.begun = None
-            # One at a time: two together would each find room for themselves.
+            # One at a time: two together would both take the same room.
             with self._loading:
                 entry.begun = clock.now()
                 self.make_room(wanted)
@@ -306,7 +306,7 @@ class ModelCache:
 
     def _unexpected(self, id: str, error: Exception) -> ImageError:
         if is_out_of_memory(error):
-            # What is in use now may be gone later; what has the device for itself does not fit.
+            # Models in use may be gone later. A model that does not fit on an empty device never will.
             with self._lock:
                 crowded = any(entry.users for other, entry in self._entries.items() if other != id)
             words = f"there is not enough device memory to load {id}"
@@ -315,8 +315,8 @@ class ModelCache:
         return ImageError("model_load_failed", f"{id} could not be loaded; see the log")
 
     def make_room(self, wanted: int | None = None) -> bool:
-        """Let idle models go until `wanted` bytes more fit into the budget; without a number, all of them. Whether any
-        went."""
+        """Remove idle models until `wanted` bytes more fit into the budget; without a number, remove all. Says
+        whether any was removed."""
         wanted = self._budget if wanted is None else wanted
         parking: list[_Entry] = []
         leaving: list[str] = []
@@ -335,8 +335,8 @@ class ModelCache:
                 held -= entry.model.result().bytes
                 entry.parked = True
                 parking.append(entry)
-            # The longest unused have to leave main memory for those that leave the device now. One that is parked and
-            # has users is on its way back.
+            # The longest unused models leave main memory to make room for those that leave the device. A parked one
+            # with users is on its way back.
             aside = [entry for entry in loaded if entry.parked and not entry.users]
             while sum(entry.model.result().bytes for entry in aside) > self._parked_budget:
                 leaving.append(aside.pop(0).card.id)
@@ -351,7 +351,7 @@ class ModelCache:
         parked = [entry.card.id for entry in parking if entry.card.id not in leaving]
         if parked:
             _logger.info("%s parked in main memory", ", ".join(parked))
-        # Before the device is asked to give the memory back, the last reference must be gone.
+        # The last reference must be gone before the device frees the memory.
         del loaded, parking, aside
         entry = None  # type: ignore[assignment]
         if leaving:
@@ -364,7 +364,7 @@ class ModelCache:
         try:
             entry.model.result().park()
         except Exception:
-            # Main memory is short too: it is loaded again when it is asked for.
+            # Main memory is short too: the model is removed, and loaded again when a request needs it.
             _logger.warning("%s could not be parked", entry.card.id, exc_info=True)
             with self._lock:
                 if self._entries.get(entry.card.id) is entry:
@@ -377,7 +377,7 @@ def _await(model: Future[Model], wait: Callable[[Future[Model]], None]) -> None:
     wait(model)
     error = model.exception()
     if isinstance(error, ImageError):
-        # A fresh one for each who waited: an exception keeps the traceback of whoever raised it.
+        # A new exception for each waiting caller: one that is raised twice would collect both tracebacks.
         raise ImageError(error.kind, error.message, error.field, error.retryable)
 
 
@@ -392,7 +392,7 @@ class Report:
 
 
 def release_memory() -> None:
-    """Give back to the device what nothing refers to any more."""
+    """Free the device memory that nothing refers to any more."""
     import gc
 
     import torch

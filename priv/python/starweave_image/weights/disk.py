@@ -26,7 +26,7 @@ from .layout import INDEX, check_complete, read_layout
 _logger = logging.getLogger(__name__)
 
 ABANDONED_S = 24 * 3600.0
-"""A download that received nothing for so many seconds is not gone on with."""
+"""A download that received nothing for this many seconds counts as abandoned."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class InUse(ImageError):
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that is not what it should be; `unchecked` where the cache has no checksum of it."""
+    """A file with wrong content; `unchecked` if the cache has no checksum of it."""
 
     name: str
     state: Literal["missing", "damaged", "unchecked"]
@@ -80,12 +80,12 @@ def names(model: str) -> set[str]:
 
 
 def snapshots(model: str | None = None, revision: str | None = None) -> list[Snapshot]:
-    """Those of one model, or of all, whose revision begins so; the longest unused come first."""
+    """The snapshots of one model, or of all, whose revision begins with `revision`; the longest unused come first."""
     repositories = names(model) if model else None
     found = [
         _read(folder)
         for folder in cache_folder().glob("models--*/snapshots/*")
-        # Its first file, which even a broken download leaves.
+        # The first file of a download, which even a broken one leaves.
         if os.path.lexists(folder / INDEX)
     ]
     return sorted(
@@ -100,7 +100,7 @@ def snapshots(model: str | None = None, revision: str | None = None) -> list[Sna
 
 
 def partials(of: Iterable[Snapshot]) -> dict[Path, int]:
-    """The beginnings of files that broken downloads of these models left, and their bytes."""
+    """The incomplete files of broken downloads of these models, and their sizes in bytes."""
     folders = {snapshot.repository_folder / "blobs" for snapshot in of}
     parts = (path for folder in folders for path in folder.glob("*.incomplete"))
     return {path: found.st_size for path in parts for _, found in _content(path)}
@@ -136,12 +136,12 @@ def remove(snapshot: Snapshot) -> None:
         with lease.alone(snapshot.folder) as free:
             if not free:
                 raise InUse(id)
-            # A link to nothing would hide the whole repository from the scan.
+            # A dangling link would hide the whole repository from the scan.
             for file in _files(snapshot.folder):
                 if not os.path.exists(file):
                     file.unlink()
             info = scan_cache_dir(cache_folder())
-            # Of this repository only: one that was renamed has the same revisions under both names.
+            # Only of this repository: a renamed one has the same revisions under both names.
             path = snapshot.repository_folder.resolve()
             repositories = frozenset(repo for repo in info.repos if repo.repo_path == path)
             dataclasses.replace(info, repos=repositories).delete_revisions(snapshot.revision).execute()
@@ -152,20 +152,20 @@ def remove(snapshot: Snapshot) -> None:
 
 
 def licence_in(folder: Path) -> str:
-    """As the model's own card states it, else `unknown`."""
+    """The licence in the model's own card, or `unknown`."""
     from huggingface_hub import ModelCard as Readme
 
     try:
         text = outside.read_bytes(folder / "README.md").decode("utf-8", "replace")
         return stated_licence(Readme(text, ignore_metadata_errors=True).data)
     except Exception:
-        # There is none, or somebody wrote it by hand.
+        # There is no card, or it is malformed.
         return "unknown"
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What was deleted, or would be: whole revisions and the beginnings of files; and how many bytes stay."""
+    """What was deleted, or would be: whole revisions and incomplete files; and how many bytes remain."""
 
     snapshots: list[Snapshot]
     partials: list[Path]
@@ -216,7 +216,7 @@ def prune(
 
 
 def taken(of: Iterable[Snapshot]) -> int:
-    """How many bytes the snapshots take together: what several share is there once."""
+    """How many bytes the snapshots take together; shared files count once."""
     return sum({blob: size for snapshot in of for blob, size in snapshot.blobs.items()}.values())
 
 
@@ -243,7 +243,7 @@ def _read(folder: Path) -> Snapshot:
 
 
 def _content(file: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The blob of a file, and what is known of it; nothing for what is no regular file, or was deleted just now."""
+    """The blob of a file, with its stat; empty for anything but a regular file, and for one that was just deleted."""
     with suppress(OSError):
         found = file.stat()
         if stat.S_ISREG(found.st_mode):
@@ -256,5 +256,5 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _blob(file: Path) -> Path:
-    # The first link only: a blob may be one itself, into a store that several repositories share.
+    # Only the first link is followed: the blob may be a link itself, into a store that several repositories share.
     return Path(os.path.abspath(file.parent / file.readlink())) if file.is_symlink() else file

@@ -1,8 +1,8 @@
-"""The hub: what a model there consists of, and fetching it into the cache that all its tools share.
+"""The hub: which files a model there has, and how they are fetched into the cache that all tools of the hub share.
 
-What would be refused is refused before its weights travel, and no other files travel than those that are loaded. The
-cache's layout is huggingface_hub's, and so are the links in it; the large files are received here, because it keeps
-nothing of one whose download breaks off with the process.
+A model that would be refused is refused before its weights are fetched, and only files that are loaded are fetched. The
+cache has huggingface_hub's layout and links. Large files are received here, because huggingface_hub keeps nothing of a
+download that ends with its process.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class File:
-    """A file of a repository: its size in bytes, and what the cache calls its content, empty where the hub did not say:
-    the SHA-256 of a large file, git's SHA-1 of another."""
+    """A file of a repository: its size in bytes, and the cache's name for its content, which is the SHA-256 of a large file
+    and git's SHA-1 of another; empty if the hub did not tell."""
 
     name: str
     size: int
@@ -47,12 +47,12 @@ class File:
 
 
 Report = Callable[[File, int], None]
-"""Takes the file at hand and how many bytes of it are here."""
+"""Is called with a file and how many bytes of it are here."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be fetched of a model: `revision` is the commit that `asked`, a branch or a tag, stands for now."""
+    """The files of a model to fetch. `revision` is the commit that `asked`, a branch or a tag, means now."""
 
     repository: str
     asked: str | None
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def bytes_missing(self) -> int:
-        """Without those that an earlier download left behind."""
+        """The bytes that no earlier download has fetched."""
         return sum(file.size - self.bytes_here(file) for file in self.missing)
 
     def bytes_here(self, file: File) -> int:
@@ -100,12 +100,12 @@ def repository_folder(repository: str) -> Path:
 
 
 def partial(blob: Path) -> Path:
-    """Where the first part of a blob is while it is received."""
+    """The file in which a blob is received."""
     return blob.with_name(f"{blob.name}.incomplete")
 
 
 def plan(repository: str, revision: str | None = None) -> Plan:
-    """Ask the hub what a model consists of, and refuse what may not be loaded; leaves nothing in the cache.
+    """Ask the hub which files a model has, and refuse a model that may not be loaded. Leaves nothing in the cache.
 
     Raises `model_not_found` or `model_load_failed`.
     """
@@ -146,7 +146,7 @@ def stated_licence(card: Any) -> str:
     stated = card or {}
     licence = stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
     words = licence if isinstance(licence, list) else [licence]
-    # Anybody writes them, in YAML, which may say anything.
+    # A model's card is written by anybody, in YAML, and may hold any value.
     said = ", ".join(word for word in words if isinstance(word, str) and word.isprintable())
     return said[:200] or "unknown"
 
@@ -154,10 +154,10 @@ def stated_licence(card: Any) -> str:
 def fetch(
     plan: Plan, *, weights: bool = True, again: Collection[str] = (), report: Report = lambda file, size: None
 ) -> Path:
-    """Fetch what is missing, or the configuration of the components only; the folder of the snapshot.
+    """Fetch what is missing, or only the configuration of the components. Returns the folder of the snapshot.
 
-    A file named in `again` is fetched though it is there, and put in the place of the old one once it is whole. Raises
-    `model_load_failed`; what was received by then is kept, and the next call goes on behind it.
+    A file named in `again` is fetched although it exists, and replaces the old one once it is complete. Raises
+    `model_load_failed`; what was received by then is kept, and the next call continues from there.
     """
     from huggingface_hub import constants, hf_hub_download
 
@@ -171,17 +171,17 @@ def fetch(
             plan,
             sum(file.size if file.name in again else file.size - plan.bytes_here(file) for file in wanted),
         )
-        # The index, by which a model is known, and then the smallest: what is left of a broken download lacks weights,
-        # and is seen to be incomplete.
+        # First the index, by which a model is recognised, then the smallest files: so a broken download lacks weights,
+        # and counts as incomplete.
         for file in sorted(wanted, key=lambda file: (file.name != INDEX, file.size)):
-            # What is larger than that, huggingface_hub alone can fetch.
+            # Only huggingface_hub can fetch larger files.
             received = file.large and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE
             if received:
                 _receive(plan, file, file.name in again, report)
             forced = file.name in again and not received
             hf_hub_download(plan.repository, file.name, revision=plan.revision, force_download=forced)
             report(file, file.size)
-        # Only now does what was asked for mean this commit: a broken download hides no older one.
+        # The branch gets this commit only now, so that a broken download does not hide an older complete one.
         hf_hub_download(plan.repository, INDEX, revision=plan.asked)
     except ImageError:
         raise
@@ -201,13 +201,13 @@ def _check_space(plan: Plan, wanted: int) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """What is left of the disk that a folder is on, or will be."""
+    """The free bytes of the disk that a folder is on, or will be."""
     place = next(place for place in (folder, *folder.parents) if place.exists())
     return shutil.disk_usage(place).free
 
 
 def _receive(plan: Plan, file: File, again: bool, report: Report) -> None:
-    """Put a large file into the cache's blobs, going on where an earlier call for it ended."""
+    """Put a large file into the cache's blobs, continuing where an earlier call ended."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
@@ -241,7 +241,7 @@ def _receiving(path: Path, report: Callable[[int], None]) -> Iterator[io.FileIO]
     while True:
         with _Part(path, report) as part:
             fcntl.flock(part, fcntl.LOCK_EX)
-            # Whoever had it before may have moved it to its place or thrown it away.
+            # The process that held it before may have moved it to its place or deleted it.
             if path.exists() and os.path.samestat(os.fstat(part.fileno()), path.stat()):
                 yield part
                 return
@@ -261,7 +261,7 @@ class _Part(io.FileIO):
 
 
 def content_name(path: Path, like: str) -> str:
-    """What the cache calls this content, in the way in which `like` is: SHA-256, or SHA-1 over git's object."""
+    """The cache's name for this content, of the same kind as `like`: SHA-256, or SHA-1 over git's object."""
     if len(like) == 64:
         digest = hashlib.sha256()
     else:
@@ -312,7 +312,7 @@ def hub_error(repository: str, error: Exception) -> ImageError:
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return unfit(repository, "could not be downloaded: the cache folder cannot be written")
     status = getattr(getattr(error, "response", None), "status_code", 0)
-    # But for these two, what is refused once is refused again.
+    # A retry helps only for these two.
     if 400 <= status < 500 and status not in (408, 429):
         return unfit(repository, f"could not be downloaded: the hub refuses it (HTTP {status})")
     return ImageError(

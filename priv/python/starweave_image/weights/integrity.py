@@ -1,9 +1,9 @@
-"""Whether weights are what they were: their SHA-256, compared at the first load after a file has changed.
+"""Whether weights are unchanged: their SHA-256 is compared at the first load after a file has changed.
 
-What a file should be is pinned by the configuration, or is the name that the hub's cache gave its content, or is what the
-file was when it was first loaded here. What was computed is kept in the user's cache folder together with what tells that
-a file has changed: size, time and inode. So a start hashes nothing twice. What shows no such change is hashed again in the
-background, slowly, once in the life of a process: disks forget too.
+The right checksum is the one in the configuration, or the name that the hub's cache gave the content, or that of the first
+load here. Computed checksums are kept in the user's cache folder with what shows a change of the file: size, time and
+inode. So a start hashes nothing twice. Files without such a change are hashed again in the background, slowly, once in the
+life of a process, because disks may lose data too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .outside import Unreadable
 _logger = logging.getLogger(__name__)
 
 _BLOCK = 4 * 2**20
-# In the background, for each second of work so many of rest.
+# Seconds of rest for each second of work in the background.
 _REST = 3.0
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -45,8 +45,8 @@ class Record(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class _File:
-    """A weight file: its name within the model, where it is, what it should be if that is known, and why one should
-    think so."""
+    """A weight file: its name within the model, where it is, its right checksum if that is known, and what to say of a wrong
+    one."""
 
     name: str
     path: Path
@@ -55,7 +55,7 @@ class _File:
 
 
 class Check:
-    """The comparison of a model's weight files, which begins at once in a thread of its own; the load goes on beside it."""
+    """The comparison of a model's weight files. It begins at once, in a thread of its own, beside the load."""
 
     def __init__(self, id: str, weights: Mapping[str, Path], pins: Mapping[str, str]) -> None:
         self._id = id
@@ -93,8 +93,8 @@ class Check:
             self._fresh.append(file)
 
     def wait(self) -> str:
-        """One digest over all weights, once they have been compared; raises `model_load_failed` for the first file that is
-        not what it should be, and for one that was changed meanwhile."""
+        """One digest over all weights, after they were compared; raises `model_load_failed` for the first file with a wrong
+        checksum, and for one that changed during the load."""
         self._thread.join()
         if self._error is not None:
             raise ImageError(self._error.kind, self._error.message, retryable=self._error.retryable)
@@ -120,7 +120,7 @@ class Check:
             _keep({str(file.path): self._seen[file.name] for file in self._fresh})
 
     def again(self, damaged: Callable[[str], None]) -> None:
-        """Hash in the background what was taken for unchanged; `damaged` is told a sentence if it has changed after all."""
+        """Hash in the background the files that were taken for unchanged; calls `damaged` with a sentence if one is not."""
         if self._old:
             threading.Thread(
                 target=self._recheck, args=(damaged,), name=f"checksums {self._id}", daemon=True
@@ -131,19 +131,19 @@ class Check:
             try:
                 record = _hashed(file.path, _REST)
             except (OSError, Unreadable):
-                # Deleted, perhaps, which takes nothing from what is loaded; the next load will tell.
+                # It may be deleted, which does not affect a loaded model; the next load will tell.
                 continue
             if record.sha256 == file.should:
                 continue
             _logger.error("%s of a loaded model is not what it was: %s", file.path, self._id)
-            # Remembered as what it should be, of a file that is not there: the next load compares it again.
+            # Noted with a size and time that no file has, so that the next load compares it again.
             _keep({str(file.path): Record(-1, -1, -1, file.should or "")})
             damaged(f"{self._id} cannot be used any more: its {file.name} {file.otherwise}")
             return
 
 
 def checksum(folder: Path) -> str:
-    """The digest that `Check.wait` gives of a folder's safetensors, computed anew."""
+    """The digest that `Check.wait` returns for a folder's safetensors, computed again."""
     files = {f"{file.parent.name}/{file.name}": file for file in folder.glob("*/*.safetensors")}
     return _digest({name: _hashed(file).sha256 for name, file in files.items()})
 
@@ -156,7 +156,7 @@ def _digest(sums: Mapping[str, str]) -> str:
 
 
 def forget(folder: Path) -> int:
-    """Take the files of a folder as they are when they are next loaded; how many were known."""
+    """Forget the checksums of a folder's files, so that the next load accepts them; says how many were known."""
     within = os.path.realpath(folder) + os.sep
     records = _read(_book())
     kept = {path: record for path, record in records.items() if not path.startswith(within)}
@@ -177,7 +177,7 @@ def _hashed(path: Path, rest: float = 0.0) -> Record:
     outside.size_of(path)
     digest = hashlib.sha256()
     with path.open("rb") as content:
-        # Of before: what is written meanwhile shows in them.
+        # From before the hashing: a change during it then shows in them.
         found = os.fstat(content.fileno())
         begun = time.monotonic()
         while block := content.read(_BLOCK):
@@ -206,7 +206,7 @@ def _read(book: Path) -> dict[str, Record]:
 
 def _keep(records: Mapping[str, Record]) -> None:
     with _writing:
-        # Other sidecars write the same file; and what is gone need not be remembered.
+        # Other sidecars write the same file, so it is read again; deleted files are dropped.
         known = {path: record for path, record in _read(_book()).items() if os.path.exists(path)}
         _write(_book(), known | dict(records))
 

@@ -1,8 +1,8 @@
 """Who uses a model in the hub's cache, and when it was last used, across all processes of this machine.
 
-Each snapshot has an empty file among the cache's own locks. Whoever uses the snapshot holds a shared `flock` on that
-file, which the operating system gives back however the process ends; whoever deletes it needs the file alone. The
-file's time of modification is the last use: the access times of the model's files are off on many systems.
+Each snapshot has an empty file among the cache's own locks. A process that uses the snapshot holds a shared `flock` on that
+file, which the operating system releases however the process ends; to delete the snapshot an exclusive one is needed. The
+file's time of modification is the last use, since many systems do not record access times.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Lease:
 
 
 def take(folder: Path) -> Lease | None:
-    """A lease on a snapshot of the cache, and a note of its use. None for a folder outside the cache, which nothing
-    deletes, and in a cache that cannot be written, where nothing can be deleted. Waits while the snapshot is being
-    deleted: look for its files afterwards."""
+    """Lease a snapshot of the cache and note its use. Returns None for a folder outside the cache, and in a cache that
+    cannot be written: there nothing can be deleted. Waits while the snapshot is being deleted, so look for its files
+    afterwards."""
     record = _record(folder)
     if record is None:
         return None
@@ -44,12 +44,12 @@ def take(folder: Path) -> Lease | None:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[bool]:
-    """Whether nobody uses the snapshot; if so, nobody begins to before the block ends. Raises OSError where the cache
-    cannot be written."""
+    """Whether the snapshot is unused; if so, nobody can lease it before the block ends. Raises OSError if the cache cannot
+    be written."""
     record = _record(folder)
     assert record is not None
     record.parent.mkdir(parents=True, exist_ok=True)
-    # The file is never deleted: who waited for a deleted one would hold a lock that nobody else sees.
+    # The file is never deleted: a process that waited for a deleted one would hold a lock that no other process sees.
     descriptor = os.open(record, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         yield _locked_alone(descriptor)

@@ -126,7 +126,8 @@ def _compile(pipeline: Any, id: str) -> None:
                 _logger.warning("%s has no blocks that diffusers knows how to compile", id)
 
 
-# Bytes that a decode takes for each byte of its last and widest layer, measured with the autoencoders of Stable Diffusion.
+# Bytes that a decode takes for each byte of its last and widest layer, measured with the autoencoders of Stable
+# Diffusion.
 _DECODE_FACTOR = 8
 
 

@@ -16,8 +16,8 @@ _logger = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """Keeps the hub's cache within `disk_quota` bytes and `max_models` models of the configuration. The longest unused go;
-    those in `keep`, by id or alias, stay, and so does what any process has loaded."""
+    """Keeps the hub's cache within the configuration's `disk_quota` bytes and `max_models` models. It deletes the longest
+    unused models, but none in `keep`, by id or alias, and none that any process has loaded."""
 
     def __init__(self, config: schema.Config, keep: Collection[str]) -> None:
         self._quota = config.disk_quota
@@ -27,7 +27,7 @@ class Upkeep:
         self._ended = threading.Event()
 
     def begin(self) -> None:
-        """Clean up now and then, in the background, where there is a bound."""
+        """Clean up at intervals, in the background, if there is a bound."""
         if self._quota is not None or self._most is not None:
             threading.Thread(target=self._run, name="upkeep", daemon=True).start()
 
@@ -35,7 +35,7 @@ class Upkeep:
         self._ended.set()
 
     def make_room(self, plan: Plan) -> None:
-        """Before a download: have it fit; raises `model_load_failed` where it cannot without what must stay."""
+        """Make room for a download; raises `model_load_failed` if it cannot fit beside the models that must stay."""
         new = plan.repository not in {snapshot.repository for snapshot in disk.snapshots()}
         wanted = plan.bytes_missing
         quota = None if self._quota is None else self._quota - wanted
@@ -56,7 +56,7 @@ class Upkeep:
             try:
                 self._prune(self._quota, self._most, self._keep)
             except Exception:
-                # Whatever others do to the cache meanwhile: it is looked at again.
+                # Other programs may change the cache at the same time: the next round looks again.
                 _logger.warning("cleaning up the models on the disk failed", exc_info=True)
             if self._ended.wait(self._interval_s):
                 return
