@@ -24,9 +24,12 @@ defmodule StarweaveImage.Schema do
          {{:multiple_of, 8, 64, 4096}, nil, :picture,
           "Pixels, within the model's limits; its own default unless given."},
        height: {{:multiple_of, 8, 64, 4096}, nil, :picture, "Pixels, as `:width`."},
+       effort:
+         {{:one_of, [:draft, :standard, :high]}, :standard, :picture,
+          "How many steps: the model's own number, half of it for a draft, 1.6 times as many for high."},
        steps:
          {{:integer, 1, 200}, nil, :picture,
-          "Denoise steps, within the model's limits; its own default unless given."},
+          "Denoise steps, within the model's limits, whatever `:effort` says."},
        guidance_scale:
          {{:number, 0, 50}, nil, :picture,
           "How closely the prompt is followed; the model's own default unless given."},
@@ -49,7 +52,7 @@ defmodule StarweaveImage.Schema do
      ]},
     {"Starting from a picture",
      [
-       image: {:image, nil, :picture, "The picture to start from, a file's bytes."},
+       image: {:image, nil, :picture, "The picture to start from."},
        mask:
          {:image, nil, :picture,
           "Where it may change (white) and where it stays (black, transparent); of the same size."},

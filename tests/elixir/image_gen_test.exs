@@ -71,8 +71,9 @@ defmodule Mix.Tasks.Image.GenTest do
           {~w(--prompt x --out x.gif), "--out must end in .png, .jpg, .jpeg or .webp, got .gif"},
           {~w(--prompt x --out /no/such/folder/x.png), "--out must be in a folder that exists"},
           {~w(--prompt x --out x.png --format gif), "format must be one of png, jpeg, webp"},
+          {~w(--prompt x --effort turbo), "effort must be one of draft, standard, high"},
           {~w(--prompt x --model ./no-such-folder), "--model must be a model's id or a folder"},
-          {~w(--prompt x --device tpu), "--device must be auto, cpu, cuda"},
+          {~w(--prompt x --device tpu), "--device must be one of auto, cpu, cuda"},
           {~w(--prompt x --image no-such.png),
            "--image cannot be read: no such file or directory"},
           {~w(--prompt x --image mix.exs),
@@ -92,6 +93,18 @@ defmodule Mix.Tasks.Image.GenTest do
         assert refusal(unquote(argv)) =~ unquote(sentence)
       end
     end
+  end
+
+  test "--help is the text of `mix help image.gen`" do
+    help = capture_io(fn -> assert run_here(["--help"]) == 0 end)
+    assert help =~ "Generates an image from a text."
+    # Those of a schema, with its ranges, and those of the command alone.
+    assert help =~ "a multiple of 8 from 64 to 4096"
+
+    for switch <- ~w(--prompt --effort --no-metadata --device --variations),
+        do: assert(help =~ switch)
+
+    refute help =~ "--durable"
   end
 
   test "in a pipe: the host's lines and plain progress, every host option in its spelling" do

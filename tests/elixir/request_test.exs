@@ -195,6 +195,7 @@ defmodule StarweaveImage.RequestTest do
              width: 64,
              image: {:bin, image},
              strength: 0.8,
+             effort: :standard,
              num_images: 1,
              format: :png,
              quality: 90,

@@ -1,45 +1,50 @@
 defmodule Mix.Tasks.Image.Gen do
   @shortdoc "Generates an image from a text"
 
-  @switches [
-    prompt: {:string, "TEXT", "what to draw; required"},
-    out: {:string, "FILE", "where to write it (default: image.png); several images are numbered"},
-    model: {:string, "MODEL", "a model's id, or a local folder in diffusers layout"},
-    width: {:integer, "PIXELS", "a multiple of 8 (default: the model's own)"},
-    height: {:integer, "PIXELS", "a multiple of 8 (default: the model's own)"},
-    steps: {:integer, "N", "denoise steps (default: the model's own)"},
-    guidance_scale:
-      {:float, "X", "how closely the prompt is followed (default: the model's own)"},
-    negative_prompt: {:string, "TEXT", "what the image should not show"},
-    seed: {:integer, "N", "the same seed gives the same image (default: a fresh one)"},
-    style: {:string, "TEXT", "added to the prompt after a comma"},
-    image: {:string, "FILE", "a picture to start from: PNG, JPEG or WebP"},
-    mask: {:string, "FILE", "where the picture may change: white in it, and of the same size"},
-    strength:
-      {:float, "X", "0 to 1, how far the picture may be left (default: 0.8; variations: 0.6)"},
-    scheduler:
-      {:string, "NAME", "such as `DPM++ 2M Karras` or `euler_a` (default: the model's own)"},
-    num_images: {:integer, "N", "1 to 16 images, with consecutive seeds (default: 1)"},
-    variations: {:integer, "N", "N variations of `--image`, or else of the prompt"},
-    variation_strength:
-      {:float, "X", "0 to 1, how far variations of the prompt go from the picture of `--seed`"},
-    variation_seed:
-      {:integer, "N",
-       "where the first of them goes to, the others to N + 1 … (default: `--seed`)"},
-    format: {:string, "FORMAT", "`png`, `jpeg` or `webp` (default: what `--out` ends in)"},
-    quality: {:integer, "N", "1 to 100, for JPEG and WebP (default: 90)"},
-    preview:
-      {:boolean, nil,
-       "show how the image forms in a file beside `--out`, such as `image.preview.jpg`, removed at the end"},
-    metadata: {:boolean, nil, "`--no-metadata` leaves the parameters out of the file"},
-    timeout: {:integer, "SECONDS", "give up after so long, loading included (default: 3600)"},
-    device: {:string, "DEVICE", "`auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`"},
-    dtype: {:string, "TYPE", "`auto`, `float32`, `bfloat16` or `float16`"},
-    list_models: {:boolean, nil, "list the models instead, and generate nothing"},
-    quiet: {:boolean, nil, "say nothing but errors"},
-    verbose: {:boolean, nil, "show the log of the Python process"},
-    host: {:string, "HOST", "accepted for compatibility and ignored: there is no server"},
-    port: {:integer, "PORT", "as `--host`"}
+  alias StarweaveImage.{Client, Config, Error, Image, Output, Request, Schema}
+  alias StarweaveImage.Mix.{CommandLine, Progress}
+
+  # The groups of a request's options that are about the picture are switches; here is what a command adds or means
+  # otherwise. The rest of them is for a service.
+  [{drawing, to_draw}, {starting, to_start}, {file, of_file} | _] = Schema.groups()
+  # One file for each switch.
+  to_start = Keyword.delete(to_start, :images)
+  [{_, processes}] = Enum.filter(Config.groups(), fn {title, _} -> title == "Processes" end)
+
+  @groups [
+    {drawing,
+     [prompt: {:string, "TEXT", "what to draw; required"}] ++
+       Keyword.replace!(
+         CommandLine.switches(to_draw),
+         :model,
+         {:string, "MODEL", "a model's id, or a local folder in diffusers layout"}
+       )},
+    {starting,
+     CommandLine.switches(to_start) ++
+       [variations: {:integer, "N", "N variations of `--image`, or else of the prompt"}]},
+    {file,
+     [
+       out:
+         {:string, "FILE", "where to write it (default: image.png); several images are numbered"}
+     ] ++
+       Keyword.merge(CommandLine.switches(of_file),
+         format: {:string, "FORMAT", "`png`, `jpeg` or `webp` (default: what `--out` ends in)"},
+         preview:
+           {:boolean, nil,
+            "show how the image forms in a file beside `--out`, such as `image.preview.jpg`, removed at the end"}
+       )},
+    {"How it runs",
+     CommandLine.switches(Keyword.take(processes, [:device, :dtype])) ++
+       [
+         timeout:
+           {:integer, "SECONDS", "give up after so long, loading included (default: 3600)"},
+         list_models: {:boolean, nil, "list the models instead, and generate nothing"},
+         help: {:boolean, nil, "show this"},
+         quiet: {:boolean, nil, "say nothing but errors"},
+         verbose: {:boolean, nil, "show the log of the Python process"},
+         host: {:string, "HOST", "accepted for compatibility and ignored: there is no server"},
+         port: {:integer, "PORT", "as `--host`"}
+       ]}
   ]
 
   @moduledoc """
@@ -62,7 +67,7 @@ defmodule Mix.Tasks.Image.Gen do
 
   Names may be written with `-` or `_`. A value that begins with `-` is written `--prompt=-text`.
 
-  #{Enum.map_join(@switches, "\n", fn {name, {_type, value, doc}} -> "  * `--#{name}#{value && " " <> value}` - #{doc}" end)}
+  #{CommandLine.docs(@groups)}
 
   ## Exit codes
 
@@ -80,9 +85,6 @@ defmodule Mix.Tasks.Image.Gen do
 
   use Mix.Task
 
-  alias StarweaveImage.{Client, Error, Image, Options, Output, Request}
-  alias StarweaveImage.Mix.CommandLine
-
   @failed 1
   @usage 2
   @unavailable 3
@@ -92,22 +94,7 @@ defmodule Mix.Tasks.Image.Gen do
     unavailable: @unavailable,
     disabled: @unavailable
   }
-  @signals [sighup: 129, sigterm: 143]
-  # How long the end of the VM waits for ours, which stops Python first.
-  @signal_grace_ms 9_000
-
-  @not_in_request [
-    :prompt,
-    :out,
-    :variations,
-    :list_models,
-    :quiet,
-    :verbose,
-    :host,
-    :port,
-    :device,
-    :dtype
-  ]
+  @request Keyword.keys(to_draw ++ to_start ++ of_file)
   # One byte more than a picture may have, so that a larger one is seen to be too large.
   @most_read 12 * 1024 * 1024 + 1
   @default_timeout_s 3_600
@@ -118,75 +105,46 @@ defmodule Mix.Tasks.Image.Gen do
   def run(argv), do: CommandLine.run(argv, &generate/1)
 
   defp generate(argv) do
-    with {:ok, opts} <- parse(argv),
-         {:ok, job} <- job(opts) do
+    case parse(argv) do
+      {:ok, %{help: true}} -> Mix.Task.run("help", ["image.gen"])
+      {:ok, opts} -> generate_with(opts)
+      error -> ended(error)
+    end
+  end
+
+  defp generate_with(opts) do
+    with {:ok, job} <- job(opts) do
       # What is said would stand in the picture.
       opts = if Output.stdout?(opts[:out] || ""), do: Map.put(opts, :quiet, true), else: opts
       Mix.Task.run("app.start")
       unless opts[:verbose], do: Logger.configure(level: :warning)
-      trap_signals(fn -> with_instance(job, opts, &perform(job, &1, opts)) end)
+      CommandLine.trap_signals(fn -> with_instance(job, opts, &perform(job, &1, opts)) end)
     end
-    |> case do
-      :ok ->
-        :ok
+    |> ended()
+  end
 
-      {:error, %Error{} = error} ->
-        CommandLine.complain("[image.gen] Error: #{error.message}")
-        exit({:shutdown, Map.get(@exit_codes, error.kind, @failed)})
+  defp ended(:ok), do: :ok
+  defp ended({:signal, code}), do: exit({:shutdown, code})
 
-      {:signal, code} ->
-        exit({:shutdown, code})
-    end
+  defp ended({:error, %Error{} = error}) do
+    CommandLine.complain("[image.gen] Error: #{error.message}")
+    exit({:shutdown, Map.get(@exit_codes, error.kind, @failed)})
   end
 
   ## The command line
 
   defp parse(argv) do
-    switches = for {name, {type, _value, _doc}} <- @switches, do: {name, type}
+    case CommandLine.parse(argv, @groups, "image.gen") do
+      {:ok, opts, []} ->
+        {:ok, opts}
 
-    {opts, rest, invalid} =
-      argv |> Enum.map(&hyphenated/1) |> OptionParser.parse(strict: switches)
+      {:ok, _opts, [text | _]} ->
+        usage("unexpected #{inspect(text)}: put the text of --prompt in quotes")
 
-    case {invalid, rest} do
-      {[], []} -> {:ok, Map.new(opts)}
-      {[{name, value} | _], _} -> usage(wrong_option(name, value))
-      {[], [text | _]} -> usage("unexpected #{inspect(text)}: put the text of --prompt in quotes")
+      {:error, sentence} ->
+        usage(sentence)
     end
   end
-
-  # OptionParser knows the spelling with hyphens only, and takes the other for an unknown option.
-  defp hyphenated("--" <> option) do
-    [name | value] = String.split(option, "=", parts: 2)
-    Enum.join(["--" <> String.replace(name, "_", "-") | value], "=")
-  end
-
-  defp hyphenated(argument), do: argument
-
-  defp wrong_option(name, value) do
-    key = name |> String.trim_leading("-") |> String.replace_prefix("no-", "")
-
-    case Enum.find(@switches, fn {known, _} -> option(known) == "--" <> key end) do
-      nil ->
-        known = for {name, _} <- @switches, do: String.trim_leading(option(name), "-")
-
-        case Options.nearest(key, known) do
-          nil -> "unknown option #{name}, see `mix help image.gen`"
-          near -> "unknown option #{name}, did you mean --#{near}?"
-        end
-
-      {_known, {:boolean, _, _}} ->
-        "#{name} takes no value"
-
-      {_known, {_type, what, _}} when value == nil ->
-        "#{name} needs a value (#{what})"
-
-      {_known, {type, _, _}} ->
-        kind = if type == :integer, do: "an integer", else: "a number"
-        "#{name} must be #{kind}, got #{inspect(value)}"
-    end
-  end
-
-  defp option(name), do: "--" <> String.replace(Atom.to_string(name), "_", "-")
 
   # What is to be done, checked as far as it can be before Python is started.
   defp job(%{list_models: true} = opts) do
@@ -202,7 +160,7 @@ defmodule Mix.Tasks.Image.Gen do
          {:ok, timeout} <- timeout(opts),
          {:ok, opts} <- variations(opts),
          {:ok, files} <- files(opts),
-         request = opts |> Map.drop(@not_in_request) |> Map.merge(files),
+         request = opts |> Map.take(@request) |> Map.merge(files),
          request = Map.merge(request, %{format: format, timeout: timeout, model: instance.model}),
          {:ok, _} <- Request.new(prompt, request),
          count = Map.get(request, :num_images, 1),
@@ -236,35 +194,17 @@ defmodule Mix.Tasks.Image.Gen do
   defp files(opts) do
     Enum.reduce_while([:image, :mask], {:ok, %{}}, fn name, {:ok, files} ->
       with path when path != nil <- opts[name],
-           {:ok, bytes} <- read(path) do
+           {:ok, bytes} <- CommandLine.read(path, @most_read) do
         {:cont, {:ok, Map.put(files, name, bytes)}}
       else
         nil ->
           {:cont, {:ok, files}}
 
         {:error, reason} ->
-          {:halt, usage("#{option(name)} cannot be read: #{:file.format_error(reason)}")}
+          {:halt,
+           usage("#{CommandLine.option(name)} cannot be read: #{:file.format_error(reason)}")}
       end
     end)
-  end
-
-  # Also of what has no end, such as a device; a pipe gives what it has, piece by piece.
-  defp read(path) do
-    with {:ok, file} <- :file.open(path, [:read, :raw, :binary]) do
-      result = read(file, @most_read, "")
-      _ = :file.close(file)
-      result
-    end
-  end
-
-  defp read(_file, 0, bytes), do: {:ok, bytes}
-
-  defp read(file, left, bytes) do
-    case :file.read(file, left) do
-      {:ok, more} -> read(file, left - byte_size(more), bytes <> more)
-      :eof -> {:ok, bytes}
-      error -> error
-    end
   end
 
   defp timeout(opts) do
@@ -276,21 +216,16 @@ defmodule Mix.Tasks.Image.Gen do
 
   # What an instance needs to be started with, and whether another than ours cannot do.
   defp instance_options(opts) do
-    with :ok <- one_of(opts, :device, ~r/\A(auto|cpu|cuda(:\d+)?|mps|xpu)\z/),
-         :ok <- one_of(opts, :dtype, ~r/\A(auto|float32|bfloat16|float16)\z/),
+    start = Map.to_list(Map.take(opts, [:device, :dtype]))
+
+    with {:ok, _checked} <- sidecar(start),
          {:ok, model, entries, folder?} <- model(opts[:model]) do
-      start = Map.to_list(Map.take(opts, [:device, :dtype]))
       {:ok, %{model: model, models: entries, start: start, own?: folder? or start != []}}
     end
   end
 
-  defp one_of(opts, name, allowed) do
-    if Regex.match?(allowed, Map.get(opts, name, "auto")) do
-      :ok
-    else
-      {_type, _value, doc} = @switches[name]
-      usage("#{option(name)} must be #{String.replace(doc, "`", "")}, got #{inspect(opts[name])}")
-    end
+  defp sidecar(options) do
+    with {:error, _field, message} <- Config.sidecar(options), do: usage("--" <> message)
   end
 
   defp model(nil), do: {:ok, nil, [], false}
@@ -368,47 +303,14 @@ defmodule Mix.Tasks.Image.Gen do
       do: say(opts, "Note: --host and --port are ignored, no server is needed")
   end
 
-  # A signal becomes a message. Its handler waits, since the VM's own reaction comes after it: for
-  # SIGTERM a stop, which does not know the exit code and would not end Python before the port.
-  defp trap_signals(fun) do
-    main = self()
-
-    ids =
-      for {signal, code} <- @signals,
-          {:ok, id} <- [
-            System.trap_signal(signal, fn ->
-              send(main, {:signal, code})
-              Process.sleep(@signal_grace_ms)
-              :ok
-            end)
-          ],
-          do: {signal, id}
-
-    case fun.() do
-      {:signal, code} ->
-        {:signal, code}
-
-      result ->
-        # One that came too late for the work: its handler waits all the same, and could not be taken back.
-        receive do
-          {:signal, code} -> {:signal, code}
-        after
-          0 ->
-            Enum.each(ids, fn {signal, id} -> System.untrap_signal(signal, id) end)
-            result
-        end
-    end
-  end
-
   ## The work
 
   defp perform(_job, instance, %{list_models: true} = opts) do
-    bar = new_bar(opts)
     # In a pipe there is to be the table alone.
-    bar = if bar.mode == :plain, do: %{bar | mode: :silent}, else: bar
-    bar = show(bar, {:phase, "Starting Python"})
+    bar = Progress.new(quiet: opts[:quiet] == true, plain: false)
+    bar = Progress.show(bar, {:phase, "Starting Python"})
     result = await_start(instance, now() + @start_timeout_ms, bar)
-    clear(bar)
+    Progress.clear(bar)
 
     with :ok <- result,
          models when is_list(models) <- StarweaveImage.models(instance: instance),
@@ -429,7 +331,8 @@ defmodule Mix.Tasks.Image.Gen do
 
       images = length(job.files.paths)
       preview = job.files.preview
-      bar = show(%{new_bar(opts) | preview: preview}, {:phase, phase})
+      bar = Progress.new(quiet: opts[:quiet] == true, preview: preview)
+      bar = Progress.show(bar, {:phase, phase})
 
       try do
         with {:ok, images} <- receive_images({id, instance, monitor}, images, bar, []),
@@ -441,7 +344,7 @@ defmodule Mix.Tasks.Image.Gen do
   end
 
   defp receive_images(_request, 0, bar, images) do
-    clear(bar)
+    Progress.clear(bar)
     {:ok, Enum.reverse(images)}
   end
 
@@ -451,23 +354,23 @@ defmodule Mix.Tasks.Image.Gen do
         receive_images(request, left - 1, bar, [image | images])
 
       {:starweave_image, ^id, {:error, error}} ->
-        clear(bar)
+        Progress.clear(bar)
         {:error, error}
 
       {:starweave_image, ^id, event} ->
-        receive_images(request, left, show(bar, event), images)
+        receive_images(request, left, Progress.show(bar, event), images)
 
       {:DOWN, ^monitor, _, _, _} ->
-        clear(bar)
+        Progress.clear(bar)
         {:error, Error.new(:internal, "image generation ended unexpectedly")}
 
       {:signal, code} ->
-        clear(bar)
+        Progress.clear(bar)
         # Else the end of Python would wait for the request.
         _ = StarweaveImage.cancel(id, instance: instance)
         {:signal, code}
     after
-      @tick_ms -> receive_images(request, left, redraw(bar), images)
+      @tick_ms -> receive_images(request, left, Progress.redraw(bar), images)
     end
   end
 
@@ -480,7 +383,7 @@ defmodule Mix.Tasks.Image.Gen do
         case StarweaveImage.await_ready(@tick_ms, instance: instance) do
           {:error, %Error{kind: :timeout}} ->
             if now() < deadline,
-              do: await_start(instance, deadline, redraw(bar)),
+              do: await_start(instance, deadline, Progress.redraw(bar)),
               else: {:error, Error.new(:unavailable, "Python did not start in time")}
 
           settled ->
@@ -547,130 +450,6 @@ defmodule Mix.Tasks.Image.Gen do
       |> Enum.zip(widths)
       |> Enum.map_join("  ", fn {cell, width} -> String.pad_trailing(cell, width) end)
       |> String.trim_trailing()
-    end
-  end
-
-  ## Progress: one line that is drawn over on a terminal, a few plain lines elsewhere
-
-  defp new_bar(opts) do
-    mode =
-      cond do
-        opts[:quiet] -> :silent
-        IO.ANSI.enabled?() -> :terminal
-        true -> :plain
-      end
-
-    %{
-      mode: mode,
-      text: nil,
-      detail: nil,
-      since: now(),
-      drawn: nil,
-      preview: nil,
-      previewed?: false
-    }
-  end
-
-  defp show(bar, {:phase, text}), do: change(bar, text, nil)
-
-  defp show(bar, {:queued, %{attempt: attempt}}) when attempt > 1,
-    do: change(bar, "Python ended, starting it again", nil)
-
-  defp show(bar, {:queued, %{position: 1}}), do: bar
-
-  defp show(bar, {:queued, %{position: n}}),
-    do: change(bar, "Waiting, number #{n} in the queue", nil)
-
-  defp show(bar, {:progress, %{phase: :loading}}), do: change(bar, "Loading the model", nil)
-
-  defp show(bar, {:progress, %{phase: :denoising} = progress}) do
-    text =
-      if progress.num_images > 1,
-        do: "Denoising image #{progress.image + 1} of #{progress.num_images}",
-        else: "Denoising"
-
-    change(bar, text, progress)
-  end
-
-  defp show(bar, {:progress, %{phase: phase}}),
-    do: change(bar, phase |> Atom.to_string() |> String.capitalize(), nil)
-
-  defp show(bar, {:preview, preview}) do
-    # One that cannot be written is no reason to stop: the image may yet be.
-    case Output.write(bar.preview, preview.data) do
-      :ok -> announce_preview(bar)
-      {:error, _reason} -> bar
-    end
-  end
-
-  defp show(bar, _event), do: bar
-
-  defp announce_preview(%{previewed?: false, mode: mode} = bar) when mode != :silent do
-    clear(bar)
-    Mix.shell().info("[image.gen] Preview in #{bar.preview}, until the end")
-    # The bar of a terminal was cleared for that line, a plain line stands.
-    redraw(%{bar | previewed?: true, drawn: if(mode == :plain, do: bar.drawn)})
-  end
-
-  defp announce_preview(bar), do: bar
-
-  defp change(bar, text, detail) do
-    bar = if bar.text == text, do: bar, else: %{bar | text: text, since: now()}
-    redraw(%{bar | detail: detail})
-  end
-
-  defp redraw(%{mode: :silent} = bar), do: bar
-
-  defp redraw(bar) do
-    line = if bar.mode == :terminal, do: bar_line(bar), else: plain_line(bar)
-
-    if line == bar.drawn do
-      bar
-    else
-      if bar.mode == :terminal,
-        do: IO.write(["\r\e[K", line]),
-        else: Mix.shell().info("[image.gen] " <> line)
-
-      %{bar | drawn: line}
-    end
-  end
-
-  defp clear(%{mode: :terminal}), do: IO.write("\r\e[K")
-  defp clear(_bar), do: :ok
-
-  defp bar_line(%{detail: nil} = bar) do
-    seconds = div(now() - bar.since, 1_000)
-    fit(if seconds > 0, do: "#{bar.text}... #{seconds} s", else: "#{bar.text}...")
-  end
-
-  defp bar_line(%{detail: %{step: step, steps: steps} = progress} = bar) do
-    eta = if progress.eta_ms, do: " #{seconds(progress.eta_ms)} left", else: ""
-    tail = " #{step}/#{steps}#{eta}"
-    width = min(columns() - String.length(bar.text <> tail) - 4, 40)
-    filled = if width > 4, do: div(width * step, max(steps, 1)), else: 0
-
-    if width > 4,
-      do:
-        "#{bar.text} [#{String.duplicate("#", filled)}#{String.duplicate(".", width - filled)}]#{tail}",
-      else: fit(bar.text <> tail)
-  end
-
-  # At most ten lines of steps for an image, however many steps it has.
-  defp plain_line(%{detail: nil} = bar), do: bar.text <> "..."
-
-  defp plain_line(%{detail: %{step: step, steps: steps}} = bar) do
-    tenth = div(step * 10, max(steps, 1))
-    shown = div(tenth * steps + 9, 10)
-    "#{bar.text}, step #{shown}/#{steps}"
-  end
-
-  defp seconds(ms), do: "#{div(ms + 999, 1_000)} s"
-  defp fit(line), do: String.slice(line, 0, max(columns() - 1, 10))
-
-  defp columns do
-    case :io.columns() do
-      {:ok, columns} -> columns
-      {:error, _} -> 80
     end
   end
 

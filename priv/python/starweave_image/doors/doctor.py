@@ -7,7 +7,7 @@ import platform
 import sys
 from typing import Any
 
-from .. import __version__, paths
+from .. import __version__, paths, schema
 from ..errors import ImageError, missing_package
 
 _PACKAGES = (
@@ -27,9 +27,8 @@ _PACKAGES = (
 _EMBEDDED = "starweave/tiny"
 
 
-def examine(**config: str) -> dict[str, Any]:
-    """A report, as JSON has it, on an engine of this configuration; `problems` are sentences, and none means that images
-    can be made."""
+def examine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+    """A report that can be written as JSON; `problems` are sentences, and none means that images can be made."""
     packages = {name: _version(name) for name in _PACKAGES}
     report: dict[str, Any] = {
         "starweave_image": __version__,
@@ -50,7 +49,7 @@ def examine(**config: str) -> dict[str, Any]:
         report["problems"].append("Run mix image.setup, or pip install starweave-image.")
         return report
     try:
-        _ask_engine(report, config)
+        _ask_engine(report, device, dtype)
     except ImageError as error:
         report["problems"].append(error.message)
     except ImportError as error:
@@ -86,15 +85,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _ask_engine(report: dict[str, Any], given: dict[str, str]) -> None:
+def _ask_engine(report: dict[str, Any], device: str, dtype: str) -> None:
     import diffusers  # noqa: F401
     import transformers  # noqa: F401
 
-    from .. import schema
     from ..device import devices
     from ..engine.engine import Engine
 
-    config = schema.read(schema.Config, given)
+    config = schema.read(schema.Config, {"device": device, "dtype": dtype})
     choice = devices.choose(config)
     report["device"], report["device_name"] = choice.device.id, choice.device.name
     report["dtype"], report["reason"] = choice.dtype, choice.reason

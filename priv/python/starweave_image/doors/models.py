@@ -21,8 +21,9 @@ from ..weights.catalog import ModelCard, shipped
 from ..weights.disk import Snapshot
 from ..weights.find import cached, embedded_folder
 from ..weights.hub import File, Plan, shown_bytes
-from . import exits
-from .command_line import print_over
+from .command_line import FAILED, INTERRUPTED, exit_code, print_over
+
+CONSENT = 3
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", 1)}
@@ -50,15 +51,15 @@ def run(args: argparse.Namespace) -> int:
     except ImageError as error:
         print_over("")
         print(f"starweave-image: {error.message}", file=sys.stderr)
-        return exits.code_of(error.kind)
+        return exit_code(error)
     except KeyboardInterrupt:
-        return exits.INTERRUPTED
+        return INTERRUPTED
 
 
 def _end_with_input() -> None:
     while os.read(0, 4096):
         pass
-    os._exit(exits.INTERRUPTED)
+    os._exit(INTERRUPTED)
 
 
 # list
@@ -69,7 +70,7 @@ def _list(args: argparse.Namespace) -> int:
     rows = [*_packaged(), *map(_own, args.local), *map(_cached, reversed(snapshots))]
     if args.json:
         print(msgspec.json.encode(rows).decode())
-        return exits.OK
+        return 0
     table = [("ID", "REVISION", "SIZE", "LAST USE", "STATE", "LICENCE")]
     for row in rows:
         state = row["state"] + (", in use" if row["in_use"] else "")
@@ -81,7 +82,7 @@ def _list(args: argparse.Namespace) -> int:
     started = disk.partials(snapshots)
     total = f"{shown_bytes(disk.taken(snapshots))} in the cache"
     print(f"{total}, and {shown_bytes(sum(started.values()))} of broken downloads" if started else total)
-    return exits.OK
+    return 0
 
 
 def _row(id: str, state: str, folder: Path, card: ModelCard | None, **fields: Any) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def _pull(args: argparse.Namespace) -> int:
     card = disk.known(args.model)
     if card is not None and card.source == "embedded":
         print(f"{card.id} is part of the package")
-        return exits.OK
+        return 0
     repository = card.source if card else args.model
     revision = args.revision or (card.revision if card else None)
     if is_offline_mode():
@@ -147,14 +148,14 @@ def _pull(args: argparse.Namespace) -> int:
     if not args.shown:
         _show(plan, card)
     if args.dry_run:
-        return exits.CONSENT if plan.missing else exits.OK
+        return CONSENT if plan.missing else 0
     if plan.missing and not args.yes and not _agreed(plan):
-        return exits.CONSENT
+        return CONSENT
     # Also where nothing is missing: what was asked for may mean another commit than before.
     folder = hub.fetch(plan, report=_Progress(plan).report)
     print_over("")
     print(f"{plan.repository} is here, revision {folder.name}")
-    return exits.OK
+    return 0
 
 
 def _pull_offline(repository: str, revision: str | None) -> int:
@@ -163,7 +164,7 @@ def _pull_offline(repository: str, revision: str | None) -> int:
         print(
             f"{repository} is here, revision {source.revision}; offline mode forbids to look for a newer one"
         )
-        return exits.OK
+        return 0
     part = "the rest of it" if disk.snapshots(repository, revision) else "it"
     raise ImageError(
         "model_load_failed", f"{repository} is not all here, and offline mode forbids to fetch {part}"
@@ -244,7 +245,7 @@ def _verify(args: argparse.Namespace) -> int:
         elif not damages:
             print(f"{name}: intact")
         intact = intact and not bad and (snapshot.complete or args.repair)
-    return exits.OK if intact else exits.FAILED
+    return 0 if intact else FAILED
 
 
 def _accept(args: argparse.Namespace) -> int:
@@ -253,7 +254,7 @@ def _accept(args: argparse.Namespace) -> int:
         raise ImageError("invalid_request", "accept takes a folder that exists", "folder")
     count = integrity.forget(folder)
     print(f"{count} weight files of {folder.name} are taken as they are when they are next loaded")
-    return exits.OK
+    return 0
 
 
 def _chosen(args: argparse.Namespace) -> list[Snapshot]:
@@ -272,7 +273,7 @@ def _remove(args: argparse.Namespace) -> int:
     for snapshot in _chosen(args):
         disk.remove(snapshot)
         print(f"Deleted {snapshot.repository} {snapshot.revision[:12]}")
-    return exits.OK
+    return 0
 
 
 def _prune(args: argparse.Namespace) -> int:
@@ -287,8 +288,8 @@ def _prune(args: argparse.Namespace) -> int:
     print(f"{shown_bytes(pruning.before)} before, {shown_bytes(pruning.after)} after")
     if pruning.after > quota:
         print("starweave-image: more than the quota stays, in use or to be kept", file=sys.stderr)
-        return exits.FAILED
-    return exits.OK
+        return FAILED
+    return 0
 
 
 def _size(text: str) -> int:
