@@ -1,4 +1,5 @@
-"""Writes requests.jsonl, frames.jsonl, outputs.jsonl and schema.json; with --check only says whether they are up to date.
+"""Writes requests.jsonl, frames.jsonl, outputs.jsonl, schema.json and the tables of docs/protocol.md that come from the
+schema; with --check only says whether they are up to date.
 
 The cases stand here because here they can be read in rows; the suites read the files alone.
 """
@@ -11,10 +12,7 @@ import sys
 from typing import Any
 
 from contract import HERE, expand, frame, pack
-
-sys.path.insert(0, str(HERE.parents[1] / "priv" / "python"))
-
-from starweave_image import schema  # noqa: E402
+from derived import PROTOCOL, REQUEST, schema_json, with_tables
 
 Json = Any
 
@@ -62,24 +60,8 @@ def bad(field: str, name: str, value: Json, message: str | None = None, **others
     case(f"{field}: {name}", expect, **others, **{field: value})
 
 
-INTEGERS = {
-    "width": (64, 4096),
-    "height": (64, 4096),
-    "steps": (1, 200),
-    "seed": (-1, 2**63 - 1),
-    "variation_seed": (0, 2**63 - 1),
-    "num_images": (1, 16),
-    "quality": (1, 100),
-    "timeout_ms": (1, 86_400_000),
-}
-NUMBERS = {"guidance_scale": (0, 50), "strength": (0, 1), "variation_strength": (0, 1)}
-ALLOWED = {
-    **{name: f"an integer from {low} to {high}" for name, (low, high) in INTEGERS.items()},
-    **{name: f"a number from {low} to {high}" for name, (low, high) in NUMBERS.items()},
-    **dict.fromkeys(("width", "height"), "a multiple of 8 from 64 to 4096"),
-    "seed": "an integer from -1 to 2^63 - 1",
-    "variation_seed": "an integer from 0 to 2^63 - 1",
-}
+INTEGERS = {name: field.bounds for name, field in REQUEST.items() if field.type == "integer"}
+NUMBERS = {name: field.bounds for name, field in REQUEST.items() if field.type == "number"}
 
 
 def told(field: str, value: Json) -> str | None:
@@ -89,15 +71,21 @@ def told(field: str, value: Json) -> str | None:
     if isinstance(value, float) and abs(value) >= 1e15:
         return None
     shown = "a list" if isinstance(value, list) else "a map" if isinstance(value, dict) else json.dumps(value)
-    return f"{field} must be {ALLOWED[field]}, got {shown}"
+    return f"{field} must be {REQUEST[field].must_be}, got {shown}"
 
 
 # What a field is refused without.
 NEEDS = {"variation_seed": {"variation_strength": 0.5}}
-TEXTS = {"prompt": 8192, "negative_prompt": 8192, "style": 256}
-NAMES = ("model", "scheduler", "format", "id")
-BOOLEANS = ("metadata", "reproducible", "preview")
-IMAGES = ("image", "mask")
+TEXTS = {
+    name: field.bounds["max_bytes"] for name, field in REQUEST.items() if field.type in ("prompt", "text")
+}
+NAMES = tuple(
+    name
+    for name, field in REQUEST.items()
+    if field.type in ("id", "model_id", "scheduler", "one_of") and name not in ("effort", "task")
+)
+BOOLEANS = tuple(name for name, field in REQUEST.items() if field.type == "boolean")
+IMAGES = tuple(name for name, field in REQUEST.items() if field.type == "image")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PNG_1X1 = base64.b64decode(
@@ -228,8 +216,8 @@ for others in ({}, {"mask": data(PNG_1X1)}):
 
 # Limits: below, at and above each.
 
-for field, (low, high) in INTEGERS.items():
-    step = 8 if field in ("width", "height") else 1
+for field, bounds in INTEGERS.items():
+    low, high, step = bounds["min"], bounds["max"], bounds.get("multiple_of", 1)
     good(f"{field}: {low}, the least", **{field: low}, **NEEDS.get(field, {}))
     good(f"{field}: {low + step}, above the least", **{field: low + step}, **NEEDS.get(field, {}))
     good(f"{field}: {high - step}, below the most", **{field: high - step}, **NEEDS.get(field, {}))
@@ -251,7 +239,8 @@ for value in (0, 1, 42, 2**31 - 1, 2**31, 2**32, 2**53 + 1):
 bad("seed", "minus two", -2, message="seed must be an integer from -1 to 2^63 - 1, got -2")
 bad("seed", "least 32-bit integer", -(2**31))
 
-for field, (low, high) in NUMBERS.items():
+for field, bounds in NUMBERS.items():
+    low, high = bounds["min"], bounds["max"]
     for value in (low, float(low), -0.0, 5e-324, 0.5, high, float(high)):
         good(f"{field}: {value!r}", **{field: value})
     for value in (-5e-324, -0.01, -1, -1.0, high + 1e-9, high + 1, 1e308, -1e308, 2**63, -(2**63)):
@@ -1314,39 +1303,25 @@ written(
 )
 
 
-# schema.json
-
-
-def described(field: schema.Field) -> Json:
-    default = {} if field.default is None else {"default": field.default}
-    required = {"required": True} if field.required else {}
-    return {"type": field.type, **field.bounds, "must_be": field.must_be, **default, **required}
-
-
-fields = {
-    name: {field.name: described(field) for field in schema.fields(kind)}
-    for name, kind in (("request", schema.Request), ("config", schema.Config))
-}
-
-
 def main() -> int:
-    files = {"schema.json": json.dumps(fields, indent=2, ensure_ascii=False) + "\n"}
+    files = {
+        HERE / "schema.json": schema_json(),
+        PROTOCOL: with_tables(PROTOCOL.read_text(encoding="utf-8")),
+    }
     for name, cases in (("requests.jsonl", requests), ("frames.jsonl", frames), ("outputs.jsonl", outputs)):
         names = [case["name"] for case in cases]
         assert len(set(names)) == len(names), [name for name in names if names.count(name) > 1]
-        files[name] = "".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases)
+        files[HERE / name] = "".join(json.dumps(case, ensure_ascii=False) + "\n" for case in cases)
     stale = [
-        name
-        for name, text in files.items()
-        if not (path := HERE / name).exists() or path.read_text(encoding="utf-8") != text
+        path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
     if sys.argv[1:] != ["--check"]:
-        for name in stale:
-            (HERE / name).write_text(files[name], encoding="utf-8")
-            print(f"{name} is written")
+        for path in stale:
+            path.write_text(files[path], encoding="utf-8")
+            print(f"{path.name} is written")
         return 0
     if stale:
-        print("run tests/contract/generate.py, it changes " + " and ".join(stale))
+        print("run tests/contract/generate.py, it changes " + " and ".join(path.name for path in stale))
     return len(stale)
 
 

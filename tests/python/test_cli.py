@@ -74,6 +74,8 @@ def test_several_images_are_numbered(tracked: Tracked, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--width", "250"], "width must be a multiple of 8 from 64 to 4096, got 250"),
+        (["--width", "wide"], 'width must be a multiple of 8 from 64 to 4096, got "wide"'),
+        (["--effort", "some"], 'effort must be one of draft, standard, high, got "some"'),
         (["--device", "abacus"], 'device must be one of auto, cpu, cuda, cuda:N, mps, xpu, got "abacus"'),
         (["--image", "nothing.png"], "image cannot be read: No such file or directory"),
         (["--out", "nowhere/image.png"], "out must be in a folder that exists, got nowhere/image.png"),

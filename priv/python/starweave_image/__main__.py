@@ -9,23 +9,8 @@ import sys
 from typing import NoReturn
 
 from . import paths
-from .doors import streams
+from .doors import exits, streams
 from .errors import missing_package
-
-FAILED = 1
-USAGE = 2
-PORT_USAGE = 64
-UNAVAILABLE = 69
-
-_EXIT_CODES = """\
-exit codes:
-  0    done
-  1    the image could not be made, or something is missing or damaged
-  2    wrong arguments
-  3    nothing was fetched without consent
-  69   a Python package is missing or cannot be imported
-  130  interrupted
-"""
 
 
 def main() -> NoReturn:
@@ -42,23 +27,23 @@ def main() -> NoReturn:
 def _main(argv: list[str]) -> int:
     paths.settle()
     try:
-        args = _parser().parse_args(argv)
+        args = _parser(argv[:1]).parse_args(argv)
+        code: int = args.run(args)
     except SystemExit as exit:
         wrong = exit.code not in (None, 0)
-        return 0 if not wrong else PORT_USAGE if argv[:1] == ["port"] else USAGE
-    try:
-        code: int = args.run(args)
+        code = exits.OK if not wrong else exits.PORT_USAGE if argv[:1] == ["port"] else exits.USAGE
     except ImportError as error:
         print(f"starweave-image: {missing_package(error)}", file=sys.stderr)
-        code = UNAVAILABLE
+        code = exits.UNAVAILABLE
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: list[str]) -> argparse.ArgumentParser:
+    """The parser of all commands, with the switches of this one: to make those may need packages that others do without."""
     parser = argparse.ArgumentParser(
         prog="starweave-image",
         description="Make images with diffusion models.",
-        epilog=_EXIT_CODES,
+        epilog="exit codes:\n" + "".join(f"  {code:<4} {why}\n" for code, why in exits.COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -69,47 +54,24 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--out", default="image.png", help="file to write; several images are numbered (default: %(default)s)"
     )
-    for name, kind in (
-        ("--model", str),
-        ("--negative-prompt", str),
-        ("--width", int),
-        ("--height", int),
-        ("--steps", int),
-        ("--guidance-scale", float),
-        ("--seed", int),
-        ("--num-images", int),
-        ("--scheduler", str),
-        ("--style", str),
-        ("--quality", int),
-        ("--strength", float),
-        ("--variation-strength", float),
-        ("--variation-seed", int),
-    ):
-        generate.add_argument(name, type=kind)
-    generate.add_argument("--image", metavar="FILE", help="picture to start from")
-    generate.add_argument("--mask", metavar="FILE", help="where the picture may change: white in it")
-    generate.add_argument("--format", help="png, jpeg or webp (default: what --out ends in)")
-    generate.add_argument("--no-metadata", dest="metadata", action="store_false", default=None)
-    generate.add_argument(
-        "--preview",
-        action="store_true",
-        default=None,
-        help="show how the image forms in a file beside --out, such as image.preview.jpg, removed at the end",
-    )
-    _add_engine_options(generate)
+    if command == ["generate"]:
+        from .doors import switches
+
+        switches.add(generate, switches.REQUEST, _HELPS)
 
     models = commands.add_parser(
         "models", help="list the models that can be used, or manage those on the disk"
     )
     models.set_defaults(run=_models)
     models.add_argument("--json", action="store_true")
-    _add_engine_options(models)
     _add_models_commands(models)
 
     doctor = commands.add_parser("doctor", help="report what is installed and what is missing")
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true")
-    _add_engine_options(doctor)
+
+    for parser_of_engine in (generate, models, doctor):
+        _add_engine_switches(parser_of_engine)
 
     port = commands.add_parser("port", help="serve an Elixir application on descriptors 3 and 4")
     port.set_defaults(run=_port)
@@ -118,9 +80,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_engine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps or xpu")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+# What the fields of the schema are for on a command line.
+_HELPS = {
+    "format": "of the file: png, jpeg or webp (default: what --out ends in)",
+    "preview": "show how the image forms in a file beside --out, such as image.preview.jpg, removed at the end",
+    "model": "id or alias of a model, or a folder of your own (default: starweave/tiny)",
+}
+
+
+def _add_engine_switches(parser: argparse.ArgumentParser) -> None:
+    try:
+        from .doors import switches
+    except ImportError:
+        # `doctor` will say which package is missing, whatever it was asked.
+        for name in ("--device", "--dtype"):
+            parser.add_argument(name)
+    else:
+        switches.add(parser, switches.ENGINE)
 
 
 def _add_models_commands(models: argparse.ArgumentParser) -> None:
@@ -188,7 +164,7 @@ def _port(args: argparse.Namespace) -> int:
         process.prepare(args.log_socket)
     except process.NotAPort as error:
         print(f"starweave-image port: {error}", file=sys.stderr)
-        return PORT_USAGE
+        return exits.PORT_USAGE
     from .doors.port import Port
 
     return Port().run()
@@ -215,9 +191,10 @@ def _disk(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     from .doors import doctor
 
-    report = doctor.examine(args.device, args.dtype)
+    given = {"device": args.device, "dtype": args.dtype}
+    report = doctor.examine(**{name: value for name, value in given.items() if value is not None})
     print(json.dumps(report) if args.json else doctor.describe(report))
-    return FAILED if report["problems"] else 0
+    return exits.FAILED if report["problems"] else exits.OK
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ class Config(Struct, kw_only=True):
             max_length=1024,
             description="a list of at most 1024 maps with id, path, revision, sha256 and fallbacks",
         ),
-        says("the models that may be loaded besides those of the catalog that are here: see below"),
+        says("the models that may be loaded besides those of the catalog that are here"),
     ] = []
     default_model: Annotated[ModelId, says("for a request that names none")] = "starweave/tiny"
     device: Annotated[Device, says("what computes")] = "auto"
@@ -193,7 +193,7 @@ class Config(Struct, kw_only=True):
         Bytes,
         says("what models that left the device may take in main memory; without effect on a CPU"),
     ] = 0
-    disk_quota: Annotated[Bytes | None, says("what models may take in the hub's cache: see below")] = None
+    disk_quota: Annotated[Bytes | None, says("what models may take in the hub's cache")] = None
     max_models: Annotated[
         Annotated[int, Meta(ge=1, le=10_000)] | None,
         says("how many models may be in the hub's cache, likewise"),
@@ -218,7 +218,7 @@ class Config(Struct, kw_only=True):
         Literal["torch", "openvino"],
         says("what computes the denoiser; `openvino` needs its package, a CPU, and no `compile`"),
     ] = "torch"
-    heartbeat_interval_ms: Annotated[int, Meta(ge=50, le=10_000), says("between two heartbeats")] = 1000
+    heartbeat_interval_ms: Annotated[int, Meta(ge=50, le=10_000), says("time between two heartbeats")] = 1000
 
 
 class Request(Struct, kw_only=True):
@@ -228,19 +228,19 @@ class Request(Struct, kw_only=True):
     prompt: Annotated[Prompt, says("what the image shows")]
     negative_prompt: Annotated[str, Meta(max_length=_MAX_PROMPT), says("what the image should not show")] = ""
     model: Annotated[ModelId | None, says("`default_model` unless given")] = None
-    width: Annotated[Pixels | None, says("in pixels; the card has the default and narrower limits")] = None
-    height: Annotated[Pixels | None, says("in pixels, as `width`")] = None
+    width: Annotated[Pixels | None, says("pixels; the model has its own default and narrower limits")] = None
+    height: Annotated[Pixels | None, says("pixels, as `width`")] = None
     steps: Annotated[
         Annotated[int, Meta(ge=1, le=200)] | None,
-        says("denoise steps; the card has the default and narrower limits"),
+        says("denoise steps; the model has its own default and narrower limits"),
     ] = None
     effort: Annotated[
         Literal["draft", "standard", "high"],
-        says("how many steps where `steps` is not given: half, all or 1.6 times the card's default"),
+        says("how many steps unless `steps` says: half, all or 1.6 times the model's default"),
     ] = "standard"
     guidance_scale: Annotated[
         Annotated[float, Meta(ge=0, le=50)] | None,
-        says("how closely the prompt is followed; the card has the default and narrower limits"),
+        says("how closely the prompt is followed; the model has its own default and narrower limits"),
     ] = None
     seed: Annotated[
         Annotated[int, Meta(ge=-1, le=MAX_INT)] | None,
@@ -248,7 +248,7 @@ class Request(Struct, kw_only=True):
     ] = None
     variation_strength: Annotated[
         Annotated[float, Meta(ge=0, le=1)] | None,
-        says("how far to go from the picture of `seed` towards that of `variation_seed`: see below"),
+        says("how far to go from the picture of `seed` (0) towards that of `variation_seed` (1)"),
     ] = None
     variation_seed: Annotated[
         Annotated[int, Meta(ge=0, le=MAX_INT)] | None,
@@ -283,8 +283,8 @@ class Request(Struct, kw_only=True):
         says("in place of `image`: pictures to make one of, by a model whose task `edit` takes several"),
     ] = None
     mask: Annotated[EncodedImage | None, says("where `image` may change: white in it; needs `image`")] = None
-    format: Annotated[Literal["png", "jpeg", "webp"], says("of the file")] = "png"
-    quality: Annotated[int, Meta(ge=1, le=100), says("of a JPEG or WebP file")] = 90
+    format: Annotated[Literal["png", "jpeg", "webp"], says("format of the file")] = "png"
+    quality: Annotated[int, Meta(ge=1, le=100), says("how well a JPEG or WebP file keeps the image")] = 90
     metadata: Annotated[bool, says("write the parameters into the file")] = True
     reproducible: Annotated[
         bool, says("the same bytes for the same request, whatever else runs; slower in company")
@@ -292,7 +292,7 @@ class Request(Struct, kw_only=True):
     preview: Annotated[bool, says("show how the image forms")] = False
     timeout_ms: Annotated[
         Annotated[int, Meta(ge=1, le=86_400_000)] | None,
-        says("time left from the moment of reading; no end unless given"),
+        says("time left from the moment of reading; without end unless given"),
     ] = None
 
     def __post_init__(self) -> None:

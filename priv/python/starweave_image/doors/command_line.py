@@ -8,50 +8,16 @@ import queue
 import re
 import sys
 from contextlib import suppress
-from typing import Any
 
 import msgspec
 
 from .. import schema
-from ..errors import ImageError, Kind
-from . import output
+from ..errors import ImageError
+from . import exits, output, switches
 
-FAILED = 1
-USAGE = 2
-UNAVAILABLE = 69
-INTERRUPTED = 130
-
-_EXIT_CODES: dict[Kind, int] = {
-    "invalid_request": USAGE,
-    "model_not_found": USAGE,
-    "unavailable": UNAVAILABLE,
-}
 # One byte more than a picture may have, so that a larger one is seen to be too large.
 _MOST_READ = 12 * 1024 * 1024 + 1
 _REQUEST_ID = "command-line"
-_REQUEST_FIELDS = (
-    "prompt",
-    "negative_prompt",
-    "model",
-    "width",
-    "height",
-    "steps",
-    "guidance_scale",
-    "seed",
-    "num_images",
-    "scheduler",
-    "style",
-    "quality",
-    "strength",
-    "variation_strength",
-    "variation_seed",
-    "metadata",
-    "preview",
-)
-
-
-def exit_code(error: ImageError) -> int:
-    return _EXIT_CODES.get(error.kind, FAILED)
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -72,13 +38,13 @@ def generate(args: argparse.Namespace) -> int:
             print(f"Note: {notice}", file=sys.stderr)
     except ImageError as error:
         print(f"starweave-image: {error.message}", file=sys.stderr)
-        return exit_code(error)
+        return exits.code_of(error.kind)
     except OSError as error:
         print(f"starweave-image: {path} cannot be written: {error.strerror}", file=sys.stderr)
-        return FAILED
+        return exits.FAILED
     except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+        return exits.INTERRUPTED
+    return exits.OK
 
 
 def models(args: argparse.Namespace) -> int:
@@ -89,28 +55,31 @@ def models(args: argparse.Namespace) -> int:
         cards = Engine(_config(args), lambda message: None, lambda: None).models()
     except ImageError as error:
         print(f"starweave-image: {error.message}", file=sys.stderr)
-        return exit_code(error)
+        return exits.code_of(error.kind)
     if args.json:
         print(msgspec.json.encode(cards).decode())
     else:
         for card in cards:
             print(f"{card.id:48} {card.state:10} {card.name}")
-    return 0
+    return exits.OK
 
 
 def _request(args: argparse.Namespace) -> schema.Request:
-    fields: dict[str, Any] = {name: getattr(args, name) for name in _REQUEST_FIELDS}
-    fields["format"] = output.format_of(args.out) if args.format is None else args.format
+    fields = {
+        "id": _REQUEST_ID,
+        "prompt": args.prompt,
+        "format": output.format_of(args.out) if args.format is None else args.format,
+        **switches.given(args, switches.REQUEST),
+    }
     if args.model and os.path.isdir(args.model):
         fields["model"] = _local_id(args.model)
-    fields["image"], fields["mask"] = _file(args.image, "image"), _file(args.mask, "mask")
-    given = {name: value for name, value in fields.items() if value is not None}
-    return schema.read(schema.Request, {"id": _REQUEST_ID, **given})
+    for name in (field.name for field in switches.REQUEST if field.type == "image"):
+        if name in fields:
+            fields[name] = _file(fields[name], name)
+    return schema.read(schema.Request, fields)
 
 
-def _file(path: str | None, field: str) -> bytes | None:
-    if path is None:
-        return None
+def _file(path: str, field: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read(_MOST_READ)
@@ -132,8 +101,8 @@ def _config(args: argparse.Namespace) -> schema.Config:
         )
     elif model:
         models = [{"id": model}]
-    given = {"models": models, "device": args.device, "dtype": args.dtype, "capacity": 1}
-    return schema.read(schema.Config, given)
+    given = switches.given(args, switches.ENGINE)
+    return schema.read(schema.Config, {"models": models, "capacity": 1, **given})
 
 
 def _local_id(folder: str) -> str:

@@ -7,7 +7,7 @@ import platform
 import sys
 from typing import Any
 
-from .. import __version__, paths, schema
+from .. import __version__, paths
 from ..errors import ImageError, missing_package
 
 _PACKAGES = (
@@ -27,8 +27,9 @@ _PACKAGES = (
 _EMBEDDED = "starweave/tiny"
 
 
-def examine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
-    """A report that can be written as JSON; `problems` are sentences, and none means that images can be made."""
+def examine(**config: str) -> dict[str, Any]:
+    """A report, as JSON has it, on an engine of this configuration; `problems` are sentences, and none means that images
+    can be made."""
     packages = {name: _version(name) for name in _PACKAGES}
     report: dict[str, Any] = {
         "starweave_image": __version__,
@@ -49,7 +50,7 @@ def examine(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
         report["problems"].append("Run mix image.setup, or pip install starweave-image.")
         return report
     try:
-        _ask_engine(report, device, dtype)
+        _ask_engine(report, config)
     except ImageError as error:
         report["problems"].append(error.message)
     except ImportError as error:
@@ -85,14 +86,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _ask_engine(report: dict[str, Any], device: str, dtype: str) -> None:
+def _ask_engine(report: dict[str, Any], given: dict[str, str]) -> None:
     import diffusers  # noqa: F401
     import transformers  # noqa: F401
 
+    from .. import schema
     from ..device import devices
     from ..engine.engine import Engine
 
-    config = schema.read(schema.Config, {"device": device, "dtype": dtype})
+    config = schema.read(schema.Config, given)
     choice = devices.choose(config)
     report["device"], report["device_name"] = choice.device.id, choice.device.name
     report["dtype"], report["reason"] = choice.dtype, choice.reason

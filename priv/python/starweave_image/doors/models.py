@@ -21,9 +21,8 @@ from ..weights.catalog import ModelCard, shipped
 from ..weights.disk import Snapshot
 from ..weights.find import cached, embedded_folder
 from ..weights.hub import File, Plan, shown_bytes
-from .command_line import FAILED, INTERRUPTED, exit_code, print_over
-
-CONSENT = 3
+from . import exits
+from .command_line import print_over
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", 1)}
@@ -51,15 +50,15 @@ def run(args: argparse.Namespace) -> int:
     except ImageError as error:
         print_over("")
         print(f"starweave-image: {error.message}", file=sys.stderr)
-        return exit_code(error)
+        return exits.code_of(error.kind)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return exits.INTERRUPTED
 
 
 def _end_with_input() -> None:
     while os.read(0, 4096):
         pass
-    os._exit(INTERRUPTED)
+    os._exit(exits.INTERRUPTED)
 
 
 # list
@@ -70,7 +69,7 @@ def _list(args: argparse.Namespace) -> int:
     rows = [*_packaged(), *map(_own, args.local), *map(_cached, reversed(snapshots))]
     if args.json:
         print(msgspec.json.encode(rows).decode())
-        return 0
+        return exits.OK
     table = [("ID", "REVISION", "SIZE", "LAST USE", "STATE", "LICENCE")]
     for row in rows:
         state = row["state"] + (", in use" if row["in_use"] else "")
@@ -82,7 +81,7 @@ def _list(args: argparse.Namespace) -> int:
     started = disk.partials(snapshots)
     total = f"{shown_bytes(disk.taken(snapshots))} in the cache"
     print(f"{total}, and {shown_bytes(sum(started.values()))} of broken downloads" if started else total)
-    return 0
+    return exits.OK
 
 
 def _row(id: str, state: str, folder: Path, card: ModelCard | None, **fields: Any) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def _pull(args: argparse.Namespace) -> int:
     card = disk.known(args.model)
     if card is not None and card.source == "embedded":
         print(f"{card.id} is part of the package")
-        return 0
+        return exits.OK
     repository = card.source if card else args.model
     revision = args.revision or (card.revision if card else None)
     if is_offline_mode():
@@ -148,14 +147,14 @@ def _pull(args: argparse.Namespace) -> int:
     if not args.shown:
         _show(plan, card)
     if args.dry_run:
-        return CONSENT if plan.missing else 0
+        return exits.CONSENT if plan.missing else exits.OK
     if plan.missing and not args.yes and not _agreed(plan):
-        return CONSENT
+        return exits.CONSENT
     # Also where nothing is missing: what was asked for may mean another commit than before.
     folder = hub.fetch(plan, report=_Progress(plan).report)
     print_over("")
     print(f"{plan.repository} is here, revision {folder.name}")
-    return 0
+    return exits.OK
 
 
 def _pull_offline(repository: str, revision: str | None) -> int:
@@ -164,7 +163,7 @@ def _pull_offline(repository: str, revision: str | None) -> int:
         print(
             f"{repository} is here, revision {source.revision}; offline mode forbids to look for a newer one"
         )
-        return 0
+        return exits.OK
     part = "the rest of it" if disk.snapshots(repository, revision) else "it"
     raise ImageError(
         "model_load_failed", f"{repository} is not all here, and offline mode forbids to fetch {part}"
@@ -245,7 +244,7 @@ def _verify(args: argparse.Namespace) -> int:
         elif not damages:
             print(f"{name}: intact")
         intact = intact and not bad and (snapshot.complete or args.repair)
-    return 0 if intact else FAILED
+    return exits.OK if intact else exits.FAILED
 
 
 def _accept(args: argparse.Namespace) -> int:
@@ -254,7 +253,7 @@ def _accept(args: argparse.Namespace) -> int:
         raise ImageError("invalid_request", "accept takes a folder that exists", "folder")
     count = integrity.forget(folder)
     print(f"{count} weight files of {folder.name} are taken as they are when they are next loaded")
-    return 0
+    return exits.OK
 
 
 def _chosen(args: argparse.Namespace) -> list[Snapshot]:
@@ -273,7 +272,7 @@ def _remove(args: argparse.Namespace) -> int:
     for snapshot in _chosen(args):
         disk.remove(snapshot)
         print(f"Deleted {snapshot.repository} {snapshot.revision[:12]}")
-    return 0
+    return exits.OK
 
 
 def _prune(args: argparse.Namespace) -> int:
@@ -288,8 +287,8 @@ def _prune(args: argparse.Namespace) -> int:
     print(f"{shown_bytes(pruning.before)} before, {shown_bytes(pruning.after)} after")
     if pruning.after > quota:
         print("starweave-image: more than the quota stays, in use or to be kept", file=sys.stderr)
-        return FAILED
-    return 0
+        return exits.FAILED
+    return exits.OK
 
 
 def _size(text: str) -> int:

@@ -19,18 +19,12 @@ import msgspec
 from .. import schema
 from ..device.lanes import request_id
 from ..errors import ID_IN_USE, ImageError, missing_package
-from . import log, wire
+from . import exits, log, wire
 from .heartbeat import Heartbeat
 from .process import FRAMES_IN, FRAMES_OUT
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
-
-OK = 0
-FRAMING_LOST = 65
-NO_HELLO = 66
-UNAVAILABLE = 69
-INTERNAL = 70
 
 _CHUNK = 1024 * 1024
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
@@ -79,7 +73,7 @@ class Port:
         while self._exit_code is None:
             wait_s = None if self._generation else hello_by - time.monotonic()
             if wait_s is not None and wait_s <= 0:
-                return NO_HELLO
+                return exits.NO_HELLO
             for fd, _ in inputs.poll(None if wait_s is None else wait_s * 1000):
                 if fd == FRAMES_IN:
                     self._read()
@@ -100,7 +94,7 @@ class Port:
                         buffers[0] = memoryview(buffers[0])[written:]
         except BrokenPipeError:
             # Nobody reads any more, and whoever works on an image must not find out one by one.
-            os._exit(OK)
+            os._exit(exits.OK)
 
     def _finish(self, code: int) -> None:
         self._exit_code, self._exit_since = code, time.monotonic()
@@ -120,7 +114,7 @@ class Port:
     def _read(self) -> None:
         data = os.read(FRAMES_IN, _CHUNK)
         if not data:
-            self._finish(OK)
+            self._finish(exits.OK)
             return
         try:
             for body in self._decoder.feed(data):
@@ -129,7 +123,7 @@ class Port:
                     return
         except wire.FramingError as error:
             self._refuse(None, ImageError("invalid_frame", str(error)))
-            self._finish(FRAMING_LOST)
+            self._finish(exits.FRAMING_LOST)
 
     def _receive(self, body: bytes) -> None:
         try:
@@ -138,7 +132,7 @@ class Port:
             self._refuse(error.id, error)
             # There will be no other one to wait for.
             if error.type == "hello" and not self._generation:
-                self._finish(NO_HELLO)
+                self._finish(exits.NO_HELLO)
             return
         id: str | None = getattr(message.content, "id", None)
         token = request_id.set(id)
@@ -217,15 +211,15 @@ class Port:
             self.send(wire.Ready(pid=os.getpid(), **msgspec.structs.asdict(facts)))
         except ImageError as error:
             self._refuse(None, error)
-            self._finish(UNAVAILABLE)
+            self._finish(exits.UNAVAILABLE)
         except ImportError as error:
             _logger.exception("an import failed")
             self._refuse(None, ImageError("unavailable", missing_package(error)))
-            self._finish(UNAVAILABLE)
+            self._finish(exits.UNAVAILABLE)
         except Exception:
             _logger.exception("the engine could not start")
             self._refuse(None, ImageError("internal", "the image service could not start; see its log"))
-            self._finish(INTERNAL)
+            self._finish(exits.INTERNAL)
 
     def _obey(self) -> None:
         while True:
@@ -239,7 +233,7 @@ class Port:
             again, self._draining = self._draining, True
         if engine is None or not self._ready or again:
             # Nothing runs yet, or this is asked for the second time.
-            self._finish(OK)
+            self._finish(exits.OK)
             return
         self._heartbeat.beat()
         threading.Thread(target=self._end, args=(engine, grace_s), name="drain", daemon=True).start()
@@ -249,9 +243,9 @@ class Port:
             engine.drain(grace_s)
         except Exception:
             _logger.exception("draining failed")
-            self._finish(INTERNAL)
+            self._finish(exits.INTERNAL)
         else:
-            self._finish(OK)
+            self._finish(exits.OK)
 
     def _leave(self, grace_s: float) -> None:
         """End the process after its grace also when it cannot get rid of its last words."""
@@ -260,5 +254,5 @@ class Port:
             now = time.monotonic()
             for since in (self._writing_since, self._exit_since):
                 if since is not None and now - since > _UNREAD_S:
-                    os._exit(self._exit_code or OK)
+                    os._exit(self._exit_code or exits.OK)
             time.sleep(_UNREAD_S / 4)
