@@ -78,6 +78,8 @@ defmodule StarweaveImage.HealthTest do
     assert stuck(beat([], load.(9_001))) =~ "the load of a/b has taken over 9.0 s"
     assert stuck(beat([running("loading", 9_000)])) == nil
     assert stuck(beat([running("loading", 9_001)])) =~ "while loading"
+    patient = [stall_timeout: 1_000, stall_floor: 100, load_timeout: 123_456]
+    assert Health.stuck(beat([], load.(123_457)), patient) =~ "over 123.5 s"
   end
 
   test "all who wait for nobody are stuck" do
