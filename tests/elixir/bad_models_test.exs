@@ -3,6 +3,7 @@ defmodule StarweaveImage.BadModelsTest do
 
   alias StarweaveImage.Error
 
+  @moduletag :slow
   @moduletag :tmp_dir
   @moduletag timeout: 300_000
 

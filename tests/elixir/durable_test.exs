@@ -325,6 +325,7 @@ defmodule StarweaveImage.DurableTest do
     end
   end
 
+  @tag :slow
   test "what was acknowledged ends, once, however often the BEAM is killed", %{
     tmp_dir: folder,
     journal: journal

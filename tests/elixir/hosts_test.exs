@@ -2,6 +2,7 @@ defmodule StarweaveImage.HostsTest do
   # Projects that use this library in each way there is, made for the test and run with the environment that is there.
   use ExUnit.Case, async: true
 
+  @moduletag :slow
   @moduletag :hosts
   @moduletag :tmp_dir
   @moduletag timeout: 600_000

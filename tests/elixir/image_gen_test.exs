@@ -133,6 +133,7 @@ defmodule Mix.Tasks.Image.GenTest do
     Command.await_gone(command)
   end
 
+  @tag :slow
   test "several images are numbered, in the format of the ending; --quiet says nothing" do
     argv =
       ~w(image.gen --prompt x --out FOLDER/out.webp --num_images 2 --quality 50 --quiet --no-metadata)
@@ -146,6 +147,7 @@ defmodule Mix.Tasks.Image.GenTest do
     assert one != two
   end
 
+  @tag :slow
   test "variations of a picture have its size, and start from it" do
     sheet = Application.app_dir(:starweave_image, "priv/models/starweave-tiny/sheet.png")
 
@@ -160,6 +162,7 @@ defmodule Mix.Tasks.Image.GenTest do
     assert command.output =~ "seed: 5" and command.output =~ "seed: 6"
   end
 
+  @tag :slow
   test "a local folder is a model" do
     folder = Application.app_dir(:starweave_image, "priv/models/starweave-tiny")
 
@@ -174,6 +177,7 @@ defmodule Mix.Tasks.Image.GenTest do
   end
 
   describe "--preview" do
+    @tag :slow
     test "shows how the image forms in a file, which is gone at the end" do
       command = Command.start(@long ++ ["--preview"])
       line = in_folder("[image.gen] Preview in FOLDER/x.preview.jpg", command)
@@ -187,6 +191,7 @@ defmodule Mix.Tasks.Image.GenTest do
       assert written(command, "x") == []
     end
 
+    @tag :slow
     test "says so in one line, and leaves the image alone" do
       argv = ~w(image.gen --prompt x --out FOLDER/x.webp --num-images 2 --preview) ++ @small
       command = Command.run(argv)
@@ -244,6 +249,7 @@ defmodule Mix.Tasks.Image.GenTest do
     end
   end
 
+  @tag :slow
   test "text is taken as typed without a UTF-8 locale" do
     argv = ["image.gen", "--prompt=" <> String.duplicate("🍎", 2049), "--out", "FOLDER/x.png"]
     command = Command.run(argv, env: [{"LC_ALL", "C"}])
@@ -256,6 +262,7 @@ defmodule Mix.Tasks.Image.GenTest do
   end
 
   @tag :tmp_dir
+  @tag :slow
   test "names of files are taken as typed, too", %{tmp_dir: folder} do
     picture = Path.join(folder, "ß模.png")
 
@@ -276,6 +283,7 @@ defmodule Mix.Tasks.Image.GenTest do
              {2, "starweave-image: é/ü is not in the cache\n"}
   end
 
+  @tag :slow
   test "what cannot be printed is no failure; what cannot be written is one" do
     argv = ["image.gen", "--prompt", "x", "--out", "FOLDER/x.png" | @small]
 
@@ -295,6 +303,7 @@ defmodule Mix.Tasks.Image.GenTest do
     assert Command.stderr(command) =~ sentence
   end
 
+  @tag :slow
   test "a picture on the standard output stands there alone" do
     argv = ["image.gen", "--prompt", "x", "--out", "/dev/stdout", "--format", "jpeg" | @small]
     command = Command.run(argv)
@@ -304,6 +313,7 @@ defmodule Mix.Tasks.Image.GenTest do
   end
 
   describe "no Python process is left, and the command ends, after" do
+    @tag :slow
     test "SIGTERM while Python starts" do
       command = @long |> Command.start() |> Command.await_output("Starting Python")
       assert ended(command, "TERM").status == 143
@@ -319,6 +329,7 @@ defmodule Mix.Tasks.Image.GenTest do
       assert ended(command, "KILL").status == 137
     end
 
+    @tag :slow
     test "a closed terminal" do
       command = @long |> Command.start(terminal: true) |> Command.await_output("Denoising")
       assert [_, _] = Command.pids(command, "run.py port")
@@ -327,6 +338,7 @@ defmodule Mix.Tasks.Image.GenTest do
       assert Command.await_gone(command) < 10_000
     end
 
+    @tag :slow
     test "Ctrl-C pressed twice" do
       command = @long |> Command.start(terminal: true) |> Command.await_output("Denoising")
       assert [_, _] = Command.pids(command, "run.py port")
@@ -335,6 +347,7 @@ defmodule Mix.Tasks.Image.GenTest do
       assert Command.await_gone(command) < 10_000
     end
 
+    @tag :slow
     test "Ctrl-C with +Bd" do
       env = [{"ELIXIR_ERL_OPTIONS", "#{System.get_env("ELIXIR_ERL_OPTIONS")} +Bd"}]
 

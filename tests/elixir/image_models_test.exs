@@ -66,6 +66,7 @@ defmodule Mix.Tasks.Image.ModelsTest do
     end
   end
 
+  @tag :slow
   test "pull asks on a terminal; verify, prune and rm see what it fetched" do
     System.put_env("HF_ENDPOINT", hub("owner/tiny"))
 
@@ -111,6 +112,7 @@ defmodule Mix.Tasks.Image.ModelsTest do
     assert {0, "There are no models in the cache\n"} = run_here(~w(verify))
   end
 
+  @tag :slow
   test "pull takes the revision that the configuration pins" do
     System.put_env("HF_ENDPOINT", hub("owner/tiny"))
     configure(models: [{"owner/tiny", revision: @commit}])
@@ -121,6 +123,7 @@ defmodule Mix.Tasks.Image.ModelsTest do
     assert {2, ""} = run_here(~w(pull owner/tiny --dry-run))
   end
 
+  @tag :slow
   test "Python ends with a VM that is killed" do
     {:ok, listener} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
     {:ok, port} = :inet.port(listener)

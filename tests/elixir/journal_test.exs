@@ -710,6 +710,7 @@ defmodule StarweaveImage.JournalTest do
     end
   end
 
+  @tag :slow
   test "what was said to be durable is there after SIGKILL at any moment", %{
     folder: folder,
     tmp_dir: tmp_dir

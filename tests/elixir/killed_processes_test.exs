@@ -176,6 +176,8 @@ defmodule StarweaveImage.KilledProcessesTest do
     end
 
     for reason <- [:normal, :shutdown, :a_fault] do
+      if reason != :a_fault, do: @tag(:slow)
+
       test "#{part}: it may end as #{reason}, or be told to", %{
         name: name,
         application: application

@@ -26,17 +26,20 @@ defmodule StarweaveImage.LifecycleTest do
   end
 
   describe "kill -9 of the application leaves nothing after 5 s" do
+    @tag :slow
     test "as the sidecar starts and before it has said anything", %{tmp_dir: folder} do
       application = TestApplication.start(folder, [python(), "0"])
       assert_nothing_left(application, TestApplication.sidecar(application))
     end
 
+    @tag :slow
     test "while it imports", %{tmp_dir: folder} do
       application = TestApplication.start(folder, [python(), "0"])
       await_line(application, ~r/phase=starting ready=false/)
       assert_nothing_left(application, TestApplication.sidecar(application))
     end
 
+    @tag :slow
     test "while it imports and native code holds the interpreter", %{tmp_dir: folder} do
       application = TestApplication.start(folder, [holding(folder, python()), "0"])
       await_line(application, ~r/phase=starting ready=false/)
@@ -46,18 +49,21 @@ defmodule StarweaveImage.LifecycleTest do
       assert_nothing_left(application, sidecar)
     end
 
+    @tag :slow
     test "while it is idle", %{tmp_dir: folder} do
       application = TestApplication.start(folder, [python(), "0"])
       await_line(application, ~r/phase=ready ready=true/)
       assert_nothing_left(application, TestApplication.sidecar(application))
     end
 
+    @tag :slow
     test "while it loads a model", %{tmp_dir: folder} do
       application = TestApplication.start(folder, [python(), "0", "generate"])
       await_line(application, ~r/event progress loading/)
       assert_nothing_left(application, TestApplication.sidecar(application))
     end
 
+    @tag :slow
     test "while it works", %{tmp_dir: folder} do
       application = TestApplication.start(folder, [python(), "0", "generate"])
       await_line(application, ~r/event progress denoising/)
@@ -73,6 +79,7 @@ defmodule StarweaveImage.LifecycleTest do
       assert_nothing_left(application, sidecar)
     end
 
+    @tag :slow
     test "while it drains", %{tmp_dir: folder} do
       application = TestApplication.start(folder, [python(), "60000", "generate"])
       await_line(application, ~r/event progress denoising/)
@@ -124,6 +131,7 @@ defmodule StarweaveImage.LifecycleTest do
   end
 
   describe "a hang of the sidecar" do
+    @tag :slow
     test "in native code that holds the interpreter, in the middle of a request", %{
       tmp_dir: folder
     } do
@@ -147,6 +155,7 @@ defmodule StarweaveImage.LifecycleTest do
   describe "work that no cancel reaches" do
     @places ~w(decoding tokenizing stepping encoding)
 
+    @tag :slow
     test "costs no slot for longer than its own limit, and the others nothing but time", %{
       tmp_dir: folder
     } do

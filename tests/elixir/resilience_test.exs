@@ -120,6 +120,7 @@ defmodule StarweaveImage.ResilienceTest do
       assert {:ok, _} = generate(instance, "a fig")
     end
 
+    @tag :slow
     test "may come again after that" do
       instance = start_ready("crashes_on_poison", quarantine: 0)
       assert {:error, %Error{kind: :sidecar_crashed}} = generate(instance, "poison")
@@ -142,6 +143,7 @@ defmodule StarweaveImage.ResilienceTest do
   end
 
   describe "a request that is not to blame" do
+    @tag :slow
     test "goes on however often its process is killed from outside, and is done in the end" do
       instance = start_ready("takes_its_time", backoff_max: 50)
 
@@ -198,6 +200,7 @@ defmodule StarweaveImage.ResilienceTest do
       assert error.message =~ "its timeout of 5000 ms; the Python process ended under it once"
     end
 
+    @tag :slow
     test "is not failed by what became of another of its content, and may come again" do
       instance = start_ready("crashes_on_poison", backoff_max: 50)
       ask = fn seed -> generate(instance, "unlucky", seed: seed) end

@@ -109,6 +109,7 @@ defmodule StarweaveImage.SetupTest do
     assert File.dir?(torch)
   end
 
+  @tag :slow
   test "from an index with PyTorch's builds, and the rest from PyPI", context do
     index = index(context, %{"cpu" => ["+cpu"], "cu126" => ["+cu126"], "rocm7.1" => ["+rocm7.1"]})
     System.put_env("STARWEAVE_IMAGE_TORCH_INDEX", index <> "/whl")
@@ -124,6 +125,7 @@ defmodule StarweaveImage.SetupTest do
     assert "PyTorch is 2.13.0+cu126, from #{index}/whl/cu126" in lines()
   end
 
+  @tag :slow
   test "from PyPI alone, with its build and not a folder's for another device", context do
     System.put_env("PIP_INDEX_URL", index(context, %{}) <> "/simple")
     System.put_env("PIP_FIND_LINKS", wheels(context, ["+cpu"]))
@@ -145,6 +147,7 @@ defmodule StarweaveImage.SetupTest do
       do: assert(Enum.any?(lines(), &(&1 =~ "PyPI's build brings 3 GB for CUDA")))
   end
 
+  @tag :slow
   test "a file that is not the pinned one ends it with its name, from a folder and from an index",
        context do
     forged = fn folder ->
@@ -171,6 +174,7 @@ defmodule StarweaveImage.SetupTest do
     assert Path.wildcard(Path.join(context.tmp_dir, "cache/*/cpu")) == []
   end
 
+  @tag :slow
   test "what an environment has stays when an extra is refused", context do
     wheels = wheels(context, ["+cpu"])
     assert {:ok, report} = make(torch: :cpu, wheels: wheels)
@@ -182,6 +186,7 @@ defmodule StarweaveImage.SetupTest do
     assert Environment.python() == {:ok, report.python}
   end
 
+  @tag :slow
   test "ROCm's build is nowhere but on PyTorch's index", context do
     System.put_env("PIP_INDEX_URL", index(context, %{}) <> "/simple")
     assert {:error, error} = make(torch: :rocm)
@@ -192,6 +197,7 @@ defmodule StarweaveImage.SetupTest do
     assert {:error, _} = Environment.python()
   end
 
+  @tag :slow
   test "two at once make it once", context do
     wheels = wheels(context, ["+cpu"])
     test = self()
@@ -213,6 +219,7 @@ defmodule StarweaveImage.SetupTest do
     assert "Waiting for another set-up to end" in lines
   end
 
+  @tag :slow
   test "one whose BEAM is killed stops, and the next one makes it", context do
     {:ok, listener} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
     {:ok, port} = :inet.port(listener)

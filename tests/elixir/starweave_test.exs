@@ -63,6 +63,7 @@ defmodule StarweaveImage.StarweaveTest do
     assert metadata.model in resident
   end
 
+  @tag :slow
   test "3: 200 of 200 requests with seed -1 succeed, each with a seed of its own that its callers can keep" do
     seeds =
       1..200
