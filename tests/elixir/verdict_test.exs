@@ -468,6 +468,35 @@ defmodule StarweaveImage.VerdictTest do
       end
     end
 
+    test "is bet on once for each pause, and tried without one where that was of no use" do
+      again = fn verdict -> verdict |> died(["a"], 100) |> died(["a"], 100) end
+      {_, verdict} = verdict() |> again.() |> Verdict.stake("a", 600_000)
+
+      won = died(verdict, ["a"], 100)
+      assert %{odds: odds, stake: nil, company: :trial} = won.cases["a"]
+      assert odds > 10
+      assert again.(won).cases["a"].odds == odds
+
+      missed = died(verdict, ["a"], 60_000)
+      assert %{odds: odds, stake: nil, company: :alone} = missed.cases["a"]
+      assert odds < 1
+      assert again.(missed).cases["a"].odds == odds
+
+      broken_off = Verdict.died(verdict, %{ran: [], alone?: false, held: ["a"], at_work?: false})
+      assert %{odds: odds, stake: nil, company: :alone} = broken_off.cases["a"]
+      assert odds < 1
+      assert again.(broken_off).cases["a"].odds == odds
+    end
+
+    test "counts a death under nobody's request once" do
+      operation = %{ran: [], alone?: false, held: [], at_work?: true}
+
+      assert verdict() |> Verdict.died(operation) |> Verdict.died(operation) |> Map.get(:fallen) ==
+               2
+
+      assert verdict() |> Verdict.died(%{operation | at_work?: false}) |> Map.get(:fallen) == 0
+    end
+
     test "is given up after `max_attempts` of them alone, at least" do
       for attempts <- [1, 3, 8] do
         {error, _} = [max_attempts: attempts] |> verdict() |> convict_new()

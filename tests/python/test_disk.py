@@ -224,6 +224,7 @@ def test_a_cut_download_is_gone_on_with(hub: Hub, machine: Machine, wide: Path) 
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_a_killed_download_is_gone_on_with(hub: Hub, machine: Machine, wide: Path) -> None:
     hub.repositories["owner/wide"] = Repository({COMMIT: wide})
     go_on = threading.Event()
@@ -259,6 +260,7 @@ def test_what_arrives_damaged_is_thrown_away(hub: Hub, machine: Machine) -> None
     assert "intact" in machine.models("verify")
 
 
+@pytest.mark.slow
 def test_what_the_hub_refuses_is_explained(hub: Hub, machine: Machine, small: Path, tmp_path: Path) -> None:
     hub.repositories["owner/pickled"] = Repository({COMMIT: checkpoints.pickled(tmp_path / "pickled")})
     for name, class_ in (("newer", {"_class_name": "NextPipeline"}), ("odd", {"unet": ["diffusers", "Odd"]})):
@@ -290,6 +292,7 @@ def test_what_the_hub_refuses_is_explained(hub: Hub, machine: Machine, small: Pa
     assert hub.served and hub.leaked == []
 
 
+@pytest.mark.slow
 def test_a_new_revision_shares_what_is_the_same(
     hub: Hub, pulled: Machine, small: Path, tmp_path: Path
 ) -> None:
@@ -411,6 +414,7 @@ def test_a_download_makes_room_or_is_refused(here: Machine) -> None:
 # rm and prune
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_not_deleted(
     pulled: Machine, ready: Callable[..., Sidecar], tracked: Tracked
 ) -> None:

@@ -96,6 +96,7 @@ def test_a_configured_model_is_downloaded_once_and_without_pickles(
     assert hub.asked == []
 
 
+@pytest.mark.slow
 def test_what_the_hub_will_not_give_is_one_clear_sentence(hub: Hub, client: Any) -> None:
     hub.errors["owner/gated"] = (403, "GatedRepo")
     hub.errors["owner/moved"] = (404, "RevisionNotFound")
@@ -121,6 +122,7 @@ def test_what_the_hub_will_not_give_is_one_clear_sentence(hub: Hub, client: Any)
     assert hub.weights_asked() == []
 
 
+@pytest.mark.slow
 def test_a_request_for_what_is_not_configured_asks_the_hub_nothing(hub: Hub, client: Any) -> None:
     answers, _ = client("owner/good", configured=False)
     assert answers["owner/good"][0] == "model_not_found" and hub.asked == []

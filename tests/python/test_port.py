@@ -8,16 +8,26 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgpack
 import psutil
 import pytest
-from conftest import PACKAGE, SUPPORT, config
+from conftest import PACKAGE, SUPPORT, Tracked, config
 from sidecar import Sidecar
 
 Start = Callable[..., Sidecar]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Sidecar]:
+    """A sidecar that is ready, for all who leave it as it was."""
+    sidecar = Sidecar(("-m", "starweave_image", "port"), Tracked().env)
+    sidecar.hello(**config())
+    sidecar.expect("ready", timeout=180)
+    yield sidecar
+    sidecar.kill()
 
 
 def test_the_first_sign_of_life_comes_before_anything_heavy(start: Start) -> None:
@@ -98,8 +108,7 @@ def test_before_ready_requests_are_refused(start: Start) -> None:
     assert (error["kind"], error["retryable"]) == ("unavailable", True)
 
 
-def test_a_message_that_cannot_be_read_is_answered_and_the_next_is_taken(ready: Start) -> None:
-    sidecar = ready()
+def test_a_message_that_cannot_be_read_is_answered_and_the_next_is_taken(served: Sidecar) -> None:
     for body, kind, id, field in [
         (b"junk, by all accounts", "invalid_frame", None, None),
         (msgpack.packb([1, 2]), "invalid_frame", None, None),
@@ -116,27 +125,25 @@ def test_a_message_that_cannot_be_read_is_answered_and_the_next_is_taken(ready: 
             "width",
         ),
     ]:
-        sidecar.send_body(body)
-        error = sidecar.expect("error", kind=kind)
+        served.send_body(body)
+        error = served.expect("error", kind=kind)
         assert (error["id"], error["field"]) == (id, field)
-    sidecar.send({"t": "models", "id": "after", "g": 1})
-    assert sidecar.expect("models", id="after")["models"]
-    assert sidecar.expect("heartbeat")["phase"] == "ready"
+    served.send({"t": "models", "id": "after", "g": 1})
+    assert served.expect("models", id="after")["models"]
+    assert served.expect("heartbeat")["phase"] == "ready"
 
 
-def test_a_message_that_arrives_byte_by_byte_is_read(ready: Start) -> None:
-    sidecar = ready()
+def test_a_message_that_arrives_byte_by_byte_is_read(served: Sidecar) -> None:
     body = msgpack.packb({"t": "models", "id": "slow"})
     for byte in struct.pack(">I", len(body)) + body:
-        sidecar.send_bytes(bytes([byte]))
-    assert sidecar.expect("models", id="slow")["models"]
+        served.send_bytes(bytes([byte]))
+    assert served.expect("models", id="slow")["models"]
 
 
-def test_a_request_ends_with_its_image(ready: Start) -> None:
-    sidecar = ready(**config())
+def test_a_request_ends_with_its_image(served: Sidecar) -> None:
     request = {"t": "generate", "id": "r-1", "prompt": "a red apple", "steps": 2, "num_images": 2, "seed": 5}
-    sidecar.send(request)
-    seen = sidecar.collect_until("done", "error", timeout=180, id="r-1")
+    served.send(request)
+    seen = served.collect_until("done", "error", timeout=180, id="r-1")
     types = [message["t"] for message in seen]
     assert types[0] == "accepted"
     assert types[-1] == "done", seen[-1]
@@ -149,16 +156,15 @@ def test_a_request_ends_with_its_image(ready: Start) -> None:
         assert data.startswith(b"\x89PNG")
 
 
-def test_models_are_told_during_a_generation_and_so_is_how_it_stands(ready: Start) -> None:
-    sidecar = ready(**config())
-    sidecar.send({"t": "generate", "id": "long", "prompt": "a red apple", "steps": 100, "num_images": 16})
-    sidecar.expect("progress", id="long", phase="denoising", timeout=180)
-    sidecar.send({"t": "models", "id": "m"})
-    assert sidecar.expect("models", id="m")["models"]
-    beat = sidecar.expect("heartbeat")
+def test_models_are_told_during_a_generation_and_so_is_how_it_stands(served: Sidecar) -> None:
+    served.send({"t": "generate", "id": "long", "prompt": "a red apple", "steps": 100, "num_images": 16})
+    served.expect("progress", id="long", phase="denoising", timeout=180)
+    served.send({"t": "models", "id": "m"})
+    assert served.expect("models", id="m")["models"]
+    beat = served.expect("heartbeat")
     assert (beat["phase"], [running["id"] for running in beat["running"]]) == ("busy", ["long"])
-    sidecar.send({"t": "cancel", "id": "long"})
-    assert sidecar.expect("error", id="long")["kind"] == "cancelled"
+    served.send({"t": "cancel", "id": "long"})
+    assert served.expect("error", id="long")["kind"] == "cancelled"
 
 
 def test_an_engine_fault_is_answered_logged_and_survived(ready: Start) -> None:

@@ -338,6 +338,7 @@ def test_the_libraries_see_nothing_but_what_passed(copy: Callable[..., Path], tm
     assert not view.exists()
 
 
+@pytest.mark.slow
 def test_the_view_of_a_process_that_was_killed_is_swept_away(copy: Callable[..., Path]) -> None:
     views = Path(os.environ["STARWEAVE_IMAGE_CACHE"]) / "views"
     script = (

@@ -303,13 +303,14 @@ def hello(**config: Any) -> Message:
         (66, {"messages": [hello() | {"v": 2}]}),
         (66, {"messages": [hello(capacity=0)]}),
         (69, {"messages": [hello(device="cuda:99")]}),
-        (
+        pytest.param(
             69,
             {
                 "messages": [
                     hello(models=[{"id": "local/x", "path": "/nonexistent"}], default_model="local/x")
                 ]
             },
+            marks=pytest.mark.slow,
         ),
     ],
     ids=str,
