@@ -891,7 +891,7 @@ defmodule StarweaveImage.ScheduleTest do
       assert buckets.(many) == 1_999
       many = users.(many, 1_999..2_001, 1_000)
       assert buckets.(many) == 2_002
-      assert many |> users.([2_002], 1_000) |> buckets.() == 3
+      assert many |> users.([2_002], 1_000) |> buckets.() == 5
     end
 
     test "of all together are not forgotten with those of users" do
