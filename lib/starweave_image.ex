@@ -394,7 +394,8 @@ defmodule StarweaveImage do
 
   @doc group: "Pictures"
   @doc """
-  Changes a picture as `prompt` says. `image` is a file's bytes or a `StarweaveImage.Image`.
+  Changes a picture as `prompt` says. `image` is a file's bytes or a `StarweaveImage.Image`, or a list of up to four of them
+  for a model that makes one picture of several.
 
   `:strength` (0 to 1, 0.8 unless given) says how much may change. The result has the size of `image`, within the
   model's limits, unless `:width` and `:height` say otherwise.
@@ -408,10 +409,20 @@ defmodule StarweaveImage do
       iex> {:error, error} = StarweaveImage.edit(:apple, "a green pear")
       iex> error.message
       "image must be a PNG, JPEG or WebP file of at most 12 MiB, got :apple"
+      iex> {:error, error} = StarweaveImage.edit([:apple, :pear], "a still life")
+      iex> error.message
+      "images must be a list of 1 to 4 PNG, JPEG or WebP files of at most 12 MiB each, got a list"
   """
-  @spec edit(binary | Image.t(), String.t(), options) ::
+  @spec edit(binary | Image.t() | [binary | Image.t()], String.t(), options) ::
           {:ok, Image.t()} | {:error, Error.t()}
-  def edit(image, prompt, opts \\ []) do
+  def edit(image, prompt, opts \\ [])
+
+  def edit([_ | _] = images, prompt, opts) do
+    files = for image <- images, do: with(%Image{data: data} <- image, do: data)
+    generate(prompt, put(opts, :images, files))
+  end
+
+  def edit(image, prompt, opts) do
     with {:ok, image} <- file(:image, image), do: generate(prompt, put(opts, :image, image))
   end
 

@@ -1055,7 +1055,7 @@ defmodule StarweaveImage.Queue do
   defp remember(state, job, ttl) do
     serial = state.serial + 1
     # Who asks for the same again is known by the digest of it.
-    request = %{job.request | image: nil, mask: nil}
+    request = %{job.request | image: nil, images: nil, mask: nil}
     job = %{job | serial: serial, request: request, progress: %{}, previews: %{}}
     job = Job.start_timer(job, :forget, ttl)
 

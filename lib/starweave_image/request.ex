@@ -21,7 +21,7 @@ defmodule StarweaveImage.Request do
 
   A file of at most 4096 pixels a side, of several pictures in it the first. It is turned upright, its colours are taken as
   sRGB, and what is transparent in it is white. Of a mask where all that is to be seen is black, the opaque may change.
-  `:strength` is the share of the steps that is made, at least one.
+  `:strength` is the share of the steps that is made, at least one. Of several `:images` the first becomes the result.
 
   ## Seeds and variations
 
@@ -52,6 +52,9 @@ defmodule StarweaveImage.Request do
   # So that each image of the request has one that JavaScript, JSON and spreadsheets keep to the last digit.
   @drawn Integer.pow(2, 53) - max_images
 
+  # A frame has room for them and for what else is said.
+  @max_pictures 24 * 1024 * 1024
+
   @enforce_keys [:id, :prompt, :seed]
   # `fresh_seed?`: the seed was drawn here and not asked for.
   defstruct [:prompt, :fresh_seed?, :content | Keyword.keys(Schema.options())]
@@ -69,7 +72,8 @@ defmodule StarweaveImage.Request do
   @not_recorded [:instance]
   # What may be long.
   @long for {name, type} <- Schema.fields(),
-            type in [:prompt, :image] or (is_tuple(type) and elem(type, 0) in [:text, :list]),
+            type in [:prompt, :image] or
+              (is_tuple(type) and elem(type, 0) in [:text, :list, :described]),
             do: name
 
   @doc """
@@ -83,6 +87,7 @@ defmodule StarweaveImage.Request do
   def new(prompt, opts \\ []) do
     with {:ok, prompt} <- prompt(prompt),
          {:ok, values} <- Options.validate(opts, Schema.options()),
+         :ok <- images(values),
          :ok <- mask_has_image(values),
          :ok <- variation(values) do
       drawn = %{
@@ -134,6 +139,8 @@ defmodule StarweaveImage.Request do
   end
 
   defp binary(:image, value), do: {:bin, value}
+  defp binary({:described, _words, type}, value), do: binary(type, value)
+  defp binary({:some, :image, _max}, values), do: Enum.map(values, &{:bin, &1})
   defp binary(_type, value), do: value
 
   @doc false
@@ -183,13 +190,24 @@ defmodule StarweaveImage.Request do
     end
   end
 
-  defp mask_has_image(%{mask: mask, image: nil}) when mask != nil,
+  defp images(%{images: images, image: image}) when images != nil and image != nil,
+    do: {:error, :images, "images stands in place of image: only one of them may be given"}
+
+  defp images(%{images: [_ | _] = images, mask: mask}) do
+    if IO.iodata_length([mask || "" | images]) <= @max_pictures,
+      do: :ok,
+      else: {:error, :images, "images and mask must have at most 24 MiB together"}
+  end
+
+  defp images(_values), do: :ok
+
+  defp mask_has_image(%{mask: mask, image: nil, images: nil}) when mask != nil,
     do: {:error, :mask, "mask needs image"}
 
   defp mask_has_image(_values), do: :ok
 
-  defp variation(%{variation_strength: strength, image: image})
-       when strength != nil and image != nil,
+  defp variation(%{variation_strength: strength, image: image, images: images})
+       when strength != nil and (image != nil or images != nil),
        do:
          {:error, :variation_strength,
           "variation_strength is for pictures from text alone; with image, strength says how far to go"}

@@ -53,11 +53,18 @@ defmodule StarweaveImage.Schema do
     {"Starting from a picture",
      [
        image: {:image, nil, :picture, "The picture to start from."},
+       images:
+         {{:described, "a list of 1 to 4 PNG, JPEG or WebP files of at most 12 MiB each",
+           {:some, :image, 4}}, nil, :picture,
+          "In place of `:image`: pictures to make one of, by a model that edits from several."},
        mask:
          {:image, nil, :picture,
           "Where it may change (white) and where it stays (black, transparent); of the same size."},
        strength:
-         {{:number, 0, 1}, 0.8, :picture, "How far it may be left: 0 not at all, 1 anywhere."}
+         {{:number, 0, 1}, 0.8, :picture, "How far it may be left: 0 not at all, 1 anywhere."},
+       task:
+         {{:one_of, [:text_to_image, :image_to_image, :edit, :inpaint]}, nil, :picture,
+          "One of those of the model's card; follows from what is given unless named."}
      ]},
     {"The file",
      [

@@ -191,9 +191,59 @@ for field in IMAGES:
     ]:
         bad(field, name, value, **others)
 
+TASKS = ("text_to_image", "image_to_image", "edit", "inpaint")
+for task in TASKS:
+    good(f"task: {task}", task=task)
+for name, value in [("unknown", "draw"), ("empty", ""), ("an integer", 1), ("a list", ["edit"])]:
+    bad("task", name, value, message=f"task must be one of {', '.join(TASKS)}, got 1" if value == 1 else None)
+
+IMAGES_MUST_BE = "images must be a list of 1 to 4 PNG, JPEG or WebP files of at most 12 MiB each"
+for count in (1, 2, 4):
+    good(f"{count} images", images=[data(PNG_1X1)] * count)
+good("images and a mask", images=[data(PNG_1X1)], mask=data(PNG_1X1))
+for name, value in [
+    ("no image", []),
+    ("5 images", [data(PNG_1X1)] * 5),
+    ("a file", data(PNG_1X1)),
+    ("a map", {"0": data(PNG_1X1)}),
+]:
+    bad("images", name, value)
+for name, value in [("11 bytes", data(PNG_1X1[:11])), ("a text", "photo.png"), ("null", None)]:
+    case(
+        f"images: {name} among them",
+        {"kind": "invalid_request", "field": "images[1]"},
+        elixir={"kind": "invalid_request", "field": "images"},
+        images=[data(PNG_1X1), value],
+    )
+bad(
+    "images",
+    "beside image",
+    [data(PNG_1X1)],
+    image=data(PNG_1X1),
+    message="images stands in place of image: only one of them may be given",
+)
+good("24 MiB of images", images=[concat(data(PNG), repeat(data(b"\0"), 2**23 - 8))] * 3)
+bad(
+    "images",
+    "more than 24 MiB of them",
+    [concat(data(PNG), repeat(data(b"\0"), 2**23 - 8))] * 3,
+    mask=data(PNG_1X1),
+    message="images and mask must have at most 24 MiB together",
+)
+
 # Null is absence.
 
-for field in (*INTEGERS, *NUMBERS, *NAMES, *BOOLEANS, *IMAGES, "negative_prompt", "style"):
+for field in (
+    *INTEGERS,
+    *NUMBERS,
+    *NAMES,
+    *BOOLEANS,
+    *IMAGES,
+    "images",
+    "task",
+    "negative_prompt",
+    "style",
+):
     if field != "id":
         good(f"{field}: null", **{field: None})
 bad("prompt", "null", None, message="prompt is required")

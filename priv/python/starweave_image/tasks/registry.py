@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -31,6 +32,7 @@ def offered(kind: type, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> tupl
     return tuple(name for name, task in TASKS.items() if class_for(kind, name) and _fits(task, unet, vae))
 
 
+@functools.lru_cache(maxsize=1024)
 def class_for(kind: type, name: schema.Task) -> type | None:
     """The stock pipeline that does a task over the parts of `kind`: itself, or its relative in diffusers' own tables."""
     from diffusers.pipelines import auto_pipeline
