@@ -4,6 +4,9 @@ defmodule StarweaveImage.Type do
   # What a value from outside may be: cast and described here, and nowhere else. `describe/1` completes "name must be …"
   # in the words of the Python side (tests/contract/schema.json), `spec/2` says the same to Dialyzer.
   #
+  # Options are given by people: their types are described, and have a typespec. Messages and records come from programs,
+  # as maps with text as keys, and what is cast of them has atoms: `:record` and the types behind it are for those.
+  #
   # A named type stands for what no parameters say well. Regular expressions stay inside functions, since newer
   # releases of Erlang keep them out of module attributes.
 
@@ -39,6 +42,15 @@ defmodule StarweaveImage.Type do
           | {:function, arity}
           # In words of its own where those of the parts would be too many.
           | {:described, String.t(), t}
+          # A map of which these are read, and all else is left.
+          | {:record, [{atom, t}]}
+          | {:data, min_bytes :: pos_integer, max_bytes :: pos_integer}
+          | :integer
+          | :count
+          | :float
+          | :text
+          | :map
+          | :media_type
 
   @max_prompt 8_192
   @max_image 12 * 1024 * 1024
@@ -54,8 +66,10 @@ defmodule StarweaveImage.Type do
       {:ok, 7.0}
       iex> StarweaveImage.Type.cast({:options, [capacity: {:integer, 1, 64}]}, capacity: 0)
       :error
+      iex> StarweaveImage.Type.cast({:record, size: {:record, width: :count}}, %{"size" => %{"width" => -1}})
+      {:error, "size.width"}
   """
-  @spec cast(t, term) :: {:ok, term} | :error
+  @spec cast(t, term) :: {:ok, term} | :error | {:error, path :: String.t()}
   def cast(:boolean, value) when is_boolean(value), do: {:ok, value}
 
   def cast(:atom, value) when is_atom(value) and not is_boolean(value) and value != nil,
@@ -133,8 +147,11 @@ defmodule StarweaveImage.Type do
          do: {:ok, List.to_tuple(values)}
   end
 
-  def cast({:either, types}, value),
-    do: Enum.find_value(types, :error, &with(:error <- cast(&1, value), do: nil))
+  def cast({:either, types}, value) do
+    Enum.find_value(types, :error, fn type ->
+      with {:ok, value} <- cast(type, value), do: {:ok, value}, else: (_no -> nil)
+    end)
+  end
 
   def cast({:maybe, _type}, nil), do: {:ok, nil}
   def cast({:maybe, type}, value), do: cast(type, value)
@@ -148,6 +165,29 @@ defmodule StarweaveImage.Type do
       _no_options -> :error
     end
   end
+
+  def cast({:record, fields}, %{} = map) when not is_struct(map) do
+    Enum.reduce_while(fields, {:ok, %{}}, fn {name, type}, {:ok, record} ->
+      case cast(type, Map.get(map, Atom.to_string(name))) do
+        {:ok, value} -> {:cont, {:ok, Map.put(record, name, value)}}
+        :error -> {:halt, {:error, Atom.to_string(name)}}
+        {:error, path} -> {:halt, {:error, "#{name}.#{path}"}}
+      end
+    end)
+  end
+
+  def cast({:data, min, max}, value)
+      when is_binary(value) and byte_size(value) >= min and byte_size(value) <= max,
+      do: {:ok, value}
+
+  def cast(:integer, value) when is_integer(value), do: {:ok, value}
+  def cast(:count, value) when is_integer(value) and value >= 0, do: {:ok, value}
+  def cast(:float, value) when is_number(value), do: {:ok, value + 0.0}
+  def cast(:text, value) when is_binary(value), do: accept(value, String.valid?(value))
+  def cast(:map, value) when is_map(value) and not is_struct(value), do: {:ok, value}
+
+  def cast(:media_type, value) when is_binary(value) and byte_size(value) <= 128,
+    do: accept(value, value =~ ~r"\A[a-z0-9.+-]+/[a-z0-9.+-]+\z")
 
   def cast({:function, arity}, value) when is_function(value, arity), do: {:ok, value}
   def cast({:described, _words, type}, value), do: cast(type, value)
@@ -164,12 +204,12 @@ defmodule StarweaveImage.Type do
     |> Enum.reduce_while([], fn value, done ->
       case cast.(value) do
         {:ok, value} -> {:cont, [value | done]}
-        :error -> {:halt, :error}
+        no -> {:halt, no}
       end
     end)
     |> case do
-      :error -> :error
-      done -> {:ok, Enum.reverse(done)}
+      done when is_list(done) -> {:ok, Enum.reverse(done)}
+      no -> no
     end
   end
 

@@ -15,7 +15,7 @@ defmodule StarweaveImage.Journal.Record do
   # `cast/1` is the only way from a disk into this library, and what it accepts has a shape that other code may rely on.
   # A wrong value in a right shape (a width of 7) is refused by `Request.restore/2`.
 
-  alias StarweaveImage.{Error, Image, Msgpack, Options, Request, Result, Text}
+  alias StarweaveImage.{Error, Image, Msgpack, Result, Schema, Text, Type}
 
   @version 1
 
@@ -32,6 +32,9 @@ defmodule StarweaveImage.Journal.Record do
   @formats ~w(png jpeg webp)a
   @timings ~w(queue load denoise decode encode total)a
   @details ~w(field retry_after_ms)a
+  # More than any record has.
+  @many 131_072
+  @times {:map, :text, {:either, [:integer, :float]}, @many}
   @image [
     id: :text,
     index: :count,
@@ -43,10 +46,10 @@ defmodule StarweaveImage.Journal.Record do
     negative_prompt: {:maybe, :text},
     seed: {:maybe, :count},
     steps: {:maybe, :count},
-    guidance_scale: {:maybe, :number},
+    guidance_scale: {:maybe, :float},
     scheduler: {:maybe, :text},
     parameters: :map,
-    notices: :texts,
+    notices: {:list, :text, @many},
     attempts: :count
   ]
 
@@ -61,7 +64,7 @@ defmodule StarweaveImage.Journal.Record do
     seed: {:maybe, :count},
     facts: :map,
     parameters: :map,
-    notices: :texts,
+    notices: {:list, :text, @many},
     attempts: :count
   ]
 
@@ -109,7 +112,7 @@ defmodule StarweaveImage.Journal.Record do
 
   # Everything in it that may be the name of an image file.
   defp blobs(text) when is_binary(text),
-    do: if(blob?(text), do: [:binary.copy(text)], else: [])
+    do: if(match?({:ok, _}, Type.cast(:sha256, text)), do: [:binary.copy(text)], else: [])
 
   defp blobs(list) when is_list(list), do: Enum.flat_map(list, &blobs/1)
   defp blobs(%_{}), do: []
@@ -172,7 +175,7 @@ defmodule StarweaveImage.Journal.Record do
   end
 
   defp id(%{"id" => id}) when id != nil do
-    with {:error, _name, _sentence} <- Options.check(:id, :id, id), do: {:error, "id is no id"}
+    with :error <- Type.cast(:id, id), do: {:error, "id is no id"}
   end
 
   defp id(_fields), do: {:error, "id is missing"}
@@ -238,9 +241,9 @@ defmodule StarweaveImage.Journal.Record do
   defp outcome(_fields), do: {:error, "it has neither images nor an error"}
 
   defp result_of(%{} = fields) do
-    with {:ok, blob} <- value(fields, :blob, :blob),
+    with {:ok, blob} <- value(fields, :blob, :sha256),
          {:ok, kind, own} <- own(fields),
-         {:ok, timings} <- value(fields, :timings, :numbers),
+         {:ok, timings} <- value(fields, :timings, @times),
          %{} = values <- values(fields, if(kind == Image, do: @image, else: @other)) do
       timings = Map.new(timings, fn {name, ms} -> {named(name, @timings, name), ms} end)
       {:ok, {struct!(kind, values |> Map.merge(own) |> Map.put(:timings, timings)), blob}}
@@ -276,34 +279,16 @@ defmodule StarweaveImage.Journal.Record do
   end
 
   defp value(fields, name, type) do
-    # Not by Access, which a timestamp, a struct here, does not have.
     value = Map.get(fields, Atom.to_string(name))
 
-    case {type, valid?(type, value)} do
-      {{:one_of, atoms}, true} -> {:ok, named(value, atoms, nil)}
-      {_type, true} -> {:ok, value}
-      {_type, false} when value == nil -> {:error, "#{name} is missing"}
-      {_type, false} -> {:error, "#{name} has a wrong type or is out of range"}
+    case Type.cast(type, value) do
+      {:ok, value} -> {:ok, value}
+      _wrong when value == nil -> {:error, "#{name} is missing"}
+      _wrong -> {:error, "#{name} has a wrong type or is out of range"}
     end
   end
 
-  defp valid?({:maybe, type}, value), do: value == nil or valid?(type, value)
-  defp valid?({:one_of, atoms}, value), do: named(value, atoms, nil) != nil
-  defp valid?(:text, value), do: is_binary(value) and String.valid?(value)
-  defp valid?(:blob, value), do: is_binary(value) and blob?(value)
-  defp valid?(:boolean, value), do: is_boolean(value)
-  defp valid?(:integer, value), do: is_integer(value)
-  defp valid?(:count, value), do: is_integer(value) and value >= 0
-  defp valid?(:number, value), do: is_number(value)
-  defp valid?(:map, value), do: is_map(value) and not is_struct(value)
-  defp valid?(:texts, value), do: is_list(value) and Enum.all?(value, &valid?(:text, &1))
-
-  defp valid?(:numbers, value),
-    do: valid?(:map, value) and Enum.all?(value, fn {_name, number} -> is_number(number) end)
-
-  defp blob?(text), do: text =~ ~r/\A[0-9a-f]{64}\z/
-
-  defp detail({"field", value}), do: {:field, named(value, Map.keys(Request.__struct__()), value)}
+  defp detail({"field", value}), do: {:field, (is_binary(value) && Schema.name(value)) || value}
   defp detail({name, value}), do: {named(name, @details, name), value}
 
   defp named(text, atoms, default), do: Enum.find(atoms, default, &(Atom.to_string(&1) == text))

@@ -2,7 +2,7 @@ defmodule StarweaveImage.Sidecar.Wire do
   @moduledoc false
   # Frames and messages of docs/protocol.md, without I/O: bytes in, typed messages out.
 
-  alias StarweaveImage.Msgpack
+  alias StarweaveImage.{Msgpack, Type}
 
   @version 1
   @max_frame 33_554_432
@@ -10,148 +10,154 @@ defmodule StarweaveImage.Sidecar.Wire do
   # A picture of 4096 pixels a side in PNG, and room for its text.
   @max_image 134_217_728
 
-  # What the sidecar may say. A field is `{type, :required}` or has a default; keys not named here
-  # are dropped, so that nothing from outside becomes an atom or reaches the rest of the code.
+  # Of an image among those of a request.
+  @index {:integer, 0, 15}
+  @seed {:integer, 0, 0x7FFFFFFFFFFFFFFF}
+  # As many as a frame has room for.
+  @many 131_072
+
+  # What the sidecar may say. Keys that are not named here are left, so that nothing from outside becomes an atom or
+  # reaches the rest of the code.
   @running [
-    id: :str,
-    phase: :str,
-    step: :uint,
-    steps: :uint,
-    step_age_ms: :uint,
-    step_ms: :uint,
-    waits: {:maybe, :bool}
+    id: :text,
+    phase: :text,
+    step: :count,
+    steps: :count,
+    step_age_ms: :count,
+    step_ms: :count,
+    waits: {:maybe, :boolean}
   ]
   @card [
-    id: :str,
-    name: :str,
-    description: :str,
-    aliases: {:list, :str},
-    tasks: {:list, :str},
-    pipeline: :str,
-    source: :str,
-    revision: {:maybe, :str},
-    licence: :str,
+    id: :text,
+    name: :text,
+    description: :text,
+    aliases: {:list, :text, @many},
+    tasks: {:list, :text, @many},
+    pipeline: :text,
+    source: :text,
+    revision: {:maybe, :text},
+    licence: :text,
     defaults:
       {:record,
-       width: :uint,
-       height: :uint,
-       steps: :uint,
-       guidance_scale: :number,
-       scheduler: {:maybe, :str}},
+       width: :count,
+       height: :count,
+       steps: :count,
+       guidance_scale: :float,
+       scheduler: {:maybe, :text}},
     limits:
       {:record,
-       min_size: :uint,
-       max_size: :uint,
-       multiple_of: :uint,
-       max_steps: :uint,
-       max_pixels: :uint,
-       max_guidance: :number},
-    memory_bytes: :uint,
-    fallbacks: {:maybe, {:list, :str}},
-    bytes: {:maybe, :uint},
-    parked: {:maybe, :bool},
-    idle_ms: {:maybe, :uint},
-    load_ms: {:maybe, :uint},
+       min_size: :count,
+       max_size: :count,
+       multiple_of: :count,
+       max_steps: :count,
+       max_pixels: :count,
+       max_guidance: :float},
+    memory_bytes: :count,
+    fallbacks: {:maybe, {:list, :text, @many}},
+    bytes: {:maybe, :count},
+    parked: {:maybe, :boolean},
+    idle_ms: {:maybe, :count},
+    load_ms: {:maybe, :count},
     state: {:one_of, ~w(loaded loading available remote absent failed)a},
-    error: {:maybe, :str}
+    error: {:maybe, :text}
   ]
   @heartbeat [
-    seq: :uint,
+    seq: :count,
     phase: {:one_of, ~w(starting loading ready busy draining)a},
-    uptime_ms: :uint,
-    capacity: :uint,
-    grant: :uint,
-    running: {:list, {:record, @running}},
-    resident: {:list, :str},
-    device_memory: {:maybe, {:record, used: :uint, total: :uint}},
-    device_work: {:maybe, {:record, age_ms: :uint, usual_ms: :uint, known: :bool}},
-    loads: {:maybe, {:list, {:record, model: :str, age_ms: :uint}}},
-    rss: :uint,
-    counters: {:record, accepted: :uint, done: :uint, failed: :uint, cancelled: :uint}
+    uptime_ms: :count,
+    capacity: :count,
+    grant: :count,
+    running: {:list, {:record, @running}, @many},
+    resident: {:list, :text, @many},
+    device_memory: {:maybe, {:record, used: :count, total: :count}},
+    device_work: {:maybe, {:record, age_ms: :count, usual_ms: :count, known: :boolean}},
+    loads: {:maybe, {:list, {:record, model: :text, age_ms: :count}, @many}},
+    rss: :count,
+    counters: {:record, accepted: :count, done: :count, failed: :count, cancelled: :count}
   ]
   @messages %{
     "ready" =>
       {:ready,
-       v: :uint,
-       pid: :uint,
+       v: :count,
+       pid: :count,
        versions: :map,
-       device: :str,
-       dtype: :str,
-       device_name: :str,
-       capacity: :uint,
-       default_model: :str,
-       catalog: {:list, {:record, @card}}},
+       device: :text,
+       dtype: :text,
+       device_name: :text,
+       capacity: :count,
+       default_model: :text,
+       catalog: {:list, {:record, @card}, @many}},
     "accepted" =>
       {:accepted,
-       id: :str,
-       model: :str,
-       width: :uint,
-       height: :uint,
-       steps: :uint,
-       guidance_scale: :number,
-       scheduler: {:maybe, :str},
-       seeds: {:list, :seed},
+       id: :text,
+       model: :text,
+       width: :count,
+       height: :count,
+       steps: :count,
+       guidance_scale: :float,
+       scheduler: {:maybe, :text},
+       seeds: {:list, @seed, @many},
        format: {:one_of, ~w(png jpeg webp)a}},
     "progress" =>
       {:progress,
-       id: :str,
+       id: :text,
        phase: {:one_of, ~w(loading denoising decoding encoding)a},
-       image: :index,
-       step: :uint,
-       steps: :uint,
-       elapsed_ms: :uint},
+       image: @index,
+       step: :count,
+       steps: :count,
+       elapsed_ms: :count},
     "preview" =>
       {:preview,
-       id: :str,
-       image: :index,
-       step: :uint,
+       id: :text,
+       image: @index,
+       step: :count,
        format: {:one_of, ~w(png jpeg webp)a},
-       width: :uint,
-       height: :uint,
-       data: {:bytes, @max_part}},
+       width: :count,
+       height: :count,
+       data: {:data, 1, @max_part}},
     "image" =>
       {:image,
-       id: :str,
-       index: :index,
-       seed: :seed,
+       id: :text,
+       index: @index,
+       seed: @seed,
        format: {:one_of, ~w(png jpeg webp)a},
-       width: :uint,
-       height: :uint,
+       width: :count,
+       height: :count,
        sha256: :sha256,
-       size: {:int, 1, @max_image},
-       offset: {:int, 0, @max_image - 1},
-       data: {:bytes, @max_part}},
+       size: {:integer, 1, @max_image},
+       offset: {:integer, 0, @max_image - 1},
+       data: {:data, 1, @max_part}},
     "result" =>
       {:result,
-       id: :str,
-       index: :index,
-       seed: :seed,
+       id: :text,
+       index: @index,
+       seed: @seed,
        kind: {:one_of, ~w(text vector video mesh)a},
        media_type: :media_type,
        facts: :map,
        sha256: :sha256,
-       size: {:int, 1, @max_image},
-       offset: {:int, 0, @max_image - 1},
-       data: {:bytes, @max_part}},
+       size: {:integer, 1, @max_image},
+       offset: {:integer, 0, @max_image - 1},
+       data: {:data, 1, @max_part}},
     "done" =>
       {:done,
-       id: :str,
-       model: {:maybe, :str},
+       id: :text,
+       model: {:maybe, :text},
        parameters: {:maybe, :map},
        timings: {:maybe, :map},
-       notices: {:maybe, {:list, :str}}},
+       notices: {:maybe, {:list, :text, @many}}},
     "error" =>
       {:error,
-       id: {:maybe, :str},
-       kind: :str,
-       message: :str,
-       field: {:maybe, :str},
-       retryable: {:maybe, :bool},
-       terminal: {:maybe, :bool}},
-    "models" => {:models, id: :str, models: {:list, {:record, @card}}},
+       id: {:maybe, :text},
+       kind: :text,
+       message: :text,
+       field: {:maybe, :text},
+       retryable: {:maybe, :boolean},
+       terminal: {:maybe, :boolean}},
+    "models" => {:models, id: :text, models: {:list, {:record, @card}, @many}},
     "heartbeat" => {:heartbeat, @heartbeat},
     "log" =>
-      {:log, level: {:one_of, ~w(debug info warning error)a}, message: :str, id: {:maybe, :str}}
+      {:log, level: {:one_of, ~w(debug info warning error)a}, message: :text, id: {:maybe, :text}}
   }
 
   @type buffer :: {[binary], held :: non_neg_integer, wanted :: non_neg_integer}
@@ -218,72 +224,13 @@ defmodule StarweaveImage.Sidecar.Wire do
   end
 
   defp message(type, map) do
-    with {:ok, generation} <- value(:uint, Map.get(map, "g", 0)),
+    with {:ok, %{g: generation}} <- Type.cast({:record, g: {:maybe, :count}}, map),
          {:ok, {name, fields}} <- Map.fetch(@messages, type),
-         {:ok, record} <- value({:record, fields}, map) do
-      {:ok, Map.merge(record, %{t: name, g: generation})}
+         {:ok, record} <- Type.cast({:record, fields}, map) do
+      {:ok, Map.merge(record, %{t: name, g: generation || 0})}
     else
       :error -> {:ok, %{t: :unknown, g: 0, type: type}}
       {:error, field} -> {:error, "#{type}: field #{field} is missing or wrong"}
-      :wrong -> {:error, "#{type}: field g is wrong"}
     end
   end
-
-  defp value({:record, fields}, %{} = map) do
-    Enum.reduce_while(fields, {:ok, %{}}, fn {name, type}, {:ok, record} ->
-      case value(type, Map.get(map, Atom.to_string(name))) do
-        {:ok, value} -> {:cont, {:ok, Map.put(record, name, value)}}
-        {:error, field} -> {:halt, {:error, "#{name}.#{field}"}}
-        :wrong -> {:halt, {:error, "#{name}"}}
-      end
-    end)
-  end
-
-  defp value({:maybe, _type}, nil), do: {:ok, nil}
-  defp value({:maybe, type}, value), do: value(type, value)
-  defp value(:uint, value) when is_integer(value) and value >= 0, do: {:ok, value}
-
-  defp value({:int, low, high}, value)
-       when is_integer(value) and value >= low and value <= high,
-       do: {:ok, value}
-
-  # Of an image among those of a request.
-  defp value(:index, value), do: value({:int, 0, 15}, value)
-  defp value(:seed, value), do: value({:int, 0, 0x7FFFFFFFFFFFFFFF}, value)
-
-  defp value(:sha256, value) when is_binary(value) and byte_size(value) == 64,
-    do: if(value =~ ~r/\A[0-9a-f]+\z/, do: {:ok, value}, else: :wrong)
-
-  defp value(:media_type, value) when is_binary(value) and byte_size(value) <= 128,
-    do: if(value =~ ~r"\A[a-z0-9.+-]+/[a-z0-9.+-]+\z", do: {:ok, value}, else: :wrong)
-
-  defp value({:bytes, most}, value) when is_binary(value) and byte_size(value) in 1..most//1,
-    do: {:ok, value}
-
-  defp value(:number, value) when is_number(value), do: {:ok, value * 1.0}
-  defp value(:str, value) when is_binary(value), do: {:ok, value}
-  defp value(:bool, value) when is_boolean(value), do: {:ok, value}
-  defp value(:map, %{} = value), do: {:ok, value}
-
-  defp value({:one_of, atoms}, value) when is_binary(value) do
-    case Enum.find(atoms, &(Atom.to_string(&1) == value)) do
-      nil -> :wrong
-      atom -> {:ok, atom}
-    end
-  end
-
-  defp value({:list, type}, values) when is_list(values) do
-    Enum.reduce_while(values, {:ok, []}, fn value, {:ok, list} ->
-      case value(type, value) do
-        {:ok, value} -> {:cont, {:ok, [value | list]}}
-        wrong -> {:halt, wrong}
-      end
-    end)
-    |> case do
-      {:ok, list} -> {:ok, Enum.reverse(list)}
-      wrong -> wrong
-    end
-  end
-
-  defp value(_type, _value), do: :wrong
 end
