@@ -11,9 +11,8 @@ defmodule StarweaveImage.Sidecar do
   use StarweaveImage.CrashLog
   require Logger
 
-  alias StarweaveImage.{Backoff, Config, Environment, Telemetry}
-  alias StarweaveImage.Sidecar.{Answers, Log, Wire}
-  alias StarweaveImage.Sidecar.{Health, Python}
+  alias StarweaveImage.{Config, Environment, Telemetry}
+  alias StarweaveImage.Sidecar.{Answers, Health, Life, Log, Python, Wire}
 
   @tick_ms 250
   @retry_write_ms 5
@@ -21,16 +20,13 @@ defmodule StarweaveImage.Sidecar do
   @term_ms 1_500
   # For its log to be read to the end, once nobody is left to write to it.
   @last_words_ms 1_000
-  # After a crash of a sidecar that had worked, starts in a row may cost so much before the accepted requests fail: what each
-  # one that failed costs, and one that somebody else killed, which says little of whether a start can succeed.
-  @patience 9
-  @failed 3
-  @killed 1
   # A start that reaches `ready` and stays up this long is a good one: the back-off begins anew.
   @stable_ms 30_000
   # A tick that comes later than this says that this process, and maybe all of the machine, stood still.
   @late_ms 1_000
   @log_over Log.over()
+  # SIGKILL and SIGTERM, and not by us.
+  @killed [128 + 9, 128 + 15]
 
   defstruct [
     :config,
@@ -39,6 +35,7 @@ defmodule StarweaveImage.Sidecar do
     :queue,
     # Larger than that of any owner before, by which the queue knows who is the present one.
     :birth,
+    :life,
     :python,
     :log,
     :started_at,
@@ -47,21 +44,13 @@ defmodule StarweaveImage.Sidecar do
     :heard_at,
     :ticked_at,
     :heartbeat,
-    # Why the start that goes on fails, by its own words; why the process is to be killed; what the log says already.
-    :failure,
-    :condemned,
-    :told,
+    # How long this process itself stood still, in ms.
     slept: 0,
     generation: 0,
-    phase: :starting,
-    ever_ready: false,
-    # What the starts since the last one that reached `ready` cost; and the starts that count for the back-off, which one
-    # that is good but short is one of.
-    spent_patience: 0,
-    failed_starts: 0,
     buffer: nil,
     outbox: :queue.new(),
     answers: nil,
+    # Since when the requests among them are to be seen in heartbeats, by their ids.
     asked: %{},
     # Those among them that were told to stop.
     told_to_stop: %{}
@@ -93,7 +82,8 @@ defmodule StarweaveImage.Sidecar do
       index: index,
       role: role,
       queue: config[:name],
-      birth: birth
+      birth: birth,
+      life: Life.new({config[:backoff_min], config[:backoff_max]})
     }
 
     {:ok, state, {:continue, :start}}
@@ -118,40 +108,38 @@ defmodule StarweaveImage.Sidecar do
 
   # What it says, once it is to be killed, is not to be trusted.
   @impl true
-  def handle_info({port, {:data, _}}, %{python: %{port: port}, condemned: reason} = state)
-      when reason != nil,
+  def handle_info(
+        {port, {:data, _}},
+        %{python: %{port: port}, life: %{state: :condemned}} = state
+      ),
       do: {:noreply, state}
 
   def handle_info({port, {:data, bytes}}, %{python: %{port: port}} = state) do
     case Wire.feed(state.buffer, bytes) do
       {:ok, bodies, buffer} -> {:noreply, receive_bodies(%{state | buffer: buffer}, bodies)}
-      {:error, reason} -> {:noreply, fail(state, "it sent #{reason}")}
+      {:error, reason} -> {:noreply, condemn(state, :fails, "it sent #{reason}")}
     end
   end
 
-  def handle_info({port, {:exit_status, status}}, %{python: %{port: port}} = state),
-    do:
-      {:noreply,
-       ended(
-         state,
-         state.condemned || state.failure || Python.exit_reason(status),
-         cost(state, status)
-       )}
+  def handle_info({port, {:exit_status, status}}, %{python: %{port: port}} = state) do
+    how = if status in @killed, do: :killed, else: :otherwise
+    {:noreply, live(state, {:ended, Python.exit_reason(status), how})}
+  end
 
   # Instead of an exit status: the write of what was queued found nobody to read it.
   def handle_info({:EXIT, port, _reason}, %{python: %{port: port}} = state) do
     sentence =
-      if state.ready_at,
+      if state.life.ready?,
         do: "the Python process stopped reading and ended",
         else: "the Python process ended as it was started: run `mix image.setup` and see the log"
 
-    {:noreply, ended(state, state.condemned || sentence)}
+    {:noreply, live(state, {:ended, sentence, :otherwise})}
   end
 
   # What Python and its libraries print would fail from now on, in the middle of a request.
-  def handle_info({:EXIT, reader, reason}, %{log: %{reader: reader}, condemned: nil} = state)
+  def handle_info({:EXIT, reader, reason}, %{log: %{reader: reader}} = state)
       when reason != @log_over,
-      do: {:noreply, fail(state, "the reader of its log has ended")}
+      do: {:noreply, condemn(state, :fails, "the reader of its log has ended")}
 
   def handle_info(:tick, state) do
     Process.send_after(self(), :tick, @tick_ms)
@@ -243,10 +231,6 @@ defmodule StarweaveImage.Sidecar do
         heard_at: awake(state),
         ready_at: nil,
         heartbeat: nil,
-        failure: nil,
-        condemned: nil,
-        # Once down, it is down until a start succeeds: callers get their answer at once meanwhile.
-        phase: if(state.phase == :down, do: :down, else: :starting),
         buffer: Wire.new(),
         outbox: :queue.new(),
         answers: Answers.new(),
@@ -256,19 +240,13 @@ defmodule StarweaveImage.Sidecar do
 
     case launch(state) do
       {:ok, python, log} ->
-        Telemetry.execute([:sidecar, :start], %{system_time: System.system_time()}, %{
-          instance: state.config[:name],
-          index: state.index,
-          generation: state.generation,
-          os_pid: python.os_pid
-        })
-
-        state = %{state | python: python, log: log}
-        report(state, state.phase)
+        emit(state, :start, %{system_time: System.system_time()}, %{os_pid: python.os_pid})
+        state = live(%{state | python: python, log: log}, :started)
+        report(state, Life.phase(state.life))
         state
 
       {:error, sentence} ->
-        ended(state, sentence)
+        live(state, {:ended, sentence, :otherwise})
     end
   end
 
@@ -290,7 +268,7 @@ defmodule StarweaveImage.Sidecar do
       sentence =
         "it could not be started, by a fault of this library (#{inspect(error.__struct__)})"
 
-      if state.told != sentence,
+      if Life.news?(state.life, sentence),
         do: Logger.error(Exception.format(:error, error, __STACKTRACE__))
 
       {:error, sentence}
@@ -305,9 +283,10 @@ defmodule StarweaveImage.Sidecar do
   ## What the Python process says
 
   defp receive_bodies(state, []), do: state
-  # A body handled before this one ended the process.
-  defp receive_bodies(%{python: nil} = state, _bodies), do: state
-  defp receive_bodies(%{condemned: reason} = state, _bodies) when reason != nil, do: state
+  # A body handled before this one was the last to be trusted.
+  defp receive_bodies(%{life: %{state: over}} = state, _bodies)
+       when over in [:resting, :condemned],
+       do: state
 
   defp receive_bodies(state, [body | rest]) do
     case Wire.decode(body) do
@@ -315,84 +294,45 @@ defmodule StarweaveImage.Sidecar do
         state |> receive_message(message) |> receive_bodies(rest)
 
       {:error, reason} ->
-        fail(state, "it sent #{reason}")
+        condemn(state, :fails, "it sent #{reason}")
     end
   end
 
   defp receive_message(state, %{t: :heartbeat, g: g} = beat) when g in [0, state.generation] do
-    # Greeted at its first sign of life: a write to one that has ended already would cost its exit status.
-    state = if state.heartbeat, do: state, else: push(state, hello(state))
+    state = live(state, :heartbeat)
     known = state.heartbeat && state.heartbeat.resident
     state = listed(%{state | heard_at: awake(state), heartbeat: beat})
 
-    Telemetry.execute(
-      [:sidecar, :heartbeat],
-      %{rss: beat.rss, running: length(beat.running), grant: beat.grant},
-      %{
-        instance: state.config[:name],
-        index: state.index,
-        generation: state.generation,
-        phase: beat.phase
-      }
-    )
+    counts = %{rss: beat.rss, running: length(beat.running), grant: beat.grant}
+    emit(state, :heartbeat, counts, %{phase: beat.phase})
 
     cond do
       reason =
           Health.stuck(beat, state.config) ||
             Health.outstays(beat, state.told_to_stop, awake(state), state.config) ->
-        fail(%{state | phase: :stalled}, reason)
+        condemn(state, :stalls, reason)
 
-      state.ready_at ->
+      state.life.ready? ->
         # One that was written as it got ready may come just after `ready`.
         report(state, if(beat.phase == :starting, do: :ready, else: beat.phase))
         if beat.resident != known, do: ask_for_models(state), else: state
 
       true ->
-        report(state, state.phase)
+        report(state, Life.phase(state.life))
         state
     end
   end
 
   defp receive_message(%{generation: g} = state, %{t: :ready, g: g} = ready) do
-    if ready.v == Wire.version() do
-      took = now() - state.started_at
-
-      Logger.info(
-        "#{label(state)} is ready after #{took} ms on #{ready.device} " <>
-          "(#{ready.device_name}), #{ready.dtype}"
-      )
-
-      Telemetry.execute(
-        [:sidecar, :ready],
-        %{duration: System.convert_time_unit(took, :millisecond, :native)},
-        %{
-          instance: state.config[:name],
-          index: state.index,
-          generation: g,
-          os_pid: state.python.os_pid,
-          device: ready.device,
-          dtype: ready.dtype
-        }
-      )
-
-      # The silence of its imports ends here, not with the next heartbeat.
-      state = %{state | ready_at: now(), heard_at: awake(state), ever_ready: true, phase: :ready}
-      state = %{state | told: nil}
-      tell(state, {:ready, ready})
-      state
-    else
-      fail(state, "it speaks version #{ready.v} of the protocol")
-    end
+    if ready.v == Wire.version(),
+      do: live(state, {:ready, ready}),
+      else: condemn(state, :fails, "it speaks version #{ready.v} of the protocol")
   end
 
   # What it says before it knows its generation, such as what is wrong with `hello`, has a 0 in its place.
   defp receive_message(state, %{t: :error, g: g, id: nil} = error)
-       when g in [0, state.generation] do
-    message = Log.printable_lines(error.message)
-    Logger.log(if(state.told == message, do: :debug, else: :error), "#{label(state)}: #{message}")
-    # Before `ready`, this is why it cannot start.
-    if state.ready_at, do: state, else: %{state | failure: message}
-  end
+       when g in [0, state.generation],
+       do: live(state, {:complaint, Log.printable_lines(error.message)})
 
   defp receive_message(state, %{t: :log} = log) do
     metadata = if log.id, do: [request_id: log.id], else: []
@@ -415,7 +355,7 @@ defmodule StarweaveImage.Sidecar do
         stray(state, message)
 
       {:error, reason} ->
-        fail(state, reason)
+        condemn(state, :fails, reason)
     end
   end
 
@@ -471,33 +411,29 @@ defmodule StarweaveImage.Sidecar do
 
   ## Health
 
+  defp check(%{life: %{state: :condemned}} = state), do: act(:kill, state)
+
   defp check(state) do
-    awake = awake(state)
-    config = state.config
+    clocks = %{
+      now: awake(state),
+      heard_at: state.heard_at,
+      start_by: state.start_by,
+      asked_at: Map.values(state.asked)
+    }
 
-    # The import of a large library may hold the interpreter for long, and the heartbeat with it.
-    importing? = is_nil(state.ready_at) and state.heartbeat != nil
+    case Health.overdue(state.life.state, clocks, state.config) do
+      {judgement, reason} ->
+        condemn(state, judgement, reason)
 
-    cond do
-      state.condemned ->
-        execute(state)
+      nil when state.life.state == :ready ->
+        if stable?(state), do: live(state, :stable), else: state
 
-      not importing? and awake - state.heard_at > config[:heartbeat_timeout] ->
-        fail(%{state | phase: :stalled}, "no heartbeat for #{awake - state.heard_at} ms")
-
-      is_nil(state.ready_at) and awake > state.start_by ->
-        fail(state, "it was not ready after #{config[:start_timeout]} ms")
-
-      Enum.any?(state.asked, fn {_, at} -> awake - at > config[:heartbeat_timeout] end) ->
-        fail(%{state | phase: :stalled}, "it does not work on what it was asked")
-
-      state.ready_at && state.failed_starts > 0 && now() - state.ready_at > @stable_ms ->
-        %{state | failed_starts: 0}
-
-      true ->
+      nil ->
         state
     end
   end
+
+  defp stable?(state), do: now() - state.ready_at > @stable_ms
 
   ## Writing
 
@@ -523,80 +459,72 @@ defmodule StarweaveImage.Sidecar do
     ArgumentError -> state
   end
 
-  ## The end
+  ## What its life makes of it
 
-  # Kills at once. By the process group, before the port is closed: closing first would hang for
-  # ever on output that a stuck child does not read.
-  defp fail(state, reason) do
+  defp condemn(%{life: %{state: state}} = sidecar, _judgement, _reason)
+       when state in [:resting, :condemned],
+       do: sidecar
+
+  defp condemn(state, judgement, reason) do
     Logger.error("#{label(state)} (generation #{state.generation}) is killed: #{reason}")
-    report(state, state.phase)
-    execute(%{state | condemned: reason})
+    live(state, {judgement, reason})
   end
 
-  # Where no descriptor is left to run a command with, the next tick tries again.
-  defp execute(state) do
+  defp live(state, event) do
+    {actions, life} = Life.next(state.life, event)
+    Enum.reduce(actions, %{state | life: life}, &act/2)
+  end
+
+  # At its first sign of life: a write to a process that has ended already would cost its exit status.
+  defp act(:greet, state), do: push(state, hello(state))
+
+  defp act({:announce, ready}, state) do
+    took = now() - state.started_at
+
+    Logger.info(
+      "#{label(state)} is ready after #{took} ms on #{ready.device} " <>
+        "(#{ready.device_name}), #{ready.dtype}"
+    )
+
+    facts = %{os_pid: state.python.os_pid, device: ready.device, dtype: ready.dtype}
+    emit(state, :ready, %{duration: native(took)}, facts)
+    # The silence of its imports ends here, not with the next heartbeat.
+    state = %{state | ready_at: now(), heard_at: awake(state)}
+    tell(state, {:ready, ready})
+    state
+  end
+
+  defp act({:complain, words, news?}, state) do
+    Logger.log(if(news?, do: :error, else: :debug), "#{label(state)}: #{words}")
+    state
+  end
+
+  # At once, and by the process group, before the port is closed: closing first would hang for ever on output that a
+  # stuck child does not read. Where no descriptor is left to run a command with, the next tick tries again.
+  defp act(:kill, state) do
+    report(state, Life.phase(state.life))
+
     case Python.kill(state.python) do
-      :ok -> ended(state, state.condemned)
+      :ok -> live(state, {:ended, state.life.sentence, :otherwise})
       :error -> state
     end
   end
 
-  # SIGKILL or SIGTERM, and not by us.
-  defp cost(%{condemned: nil, failure: nil}, status) when status in [128 + 9, 128 + 15],
-    do: @killed
-
-  defp cost(_state, _status), do: @failed
-
-  defp ended(state, sentence, cost \\ @failed) do
-    good? = state.ready_at != nil
-    failed_starts = if good?, do: state.failed_starts, else: state.failed_starts + 1
-    # A first restart after a good start is at once; from then on each one waits longer.
-    pause = Backoff.pause(failed_starts, {state.config[:backoff_min], state.config[:backoff_max]})
-    failed_starts = if good?, do: failed_starts + 1, else: failed_starts
-    spent_patience = if good?, do: 0, else: state.spent_patience + cost
-
-    phase =
-      cond do
-        good? -> :starting
-        state.ever_ready and spent_patience < @patience and state.phase != :down -> :starting
-        true -> :down
-      end
-
-    log_end(state, sentence, pause)
+  defp act({:rest, sentence, pause, news?}, state) do
+    log_end(state, sentence, pause, if(news?, do: :warning, else: :debug))
     Process.send_after(self(), {:restart, state.generation}, pause)
-
-    state = %{
-      close(state)
-      | phase: phase,
-        told: if(good?, do: nil, else: sentence),
-        failed_starts: failed_starts,
-        spent_patience: spent_patience
-    }
-
-    tell(state, {:ended, phase, sentence})
+    state = close(state)
+    tell(state, {:ended, Life.phase(state.life), sentence})
     state
   end
 
-  # A start that fails as the one before it is no news.
-  defp log_end(state, sentence, pause) do
-    level = if state.told == sentence, do: :debug, else: :warning
+  defp log_end(state, sentence, pause, level) do
     did = if state.python, do: "ended", else: "cannot start"
     Logger.log(level, "#{label(state)} #{did}: #{sentence}; next start in #{pause} ms")
 
     if state.python do
-      Telemetry.execute(
-        [:sidecar, :stop],
-        %{
-          duration: System.convert_time_unit(now() - state.started_at, :millisecond, :native)
-        },
-        %{
-          instance: state.config[:name],
-          index: state.index,
-          generation: state.generation,
-          os_pid: state.python.os_pid,
-          reason: sentence
-        }
-      )
+      facts = %{os_pid: state.python.os_pid, reason: sentence}
+      emit(state, :stop, %{duration: native(now() - state.started_at)}, facts)
     end
   end
 
@@ -627,9 +555,15 @@ defmodule StarweaveImage.Sidecar do
     GenServer.cast(state.queue, {:sidecar, owner, state.index, state.generation, event})
   end
 
+  defp emit(state, event, measurements, facts) do
+    whose = %{instance: state.config[:name], index: state.index, generation: state.generation}
+    Telemetry.execute([:sidecar, event], measurements, Map.merge(whose, facts))
+  end
+
   defp label(%{role: :standby, index: index}), do: "image sidecar #{index} (standby)"
   defp label(%{index: index}), do: "image sidecar #{index}"
 
+  defp native(ms), do: System.convert_time_unit(ms, :millisecond, :native)
   defp now, do: System.monotonic_time(:millisecond)
 
   # A clock that stands still while this process does: what came in the meantime has not been read yet.

@@ -2,6 +2,8 @@ defmodule StarweaveImage.Sidecar.Health do
   @moduledoc false
   # Whether a Python process that is alive gets on with its work, judged by its heartbeats. Pure.
 
+  alias StarweaveImage.Sidecar.Life
+
   # Work that has taken so many times what such work takes does not end any more.
   @patience_times 10
 
@@ -30,6 +32,31 @@ defmodule StarweaveImage.Sidecar.Health do
       waiting != [] and {work, loads, working} == {nil, [], []} and
           Enum.all?(waiting, &(&1.step_age_ms > config[:stall_timeout])) ->
         "all requests have waited for over #{seconds(config[:stall_timeout])} s, and nothing is worked on"
+
+      true ->
+        nil
+    end
+  end
+
+  @doc """
+  Why a process whose life is in `state` has been silent for too long, and whether it hangs (`:stalls`) or has missed its start
+  (`:fails`); or nil. `clocks`, all in ms: `:now`, when it was last `:heard_at`, until when it must be ready (`:start_by`), and
+  since when each of its requests should be in its heartbeats (`:asked_at`).
+  """
+  @spec overdue(Life.state(), map, keyword) :: {:stalls | :fails, String.t()} | nil
+  def overdue(state, %{now: now} = clocks, config) do
+    silent = now - clocks.heard_at
+
+    cond do
+      # The import of a large library may hold the interpreter for long, and the heartbeat with it.
+      state in [:started, :ready] and silent > config[:heartbeat_timeout] ->
+        {:stalls, "no heartbeat for #{silent} ms"}
+
+      state in [:started, :greeted] and now > clocks.start_by ->
+        {:fails, "it was not ready after #{config[:start_timeout]} ms"}
+
+      Enum.any?(clocks.asked_at, &(now - &1 > config[:heartbeat_timeout])) ->
+        {:stalls, "it does not work on what it was asked"}
 
       true ->
         nil
