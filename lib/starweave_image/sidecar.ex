@@ -166,7 +166,7 @@ defmodule StarweaveImage.Sidecar do
 
     # So that it is sent nothing more, and that what it does not finish is no attempt that cost a life.
     tell(state, :stopping)
-    # One that is down has none.
+    # A sidecar that is down has no log reader.
     reader = if state.log, do: Process.monitor(state.log.reader)
 
     state
@@ -196,7 +196,7 @@ defmodule StarweaveImage.Sidecar do
       {:retry_write, _} ->
         drain(flush(state), deadline)
 
-      # One that hangs does not get all of a long grace period.
+      # A process that hangs is killed before a long grace period is over.
       :tick ->
         {:noreply, state} = handle_info(:tick, state)
         drain(state, deadline)
@@ -313,7 +313,7 @@ defmodule StarweaveImage.Sidecar do
         condemn(state, :stalls, reason)
 
       state.life.ready? ->
-        # One that was written as it got ready may come just after `ready`.
+        # A heartbeat written just before `ready` may arrive after it.
         report(state, if(beat.phase == :starting, do: :ready, else: beat.phase))
         if beat.resident != known, do: ask_for_models(state), else: state
 
@@ -371,8 +371,8 @@ defmodule StarweaveImage.Sidecar do
     state
   end
 
-  # A process may be alive and well and yet not know of a request: it reads nothing, or forgot it. So
-  # what it was asked must be in its heartbeats, from soon after until it is answered.
+  # A process may be alive and yet not know of a request, because it reads nothing or forgot it. So each request must be
+  # listed in its heartbeats from soon after it was sent until it is answered.
   defp ask(%{asked: asked} = state, %{t: "cancel", id: id}) when is_map_key(asked, id),
     do: %{state | told_to_stop: Map.put_new(state.told_to_stop, id, awake(state))}
 
@@ -402,7 +402,7 @@ defmodule StarweaveImage.Sidecar do
 
   defp answered(state, _message), do: state
 
-  # By a name that no request has.
+  # Under an id that no request can have.
   defp ask_for_models(state) do
     id = "models:" <> Base.encode16(:crypto.strong_rand_bytes(12), case: :lower)
     message = %{t: "models", g: state.generation, id: id}
@@ -566,6 +566,6 @@ defmodule StarweaveImage.Sidecar do
   defp native(ms), do: System.convert_time_unit(ms, :millisecond, :native)
   defp now, do: System.monotonic_time(:millisecond)
 
-  # A clock that stands still while this process does: what came in the meantime has not been read yet.
+  # A clock that stops while this process is stopped: heartbeats that came in that time have not been read yet.
   defp awake(state), do: now() - state.slept
 end

@@ -96,7 +96,11 @@ defmodule StarweaveImage.CodeReloadTest do
     # Who reads it waits for the journal meanwhile, in code of ours.
     :ok = :sys.suspend(Module.concat(instance, "Journal"))
     :ok = StarweaveImage.subscribe(id, instance: instance)
-    readers = fn -> instance |> :sys.get_state() |> Map.fetch!(:readers) |> Map.keys() end
+
+    readers = fn ->
+      instance |> :sys.get_state() |> Map.fetch!(:results) |> Map.fetch!(:readers) |> Map.keys()
+    end
+
     assert [reader] = readers.()
     monitor = Process.monitor(reader)
 

@@ -248,7 +248,7 @@ defmodule StarweaveImage.DurableTest do
         signal(pid, "KILL")
         assert await(fn -> sidecar(instance).os_pid not in [nil, pid] end)
         await_running(instance, id)
-        assert :sys.get_state(instance).schedule.entries[id].attempts == attempt + 1
+        assert :sys.get_state(instance).attempts.schedule.entries[id].attempts == attempt + 1
       end
 
       queue = Process.whereis(instance)

@@ -1,20 +1,18 @@
 defmodule StarweaveImage.VerdictTest do
   # Who is to blame for the deaths of sidecars: what follows from the end of an attempt, by example, and over simulated causes
-  # in simulated time, with the schedule that the queue has.
+  # in simulated time, with the attempts that the queue makes.
   use ExUnit.Case, async: true
 
   alias StarweaveImage.{Error, Request}
-  alias StarweaveImage.Queue.{Schedule, Verdict}
+  alias StarweaveImage.Queue.{Attempts, Schedule, Verdict}
 
   defmodule World do
-    # Sidecars, what kills them, and requests, as events on a clock that jumps from one to the next. What the queue does between `Schedule` and
-    # `Verdict` is done here in its shortest form.
+    # Sidecars, what kills them, and requests, as events on a clock that jumps from one to the next.
     #
     # `requests`: id → `%{run: ms, comes: ms, dies: fun, memory: n}`; `run` is how long it takes alone, `dies` gives after how many ms it
     # ends its process. `kill`: gives in how many ms all sidecars are killed the next time. `sick`: gives after how many ms a run
     # ends its process whatever it is, or nil. `memory`: what fits at once at the peaks of all that runs on the device.
-    defstruct schedule: nil,
-              verdict: nil,
+    defstruct attempts: nil,
               requests: %{},
               events: :gb_sets.new(),
               now: 0,
@@ -37,8 +35,14 @@ defmodule StarweaveImage.VerdictTest do
 
       world = %{
         world
-        | verdict: Verdict.new(max_attempts: 3, max_retries: 3, quarantine: 600_000),
-          schedule: Schedule.new(max_queue: 1_000, max_queue_bytes: 1_000),
+        | attempts:
+            Attempts.new(
+              max_attempts: 3,
+              max_retries: 3,
+              quarantine: 600_000,
+              max_queue: 1_000,
+              max_queue_bytes: 1_000
+            ),
           sidecars: Map.new(1..count, &{&1, %{generation: 0, capacity: capacity}})
       }
 
@@ -76,15 +80,15 @@ defmodule StarweaveImage.VerdictTest do
     end
 
     defp event(world, {:comes, id}) do
-      schedule = Schedule.push(world.schedule, id, :waiting, model: "m")
-      at(%{world | schedule: schedule}, world.now + @deadline, {:deadline, id})
+      attempts = Attempts.open(world.attempts, id, :waiting, model: "m")
+      at(%{world | attempts: attempts}, world.now + @deadline, {:deadline, id})
     end
 
     defp event(world, {:ready, index, generation}) do
       if world.sidecars[index].generation == generation do
         news = [open?: true, capacity: world.sidecars[index].capacity, device: "d"]
         world = put_in(world.sidecars[index].ready?, true)
-        %{world | schedule: Schedule.sidecar(world.schedule, index, news)}
+        update_in(world.attempts.schedule, &Schedule.sidecar(&1, index, news))
       else
         world
       end
@@ -116,13 +120,10 @@ defmodule StarweaveImage.VerdictTest do
     defp event(world, {:done, id, serial}) do
       case world.running do
         %{^id => %{serial: ^serial, index: index}} ->
-          world = %{
-            world
-            | running: Map.delete(world.running, id),
-              verdict: Verdict.done(world.verdict, asked(id), world.now),
-              schedule: Schedule.free(world.schedule, index, id)
-          }
-
+          run_ms = world.now - world.running[id].sent
+          attempts = Attempts.done(world.attempts, asked(id), index, run_ms, 0, world.now)
+          world = %{world | running: Map.delete(world.running, id), attempts: attempts}
+          world = update_in(world.attempts.schedule, &Schedule.free(&1, index, id))
           finish(world, id, :done)
 
         _ ->
@@ -133,7 +134,7 @@ defmodule StarweaveImage.VerdictTest do
     defp event(world, {:rested, id, serial}) do
       if world.serial >= serial and world.ends[id] == nil and
            world.requests[id][:rests] == serial,
-         do: %{world | schedule: Schedule.rested(world.schedule, id)},
+         do: update_in(world.attempts.schedule, &Schedule.rested(&1, id)),
          else: world
     end
 
@@ -145,7 +146,7 @@ defmodule StarweaveImage.VerdictTest do
         %{index: index} ->
           world = %{world | running: Map.delete(world.running, id)}
           world = finish(world, id, :timeout)
-          %{world | schedule: Schedule.free(world.schedule, index, id)}
+          update_in(world.attempts.schedule, &Schedule.free(&1, index, id))
       end
     end
 
@@ -155,15 +156,14 @@ defmodule StarweaveImage.VerdictTest do
         else: %{
           world
           | ends: Map.put(world.ends, id, how),
-            schedule: Schedule.drop(world.schedule, id),
-            verdict: Verdict.drop(world.verdict, id)
+            attempts: Attempts.drop(world.attempts, id)
         }
     end
 
     defp die(world, index) do
-      taken = Schedule.taken(world.schedule, index)
-      resting = Schedule.resting(world.schedule, index)
-      {ids, schedule} = Schedule.lost(world.schedule, index)
+      %{schedule: schedule} = world.attempts
+      taken = Schedule.taken(schedule, index)
+      ids = for id <- taken, Schedule.place(schedule, id) == index, do: id
 
       points =
         for id <- ids do
@@ -174,44 +174,37 @@ defmodule StarweaveImage.VerdictTest do
       death = %{
         ran: points,
         alone?: length(taken) == 1,
-        held: List.wrap(resting),
+        held: List.wrap(Schedule.resting(schedule, index)),
         at_work?: taken != []
       }
 
-      world = %{
-        world
-        | schedule: schedule,
-          verdict: Verdict.died(world.verdict, death),
-          running: Map.drop(world.running, ids),
-          deaths: world.deaths + 1
-      }
+      # Those that have come, and have not ended.
+      open = for {id, _} <- schedule.entries, into: %{}, do: {id, asked(id)}
 
-      world = Enum.reduce(ids, world, &judge(&2, &1))
+      {outcomes, attempts} =
+        Attempts.died(world.attempts, index, death, open, "it died", world.now)
+
+      running = Map.drop(world.running, ids)
+      world = %{world | attempts: attempts, running: running, deaths: world.deaths + 1}
+
+      world =
+        for {:end, id, %Error{kind: :sidecar_crashed}} <- outcomes, reduce: world do
+          world -> finish(world, id, :given_up)
+        end
+
       start(world, index)
     end
 
-    defp judge(world, id) do
-      case Verdict.judge(world.verdict, asked(id), "it died", world.now) do
-        {:again, company} ->
-          schedule = Schedule.company(world.schedule, id, company)
-          %{world | schedule: Schedule.return(schedule, id, :waiting, :died)}
-
-        {:give_up, %Error{kind: :sidecar_crashed}, verdict} ->
-          finish(%{world | verdict: verdict}, id, :given_up)
-      end
-    end
-
     defp dispatch(world) do
-      case Schedule.next(world.schedule) do
-        {:run, id, index, schedule} ->
-          begin(%{world | schedule: schedule}, id, index) |> dispatch()
+      left = &(@deadline + Map.get(world.requests[&1], :comes, 0) - world.now)
 
-        {:rest, id, _index, schedule} ->
-          left = @deadline + Map.get(world.requests[id], :comes, 0) - world.now
-          {pause, verdict} = Verdict.stake(world.verdict, id, left)
+      case Attempts.next(world.attempts, left) do
+        {:run, id, index, attempts} ->
+          begin(%{world | attempts: attempts}, id, index) |> dispatch()
+
+        {:rest, id, pause, attempts} ->
           serial = world.serial + 1
-          world = %{world | schedule: schedule, verdict: verdict}
-          world = put_in(world.requests[id][:rests], serial)
+          world = put_in(%{world | attempts: attempts}.requests[id][:rests], serial)
           world |> at(world.now + pause, {:rested, id, serial}) |> dispatch()
 
         :nothing ->
@@ -225,7 +218,7 @@ defmodule StarweaveImage.VerdictTest do
       serial = world.serial + 1
       attempt = %{index: index, sent: world.now, serial: serial}
       world = %{world | serial: serial, running: Map.put(world.running, id, attempt)}
-      beside = length(Schedule.taken(world.schedule, index)) - 1
+      beside = length(Schedule.taken(world.attempts.schedule, index)) - 1
       run = request.run + div(request.run * beside, 4)
       world = at(world, world.now + run, {:done, id, serial})
 

@@ -25,7 +25,7 @@ defmodule Watch do
 
   # The queue hears more of a sidecar than its status tells.
   defp seen do
-    %{1 => %{heartbeat: beat} = seat} = :sys.get_state(StarweaveImage).fleet.seats
+    %{1 => %{heartbeat: beat} = seat} = :sys.get_state(StarweaveImage).crew.fleet.seats
     {seat.os_pid, if(beat, do: beat.phase, else: :silent), seat.ready != nil}
   end
 end

@@ -261,9 +261,9 @@ defmodule StarweaveImage.Client do
   defp up(instance, %{wait: true}),
     do: StarweaveImage.await_ready(@start_wait_ms, instance: instance)
 
-  defp up(instance, %{wait: false}),
-    do:
-      if(StarweaveImage.available?(instance: instance), do: :ok, else: {:error, :starting_or_down})
+  defp up(instance, %{wait: false}) do
+    if StarweaveImage.available?(instance: instance), do: :ok, else: {:error, :starting_or_down}
+  end
 
   @doc false
   # What this interface says about an image, besides its bytes.

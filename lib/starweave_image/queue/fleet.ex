@@ -6,6 +6,8 @@ defmodule StarweaveImage.Queue.Fleet do
   # A seat is a sidecar's number, with what its owner process said last. Seats of one kind have the same
   # options, so that a spare of a kind can take over from any active one of it.
 
+  alias StarweaveImage.Error
+
   defmodule Seat do
     @moduledoc false
     @type t :: %__MODULE__{}
@@ -81,6 +83,36 @@ defmodule StarweaveImage.Queue.Fleet do
   @spec update(t, index, map | keyword) :: t
   def update(fleet, index, news), do: put(fleet, struct!(fleet.seats[index], news))
 
+  @typedoc "What a sidecar says of itself: how it is, that it is ready, that it stops in order, and which models it knows."
+  @type news ::
+          {:state, map} | {:ready, map} | :stopping | {:message, %{t: :models, models: [map]}}
+
+  @doc "A sidecar says something of itself."
+  @spec heard(t, index, news) :: t
+  def heard(fleet, index, {:state, seen}) do
+    capacity = seen.heartbeat && seen.heartbeat.capacity
+    ready? = fleet.seats[index].ready != nil
+    # Before it is ready, its heartbeats tell a capacity that it does not know yet.
+    seen = if ready? and capacity, do: Map.put(seen, :capacity, capacity), else: seen
+    update(fleet, index, seen)
+  end
+
+  def heard(fleet, index, {:ready, ready}) do
+    update(fleet, index,
+      state: :ready,
+      ready: Map.take(ready, [:device, :device_name, :dtype, :versions, :default_model]),
+      catalog: ready.catalog,
+      capacity: ready.capacity,
+      error: nil
+    )
+  end
+
+  # What it does not finish then has cost no life.
+  def heard(fleet, index, :stopping), do: update(fleet, index, stopping?: true)
+
+  def heard(fleet, index, {:message, %{t: :models, models: models}}),
+    do: update(fleet, index, catalog: models)
+
   @doc "The process of a sidecar is no more, or not yet."
   @spec ended(t, index, atom, String.t()) :: t
   def ended(fleet, index, state, why) do
@@ -104,7 +136,10 @@ defmodule StarweaveImage.Queue.Fleet do
   @spec at_work(t) :: [Seat.t()]
   def at_work(fleet), do: for(%{ready: ready} = seat <- active(fleet), ready != nil, do: seat)
 
-  @doc "Puts a spare that is ready in the place of an active sidecar of its kind that had worked and is gone, if there are both."
+  @doc """
+  Puts a spare that is ready in the place of an active sidecar of its kind that had worked and is gone, if there are
+  both.
+  """
   @spec relieve(t) :: {:ok, gone :: index, spare :: index, t} | :none
   def relieve(fleet) do
     with gone when gone != nil <-
@@ -143,6 +178,26 @@ defmodule StarweaveImage.Queue.Fleet do
   @spec down?(t) :: boolean
   def down?(fleet), do: state(fleet, %{}) == :down
 
+  @doc "The error with which nothing is taken in at all; nil where work is, or may soon be, possible."
+  @spec closed(t) :: Error.t() | nil
+  def closed(fleet) do
+    case state(fleet, %{}) do
+      :disabled ->
+        Error.new(:disabled, "image generation is disabled in this application's configuration")
+
+      :down ->
+        unavailable(reason(fleet))
+
+      _ ->
+        nil
+    end
+  end
+
+  @doc "The error where nothing can be done, for a reason that is no sentence of its own."
+  @spec unavailable(String.t()) :: Error.t()
+  def unavailable(reason),
+    do: Error.new(:unavailable, "image generation is not available: #{reason}")
+
   @doc "Why nothing works."
   @spec reason(t) :: String.t()
   def reason(fleet), do: Enum.find_value(active(fleet), "it has not started", & &1.error)
@@ -161,7 +216,10 @@ defmodule StarweaveImage.Queue.Fleet do
   # Of what several sidecars say of the same model, what is of most use to a request.
   @states ~w(loaded loading available remote failed absent)a
 
-  @doc "The models of the sidecars that are up, or else what is left of the last word of one that was: nothing is loaded there any more."
+  @doc """
+  The models of the sidecars that are up, or else what is left of the last word of one that was: nothing is loaded
+  there any more.
+  """
   @spec models(t) :: [map]
   def models(fleet) do
     case for %{catalog: [_ | _] = catalog} <- at_work(fleet), do: catalog do
@@ -177,6 +235,22 @@ defmodule StarweaveImage.Queue.Fleet do
             do:
               Enum.min_by(cards[id], &Enum.find_index(@states, fn state -> state == &1.state end))
     end
+  end
+
+  @doc "The id of a model by that or an alias; as it is where no card has it."
+  @spec canonical(t, String.t()) :: String.t()
+  def canonical(fleet, model) do
+    case card(fleet, model) do
+      nil -> model
+      card -> card.id
+    end
+  end
+
+  @doc "The models that may draw in the place of one that cannot be used."
+  @spec fallbacks(t, String.t()) :: [String.t()]
+  def fallbacks(fleet, model) do
+    card = card(fleet, model)
+    (card && card.fallbacks) || []
   end
 
   @doc "The card of a model by its id or an alias."

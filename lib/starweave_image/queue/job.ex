@@ -3,12 +3,12 @@ defmodule StarweaveImage.Queue.Job do
   # What the queue knows of one accepted request: who waits for it, how far it has come, and what its sidecar has
   # sent of it. Where it waits or runs, `Schedule` knows.
 
-  alias StarweaveImage.{Error, Image, Result, Text}
+  alias StarweaveImage.{Error, Image, Request, Result, Text}
   alias StarweaveImage.Queue.Verdict
 
-  # `serial` tells it from an earlier one of the same id, and is a new one when it has ended. `owners` are the
-  # processes that wait for it; when all are gone it is cancelled, unless it was also submitted. `status`:
-  # `:journaling` until it is on disk, `:open`, `:ending` until its end is on disk, `:finished`. `ends`: lives of the
+  # `serial` tells it from an earlier one of the same id. `owners` are the processes that wait for it; when all are gone
+  # it is cancelled, unless it was also submitted. `status`: `:journaling` until it is on disk, `:open`, `:ending` until
+  # its end is on disk, `:finished`. `told` is the place that its watchers were told last. `ends`: lives of the
   # application that ended while it ran.
   defstruct [
     :request,
@@ -24,7 +24,6 @@ defmodule StarweaveImage.Queue.Job do
     :told,
     status: :open,
     submitted?: false,
-    reading?: false,
     timers: %{},
     owners: [],
     waiters: [],
@@ -58,6 +57,7 @@ defmodule StarweaveImage.Queue.Job do
     put_in(job.timers[kind], Process.send_after(self(), message, ms))
   end
 
+  @doc "Its timer of this kind fires no more, also where its message is already in the mailbox."
   @spec stop_timer(t, atom) :: t
   def stop_timer(job, kind) do
     {timer, timers} = Map.pop(job.timers, kind)
@@ -65,7 +65,7 @@ defmodule StarweaveImage.Queue.Job do
     %{job | timers: timers}
   end
 
-  # It has gone off, and its message would be taken for that of a later one.
+  # It has fired already, and its message would be taken for that of a later timer of the same kind.
   defp forget_timer(kind, %{serial: serial, request: %{id: id}}) do
     receive do
       {:timer, ^kind, ^id, ^serial} -> :ok
@@ -77,7 +77,22 @@ defmodule StarweaveImage.Queue.Job do
   @spec stop_timers(t) :: t
   def stop_timers(job), do: Enum.reduce(Map.keys(job.timers), job, &stop_timer(&2, &1))
 
-  ## What its sidecar sends
+  @doc "Whether it has ended in a way that lets the same be asked for again."
+  @spec failed?(t) :: boolean
+  def failed?(%{status: :finished, result: {kind, outcome}}),
+    do: kind == :error or {kind, outcome} == {:stored, :error}
+
+  def failed?(_job), do: false
+
+  @doc "It has its result, and is kept for that alone. Who asks for the same again is known by the digest of it."
+  @spec ended(t) :: t
+  def ended(job) do
+    request = %{job.request | image: nil, images: nil, mask: nil}
+    job = %{job | status: :finished, request: request, owners: [], waiters: [], subscribers: []}
+    reset(%{job | submitters: [], cancellers: []})
+  end
+
+  ## Attempts
 
   @doc "An attempt begins at `now`, or is over: of an earlier one nothing counts."
   @spec begin(t, integer) :: t
@@ -89,9 +104,67 @@ defmodule StarweaveImage.Queue.Job do
   @spec reset(t) :: t
   def reset(job), do: %{job | images: [], progress: %{}, previews: %{}}
 
-  @doc "A `progress` message of the wire, and the event that tells of it, with the ms that are left by what went before."
-  @spec progress(t, map, pos_integer, integer) :: {t, map}
-  def progress(job, progress, attempt, now) do
+  @doc "It is tried again after a failure that may pass."
+  @spec retry(t) :: t
+  def retry(job), do: %{job | retries: job.retries + 1}
+
+  @doc "Another model is to draw it, because of the error; and then the `rest` may."
+  @spec replace_model(t, String.t(), [String.t()], Error.t()) :: t
+  def replace_model(job, model, rest, error) do
+    named = if job.model, do: "Model #{job.model}", else: "The default model"
+    note = "#{named} could not be used (#{error.message}): #{model} drew this instead."
+    %{job | model: model, fallbacks: rest, retries: 0, notices: job.notices ++ [note]}
+  end
+
+  @doc """
+  The error of a job whose timer of this kind has fired; nil where that does not end it. `deaths`: of sidecars under
+  it.
+  """
+  @spec timed_out(t, atom, non_neg_integer) :: Error.t() | nil
+  def timed_out(%{request: request} = job, kind, deaths) do
+    case kind do
+      :deadline ->
+        Error.new(
+          :timeout,
+          "the request was not done within its timeout of #{request.timeout} ms#{died(deaths)}"
+        )
+
+      :queue when job.dispatched_at == nil ->
+        message =
+          "the request was not begun within its queue_timeout of #{request.queue_timeout} ms"
+
+        Error.new(:timeout, message)
+
+      :run ->
+        message = "an attempt was not done within its run_timeout of #{request.run_timeout} ms"
+        Error.new(:timeout, message)
+
+      _ ->
+        nil
+    end
+  end
+
+  defp died(0), do: ""
+  defp died(1), do: "; the Python process ended under it once"
+
+  defp died(n),
+    do: "; the Python process ended under it #{n} times, which is not shown to be its own doing"
+
+  ## What its sidecar sends
+
+  @doc "What a message of the wire says of it while it runs, and the event that tells of that, where one does."
+  @spec heard(t, map, pos_integer, integer) :: {t, {:progress | :preview, map} | nil}
+  def heard(job, message, attempt, now) do
+    case message.t do
+      :accepted -> {%{job | accepted: message}, nil}
+      :progress -> progress(job, message, attempt, now)
+      :preview -> preview(job, message)
+      made when made in [:image, :result] -> {%{job | images: [message | job.images]}, nil}
+    end
+  end
+
+  # With the ms that are left, by what went before.
+  defp progress(job, progress, attempt, now) do
     num_images = job.request.num_images
     done = progress.image * progress.steps + progress.step
 
@@ -114,7 +187,7 @@ defmodule StarweaveImage.Queue.Job do
       |> Map.take([:phase, :image, :step, :steps, :elapsed_ms])
       |> Map.merge(%{num_images: num_images, eta_ms: eta, attempt: attempt})
 
-    {%{job | progress: Map.put(job.progress, event.image, event)}, event}
+    {%{job | progress: Map.put(job.progress, event.image, event)}, {:progress, event}}
   end
 
   @doc "How far an attempt has come at `now`, for `Verdict`."
@@ -122,12 +195,10 @@ defmodule StarweaveImage.Queue.Job do
   def point(%{dispatched_at: sent, loaded_at: nil}, now), do: {now - sent, {:load, now - sent}}
   def point(job, now), do: {now - job.dispatched_at, {:work, now - job.loaded_at}}
 
-  @doc "A `preview` message of the wire, and its event."
-  @spec preview(t, map) :: {t, map}
-  def preview(job, preview) do
+  defp preview(job, preview) do
     # A copy, or whoever keeps it would keep all that was read from the port with it.
     event = %{Map.drop(preview, [:t, :g]) | data: :binary.copy(preview.data)}
-    {%{job | previews: Map.put(job.previews, event.image, event)}, event}
+    {%{job | previews: Map.put(job.previews, event.image, event)}, {:preview, event}}
   end
 
   @doc "Its results, with the `done` message of the wire."
@@ -191,6 +262,21 @@ defmodule StarweaveImage.Queue.Job do
   defp own_parameters(parameters, seed),
     do: parameters |> Map.delete("seeds") |> Map.replace("seed", seed)
 
+  @doc """
+  The error of an `error` message of the wire. Kinds and fields that are not known here are those of a later version.
+  """
+  @spec error(map) :: Error.t()
+  def error(message) do
+    kind = Enum.find(Error.kinds(), :internal, &(Atom.to_string(&1) == message.kind))
+
+    field =
+      message.field &&
+        Enum.find(Map.keys(Request.__struct__()), &(Atom.to_string(&1) == message.field))
+
+    error = Error.new(kind, message.message, if(field, do: %{field: field}, else: %{}))
+    if message.retryable == nil, do: error, else: %{error | retryable?: message.retryable}
+  end
+
   @doc "Bytes of its results."
   @spec bytes(t) :: non_neg_integer
   def bytes(%{result: {:ok, images}}), do: Enum.sum(Enum.map(images, &byte_size(Result.data(&1))))
@@ -201,13 +287,11 @@ defmodule StarweaveImage.Queue.Job do
   @spec tell(t, {atom, term}) :: :ok
   def tell(job, event), do: Enum.each(job.subscribers, &send_event(&1, job.request.id, event))
 
-  @doc "How a request that runs stands, for a subscriber who comes late."
-  @spec catch_up(t, subscriber) :: :ok
-  def catch_up(job, subscriber) do
-    late = %{job | subscribers: [subscriber]}
-    for {_, event} <- Enum.sort(job.previews), do: tell(late, {:preview, event})
-    for {_, event} <- Enum.sort(job.progress), do: tell(late, {:progress, event})
-    :ok
+  @doc "The events that say how one that runs stands."
+  @spec so_far(t) :: [{:progress | :preview, map}]
+  def so_far(job) do
+    for({_, event} <- Enum.sort(job.previews), do: {:preview, event}) ++
+      for {_, event} <- Enum.sort(job.progress), do: {:progress, event}
   end
 
   @doc "Gives everybody who waits the result. Whoever cancelled it is answered too."

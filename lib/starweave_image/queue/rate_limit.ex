@@ -6,7 +6,7 @@ defmodule StarweaveImage.Queue.RateLimit do
   @type limit :: {requests :: pos_integer, period_ms :: pos_integer} | nil
   @type t :: %__MODULE__{}
 
-  # Beyond `prune_at` buckets, those that are full again go; they are as good as none.
+  # With more than `prune_at` buckets, those that are full again are dropped: a missing bucket counts as full.
   @few 1_000
   defstruct [:all, :user, buckets: %{}, prune_at: @few]
 
@@ -14,7 +14,8 @@ defmodule StarweaveImage.Queue.RateLimit do
   def new(all, user), do: %__MODULE__{all: all, user: user}
 
   @doc """
-  Takes a token of each bucket that counts for `user` at `now` (ms), or none and says in how many ms there will be one.
+  Takes a token of each bucket that counts for `user` at `now` (ms), or none and says in how many ms there will be
+  one.
   """
   @spec take(t, String.t() | nil, integer) :: {:ok, t} | {:wait, pos_integer}
   def take(%__MODULE__{} = limits, user, now) do
@@ -35,7 +36,8 @@ defmodule StarweaveImage.Queue.RateLimit do
     end
   end
 
-  # In units of which a token has as many as the period has ms, and each ms brings as many as there are requests: no fractions.
+  # Counted in parts of a token, of which each has as many as the period has ms; then each ms brings as many parts as
+  # there are requests in a period, and there are no fractions.
   defp level(nil, {requests, period}, _now), do: requests * period
 
   defp level({level, at}, {requests, period}, now),

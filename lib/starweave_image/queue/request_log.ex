@@ -1,27 +1,95 @@
 defmodule StarweaveImage.Queue.RequestLog do
   @moduledoc false
-  # One line in the application's log for each request that ends, well or not, with `request_id` in its metadata. What was
-  # asked for is not in it: logs are kept long, and read by others than the user.
+  # What the application is told of requests: telemetry events, and one line in its log for each request that ends, well
+  # or not, with `request_id` in its metadata. What was asked for is not in it: logs are kept long, and read by others
+  # than the user.
   #
   # A module of its own so that it has a level of its own:
-  # `Logger.put_module_level(StarweaveImage.Queue.RequestLog, :warning)` silences it.
+  # `Logger.put_module_level(StarweaveImage.Queue.RequestLog, :warning)` silences the lines.
 
   require Logger
 
+  alias StarweaveImage.{Error, Request, Result, Telemetry}
   alias StarweaveImage.Queue.Job
 
-  @doc "`outcome` is `:ok` or the error's kind; `memory` is the last heartbeat of the sidecar that worked on it, where one did."
-  @spec ended(Job.t(), atom, keyword) :: :ok
-  def ended(%Job{request: request} = job, outcome, facts) do
-    id = request.id
-    Logger.info(fn -> line(job, outcome, facts) end, request_id: id)
+  @doc "A request was taken in."
+  @spec began(atom, Request.t()) :: :ok
+  def began(instance, request) do
+    Telemetry.execute([:request, :start], %{system_time: System.system_time()}, %{
+      instance: instance,
+      id: request.id,
+      model: request.model,
+      user_id: request.user_id,
+      priority: request.priority
+    })
   end
 
-  defp line(%{request: request} = job, outcome, facts) do
-    {memory, facts} = Keyword.pop(facts, :memory)
-    {[model: model], times} = Keyword.split(facts, [:model])
+  @doc "One was refused, with so many requests and bytes in the queue."
+  @spec rejected(atom, Request.t(), Error.t(), map) :: :ok
+  def rejected(instance, request, error, held) do
+    facts = %{instance: instance, id: request.id, kind: error.kind}
+    Telemetry.execute([:queue, :rejected], held, facts)
+  end
+
+  @doc "One that runs has come so far."
+  @spec progressed(atom, String.t(), map) :: :ok
+  def progressed(instance, id, event) do
+    facts = %{instance: instance, id: id, phase: event.phase, image: event.image}
+    Telemetry.execute([:request, :progress], Map.take(event, [:step, :steps]), facts)
+  end
+
+  @doc "One is to run again, after so many attempts, for a reason of `Schedule.return/4`."
+  @spec again(atom, String.t(), non_neg_integer, atom) :: :ok
+  def again(instance, id, attempts, reason) do
+    facts = %{instance: instance, id: id, reason: reason}
+    Telemetry.execute([:request, :again], %{attempts: attempts}, facts)
+  end
+
+  @doc """
+  One has ended at `now`, after so many attempts. `model` is the one that it would have been drawn by, where none was
+  named yet; `memory` is the last heartbeat of the sidecar that worked on it, where one did.
+  """
+  @spec ended(atom, Job.t(), Job.result(), map) :: :ok
+  def ended(instance, %Job{request: request} = job, result, facts) do
+    {images, outcome} =
+      case result do
+        {:ok, images} -> {images, :ok}
+        {:error, error} -> {[], error.kind}
+      end
+
+    waited = (job.dispatched_at || facts.now) - job.submitted_at
+    total = facts.now - job.submitted_at
+    drawn_by = job.accepted && job.accepted.model
+
+    Logger.info(
+      fn ->
+        times = [queue_ms: waited, total_ms: total, attempts: facts.attempts]
+        line(job, outcome, drawn_by || facts.model, times ++ memory(facts.memory))
+      end,
+      request_id: request.id
+    )
+
+    Telemetry.execute(
+      [:request, :stop],
+      %{
+        duration: native(total),
+        queue_duration: native(waited),
+        bytes: Enum.sum(Enum.map(images, &byte_size(Result.data(&1)))),
+        images: length(images)
+      },
+      %{
+        instance: instance,
+        id: request.id,
+        model: drawn_by || request.model,
+        result: outcome,
+        attempts: facts.attempts
+      }
+    )
+  end
+
+  defp line(%{request: request} = job, outcome, model, facts) do
     steps = if job.accepted, do: job.accepted.steps, else: request.steps
-    told = [model: model, steps: steps, images: request.num_images] ++ times ++ memory(memory)
+    told = [model: model, steps: steps, images: request.num_images] ++ facts
     pairs = for {name, value} <- told, value != nil, do: " #{name}=#{value}"
     end_ = if outcome == :ok, do: " done", else: " failed kind=#{outcome}"
     IO.iodata_to_binary(["image request ", request.id, end_ | pairs])
@@ -36,4 +104,6 @@ defmodule StarweaveImage.Queue.RequestLog do
 
   defp mb(nil), do: nil
   defp mb(bytes), do: div(bytes, 1_000_000)
+
+  defp native(ms), do: System.convert_time_unit(ms, :millisecond, :native)
 end

@@ -43,8 +43,9 @@ defmodule StarweaveImage.Queue.Schedule do
   defmodule Slots do
     @moduledoc false
     # A sidecar as seen from here. `open?`: it is ready, active and not draining. `taken`: id → whether
-    # that request must be alone. `sick`: deaths that later successes have not made up for. `shared`: how many it took that
-    # need not be alone, since the last one that had to be; or `:any`, where it owes them no turn.
+    # that request must be alone. `sick`: grows with each death of the sidecar and shrinks with each request done.
+    # `shared`: how many requests in company it has taken since the last one that ran alone there; `:any` where it need
+    # not let others go first.
     defstruct open?: false,
               capacity: 0,
               device: nil,
@@ -80,7 +81,7 @@ defmodule StarweaveImage.Queue.Schedule do
   @type t :: %__MODULE__{}
 
   @classes %{interactive: 0, normal: 1, background: 2}
-  # A background request that had to step back so often stays where it is the next time.
+  # A background request that has stepped back this many times is not asked to again.
   @most_yields 3
   @most_sick 5
   # How many of those that wait are in the status.
@@ -140,8 +141,8 @@ defmodule StarweaveImage.Queue.Schedule do
   def resume(schedule, id), do: move(schedule, id, :waiting)
 
   @doc """
-  Back to its place in the order, or aside, with a reason: the sidecar `:died`, it `:yielded`, the attempt `:failed`, or the sidecar was `:stopped`
-  otherwise. Only a death counts as an attempt. The slot is another matter: `free/3`.
+  Back to its place in the order, or aside, with a reason: the sidecar `:died`, it `:yielded`, the attempt `:failed`,
+  or the sidecar was `:stopped` otherwise. Only a death counts as an attempt. The slot is another matter: `free/3`.
   """
   @spec return(t, id, :waiting | :aside, :died | :yielded | :failed | :stopped) :: t
   def return(schedule, id, place, reason) do
@@ -228,7 +229,7 @@ defmodule StarweaveImage.Queue.Schedule do
     if slots.open?, do: schedule, else: disappoint(schedule, index)
   end
 
-  # Who was to run alone there, and does not yet, waits for another one.
+  # A request that has reserved the sidecar and does not run yet looks for another one.
   defp disappoint(schedule, index) do
     case schedule.reserved do
       %{^index => id} ->
@@ -251,12 +252,14 @@ defmodule StarweaveImage.Queue.Schedule do
          else: (_ -> nil)
   end
 
-  @doc "The sidecar's process is gone: gives the requests that ran there, the oldest first. They are still placed there."
+  @doc """
+  The sidecar's process is gone: gives the requests that ran there, the oldest first. They are still placed there.
+  """
   @spec lost(t, index) :: {[id], t}
   def lost(schedule, index) do
     case schedule.slots do
       %{^index => slots} ->
-        # One that was never ready has no illness of its own to show.
+        # A process that was never ready died of its start, which says nothing of how it works.
         sick = if slots.open?, do: min(slots.sick + 1, @most_sick), else: slots.sick
 
         running =
@@ -265,7 +268,7 @@ defmodule StarweaveImage.Queue.Schedule do
               do: entry
 
         ids = running |> Enum.sort_by(& &1.key) |> Enum.map(& &1.id)
-        # A load of those that need not be alone was cut short: that was their turn.
+        # The requests in company that it owed a turn died with it: that was their turn.
         shared = if is_map_key(schedule.reserved, index), do: slots.shared, else: :any
         gone = %{slots | open?: false, capacity: 0, taken: %{}, resident: [], sick: sick}
         gone = %{gone | shared: shared}
@@ -330,8 +333,9 @@ defmodule StarweaveImage.Queue.Schedule do
   ## Decisions
 
   @doc """
-  What to do now: run a request at a sidecar, where its slot is taken and an attempt counted with this answer; let the sidecar
-  rest until `rested/2`, for one that is on trial there; make a background request step back for an interactive one that finds no room; or nothing.
+  What to do now: run a request at a sidecar, where its slot is taken and an attempt counted with this answer; let the
+  sidecar rest until `rested/2`, for one that is on trial there; make a background request step back for an
+  interactive one that finds no room; or nothing.
   """
   @spec next(t) ::
           {:run, id, index, t} | {:rest, id, index, t} | {:yield, id, index, t} | :nothing
@@ -366,7 +370,7 @@ defmodule StarweaveImage.Queue.Schedule do
     end
   end
 
-  # Who has all that it reserved for itself.
+  # The request whose reserved sidecars have all become empty.
   defp prepared(schedule) do
     Enum.find_value(schedule.reserved, fn {index, id} ->
       case schedule.entries[id] do
@@ -410,7 +414,7 @@ defmodule StarweaveImage.Queue.Schedule do
     for {index, %{open?: true, device: ^device}} <- schedule.slots, do: index
   end
 
-  # What it had reserved is free again, and the others' turn there has come.
+  # What it had reserved is free again, and those in company go next there.
   defp release(schedule, id) do
     case schedule.entries[id] do
       %{home: nil} ->
@@ -457,7 +461,8 @@ defmodule StarweaveImage.Queue.Schedule do
     %{slots | taken: Map.put(slots.taken, id, alone?), shared: shared}
   end
 
-  # Whoever had no later turn than the one that is served now starts with it next time, and need not be remembered.
+  # The next request of a user gets the turn after his last one, or the one that is served now if that is later. So a
+  # last turn before the one that is served now makes no difference any more, and is forgotten.
   defp turn_over(schedule, class, turn) do
     if turn > Map.get(schedule.served, class, 0) do
       turns = Map.reject(schedule.turns, fn {{of, _}, last} -> of == class and last < turn end)
@@ -485,15 +490,16 @@ defmodule StarweaveImage.Queue.Schedule do
 
   defp lone?(slots), do: Enum.any?(slots.taken, fn {_, alone?} -> alone? end)
 
-  # When it would be done there: by the pace of that sidecar and the work it has, a load where the model is not
-  # in its memory, and twice that for each time it died lately.
+  # When it would be done there: by how long requests take at that sidecar and how many it has, plus a load where the
+  # model is not in its memory; doubled for each point of `sick`.
   defp expected_ms(schedule, slots, entry) do
     run = (slots.run_ms || schedule.run_ms) * (map_size(slots.taken) + 1) / slots.capacity
     load = if entry.model in slots.resident, do: 0, else: schedule.load_ms
     (run + load) * Integer.pow(2, slots.sick)
   end
 
-  # As many as there are interactive requests without room, the youngest of the background first: they lose least.
+  # As many step back as there are interactive requests without room, the youngest of the background first: they have
+  # the least work to lose.
   defp step_back(schedule, waiting) do
     wanted = RankedSet.rank(schedule.waiting, {0, {:infinity, 0}, 0, ""})
 
@@ -573,7 +579,10 @@ defmodule StarweaveImage.Queue.Schedule do
     if place == :waiting, do: rank, else: rank + 1
   end
 
-  @doc "In how many ms the request at this position will go, by what was measured; nil while no sidecar is open."
+  @doc """
+  In about how many ms the request at this position will begin, by the mean duration of those done lately; nil while
+  no sidecar is open.
+  """
   @spec wait_ms(t, pos_integer) :: non_neg_integer | nil
   def wait_ms(schedule, position) do
     open =

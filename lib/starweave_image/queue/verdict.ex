@@ -48,11 +48,13 @@ defmodule StarweaveImage.Queue.Verdict do
 
   @type id :: String.t()
   @type company :: :any | :alone | :trial
-  @typedoc "Where a death came: ms since the request was sent, and ms in its load or, when that was over, in its work."
+  @typedoc """
+  Where a death came: ms since the request was sent, and ms in its load or, when that was over, in its work.
+  """
   @type point :: {non_neg_integer, {:load | :work, non_neg_integer}}
   @typedoc """
-  The death of a sidecar: who ran there and at which point, whether the one request there was all that it worked on, who was about to be tried there,
-  and whether it was at work at all.
+  The death of a sidecar: who ran there and at which point, whether the one request there was all that it worked on,
+  who was about to be tried there, and whether it was at work at all.
   """
   @type death :: %{
           ran: [{id, point}],
@@ -142,7 +144,10 @@ defmodule StarweaveImage.Queue.Verdict do
     @kept + Enum.sum(won)
   end
 
-  @doc "What becomes of a request whose sidecar died for `reason`: it goes on, or it is given up and its like refused from `now` on."
+  @doc """
+  What becomes of a request whose sidecar died for `reason`: it goes on, or it is given up and its like refused from
+  `now` on.
+  """
   @spec judge(t, Request.t(), String.t(), integer) ::
           {:again, company} | {:give_up, Error.t(), t}
   def judge(verdict, request, reason, now) do
@@ -189,8 +194,8 @@ defmodule StarweaveImage.Queue.Verdict do
     do: put_in(verdict.cases[id], %{opened(verdict, id) | company: :alone})
 
   @doc """
-  For how many ms the sidecar of a request that is on trial rests before it begins. None, and no bet, where that is not well within the `left` ms until
-  its deadline.
+  For how many ms the sidecar of a request that is on trial rests before it begins. None, and no bet, where that is
+  not well within the `left` ms until its deadline.
   """
   @spec stake(t, id, integer) :: {non_neg_integer, t}
   def stake(verdict, id, left) do
@@ -223,8 +228,8 @@ defmodule StarweaveImage.Queue.Verdict do
   ## Lives of the application
 
   @doc """
-  What becomes of a request of the journal under which the application ended `ends` times. That is no evidence, for whatever
-  ends an application ends all that runs in it; but it must not be done for ever.
+  What becomes of a request of the journal under which the application ended `ends` times. That is no evidence, for
+  whatever ends an application ends all that runs in it; but it must not be done for ever.
   """
   @spec recovered(t, id, non_neg_integer) :: {:go_on, t} | {:give_up, Error.t()}
   def recovered(verdict, id, ends) do
@@ -245,8 +250,9 @@ defmodule StarweaveImage.Queue.Verdict do
   ## Failures
 
   @doc """
-  What becomes of an attempt that ended with an error: it is made again after a pause in ms, another model draws it, or the error is the
-  request's. `retries` so far, `left` ms until its deadline, and the models that may take its place.
+  What becomes of an attempt that ended with an error: it is made again after a pause in ms, another model draws it,
+  or the error is the request's. `retries` so far, `left` ms until its deadline, and the models that may take its
+  place.
   """
   @spec failed(t, Error.t(), %{
           retries: non_neg_integer,

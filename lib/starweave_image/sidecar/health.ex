@@ -4,14 +4,14 @@ defmodule StarweaveImage.Sidecar.Health do
 
   alias StarweaveImage.Sidecar.Life
 
-  # Work that has taken so many times what such work takes does not end any more.
+  # Work that takes this many times as long as usual is taken for a hang.
   @patience_times 10
 
   @doc """
   Why a heartbeat shows a process that is alive but stuck, or nil.
 
-  Only those are judged who work: the device on its pass, each load, and each request that does not
-  wait for one of these. Who waits may have to wait for long, and is stuck only when nobody works.
+  Judged is what works: the device on its pass, each load, and each request that waits for neither. A request that
+  waits may have to wait for long, and is stuck only when nothing else works.
   """
   @spec stuck(map, keyword) :: String.t() | nil
   def stuck(%{running: running} = beat, config) do
@@ -39,9 +39,9 @@ defmodule StarweaveImage.Sidecar.Health do
   end
 
   @doc """
-  Why a process whose life is in `state` has been silent for too long, and whether it hangs (`:stalls`) or has missed its start
-  (`:fails`); or nil. `clocks`, all in ms: `:now`, when it was last `:heard_at`, until when it must be ready (`:start_by`), and
-  since when each of its requests should be in its heartbeats (`:asked_at`).
+  Why a process whose life is in `state` has been silent for too long, and whether it hangs (`:stalls`) or has missed
+  its start (`:fails`); or nil. `clocks`, all in ms: `:now`, when it was last `:heard_at`, until when it must be ready
+  (`:start_by`), and since when each of its requests should be in its heartbeats (`:asked_at`).
   """
   @spec overdue(Life.state(), map, keyword) :: {:stalls | :fails, String.t()} | nil
   def overdue(state, %{now: now} = clocks, config) do
@@ -66,14 +66,15 @@ defmodule StarweaveImage.Sidecar.Health do
   @doc """
   Why a process is to be ended for the sake of requests that were told to stop and go on, or nil.
 
-  `told` has since when, by their ids. A decoder, an encoder, a tokenizer or a scheduler that does not come back is beyond
-  the reach of a cancel; the device and loads have limits of their own, and whoever waits for them is not to blame.
+  `told` has since when, by their ids. A decoder, an encoder, a tokenizer or a scheduler that does not come back is
+  beyond the reach of a cancel; the device and loads have limits of their own, and whoever waits for them is not to
+  blame.
   """
   @spec outstays(map, %{String.t() => integer}, integer, keyword) :: String.t() | nil
   def outstays(%{running: running}, told, now, config) do
     limit = config[:cancel_timeout]
 
-    # What it was at when it was told, such as a pass of the device, may just have come to its end.
+    # A request that was inside a pass when it was told to stop could not react before the end of that pass.
     overdue? = fn request, since -> min(now - since, request.step_age_ms) > limit end
     late = &(is_map_key(told, &1.id) and not (&1[:waits] || false) and overdue?.(&1, told[&1.id]))
 

@@ -34,8 +34,8 @@ defmodule StarweaveImage.Sidecar.Life do
 
   @typedoc """
   What happens: a process was started; it sent a heartbeat; it said `ready`, or what is wrong with it; it is found to
-  hang (`:stalls`) or to break the protocol (`:fails`); there is no process any more, or none could be started, killed from outside or
-  otherwise; it has been ready for long enough to be called stable.
+  hang (`:stalls`) or to break the protocol (`:fails`); there is no process any more, or none could be started, killed
+  from outside or otherwise; it has been ready for long enough to be called stable.
   """
   @type event ::
           :started
@@ -48,8 +48,9 @@ defmodule StarweaveImage.Sidecar.Life do
           | :stable
 
   @typedoc """
-  What is to be done: send it its configuration; tell that it is ready; log its complaint; kill it; or close what is left of
-  it, tell that it has ended, and start the next one after a pause in ms. `news?` says whether the log should show the sentence.
+  What is to be done: send it its configuration; tell that it is ready; log its complaint; kill it; or close what is
+  left of it, tell that it has ended, and start the next one after a pause in ms. `news?` says whether the log should
+  show the sentence.
   """
   @type action ::
           :greet
@@ -70,7 +71,9 @@ defmodule StarweaveImage.Sidecar.Life do
   @spec new({first :: pos_integer, most :: pos_integer}) :: t
   def new(backoff), do: %__MODULE__{backoff: backoff}
 
-  @doc "What an event makes of a life, and what is to be done. An event that means nothing in a state changes nothing."
+  @doc """
+  What an event makes of a life, and what is to be done. An event that means nothing in a state changes nothing.
+  """
   @spec next(t, event) :: {[action], t}
   def next(%{state: :resting} = life, :started),
     do: {[], %{life | state: :started, ready?: false, words: nil, sentence: nil, stalled?: false}}

@@ -20,7 +20,7 @@ defmodule StarweaveImage.Sidecar.Log do
   @lines_per_second 500
   @accept_ms 50
   @longest_line 65_536
-  # Its owner can tell from it any other end.
+  # The reason of its end when it has read everything: its owner takes any other reason for a fault.
   @over {:shutdown, :nobody_writes}
 
   @doc "The reason of a reader that ends because nobody can write to it any more."
@@ -33,7 +33,7 @@ defmodule StarweaveImage.Sidecar.Log do
     with {:ok, folder} <- Scratch.create() do
       socket = Path.join(folder, "log")
 
-      # Linked by itself: as a child it would end with its parent.
+      # Linked, but not started by `start_link`: a gen_server ends with its parent, and this one has more to read then.
       case GenServer.start(__MODULE__, {self(), instance, index, folder, socket}) do
         {:ok, reader} ->
           {:ok, %__MODULE__{reader: reader, folder: folder, socket: socket}}

@@ -32,7 +32,7 @@ from .lanes import Lane
 _logger = logging.getLogger(__name__)
 
 _REMEMBERED_BYTES = 64 * 1024 * 1024
-# Of a small encoder so many answers are few bytes: more of them would not be asked for again.
+# A small encoder's answers are few bytes: the budget alone would keep thousands that nobody asks for again.
 _REMEMBERED_ANSWERS = 256
 _IN_HALVES = "Drawn in smaller passes, because memory was short: it took longer, and may differ by rounding."
 _IN_TILES = "Drawn in tiles, because memory was short: slight differences are possible."
@@ -42,8 +42,8 @@ _BROKEN = 70
 
 
 class Network:
-    """A network of a loaded model. `role` is its name in the pipeline, and `name` tells it from all others of this machine;
-    one that `remembers` is asked once for each of its questions."""
+    """A network of a loaded model. `role` is its name in the pipeline, `name` is unique on this machine. With `remembers`
+    its answers are kept, so that the same inputs are computed once."""
 
     def __init__(self, name: str, role: str, module: Any, remembers: bool) -> None:
         self.name = name
@@ -55,7 +55,7 @@ class Network:
         self._wide: Any = None
 
     def tiled(self) -> Callable[..., Any] | None:
-        """Its decoder, working tile by tile: less memory, and seams that hardly show. None for what has no such way."""
+        """Its decoder, working tile by tile: less memory, and seams that hardly show. None where it cannot do that."""
         if not hasattr(self.module, "enable_tiling"):
             return None
         twin = copy.copy(self.module)
@@ -67,8 +67,8 @@ class Network:
         return decode
 
     def widened(self) -> Callable[..., Any] | None:
-        """Its decoder in float32, by a copy that is made once. None for what has that range already, or whose weights come
-        and go."""
+        """Its decoder in float32, by a copy that is made once. None where the format has that range already, or where the
+        weights are offloaded."""
         if self.module.dtype != torch.float16 or hasattr(self.module, "_hf_hook"):
             return None
         if self._wide is None:
@@ -90,8 +90,8 @@ def networks_of(pipeline: Any, where: str) -> dict[str, Network]:
 
 
 class Memory:
-    """What a network answered before, the latest of it, up to so many bytes and so many answers: for text encoders, which
-    are asked the same by each picture of a request, and again for each empty negative prompt."""
+    """The latest answers of a network, within a number of bytes and of answers. For text encoders: all pictures of a
+    request ask the same, and nearly all requests ask for the empty negative prompt."""
 
     def __init__(self, budget: int, most: int) -> None:
         self._budget = budget
@@ -108,7 +108,7 @@ class Memory:
             return self._answers[question][1]
 
     def put(self, question: str, answer: Any) -> None:
-        # Of a tensor that is a part of another one, all of it stays in memory.
+        # A tensor that is a view keeps the whole storage of the other tensor in memory.
         storages = [tensor.untyped_storage() for tensor in _tensors(answer)]
         size = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         with self._lock:
@@ -141,7 +141,7 @@ class _Ticket(Call[Lane]):
 
 
 class Gate:
-    """Many may pass together, or one alone; who waits to be alone goes first."""
+    """Many may be inside together, or one alone. While somebody waits to be alone, nobody else is let in."""
 
     def __init__(self) -> None:
         self._news = threading.Condition()
@@ -206,7 +206,8 @@ class Executor:
 
     @contextmanager
     def drawing(self, lane: Lane, pipeline: Any, networks: dict[str, Network], alone: bool) -> Iterator[None]:
-        """For the time of one call of `pipeline`, by the thread of `lane`. With `alone` nothing of it is stacked."""
+        """A context for one call of `pipeline` in the thread of `lane`, in which its networks wait for the device here. With
+        `alone` its calls share no pass with others."""
         for name, network in networks.items():
             if vars(pipeline).get(name) is network.module:
                 vars(pipeline)[name] = self._twin(lane, network, alone)
@@ -222,8 +223,8 @@ class Executor:
                 self._news.notify_all()
 
     def room(self) -> int | None:
-        """How many pictures of the kinds that are drawn now can be worked on at once, one pass for each kind; None while
-        nothing tells."""
+        """How many pictures of the kinds that are drawn now fit on the device at once, one pass for each kind; None while
+        nothing was measured."""
         with self._news:
             active = {label: rows for key, rows in self._batcher.active().items() if (label := _label(key))}
         fit = [max(1, self._caps.ceiling(label) // rows) for label, rows in active.items()]
@@ -234,7 +235,7 @@ class Executor:
         module = network.module
         twin = copy.copy(module)
         surface = vars(twin)
-        # The network runs its own hooks.
+        # Only the network itself runs its hooks, or they would run twice.
         surface |= {name: OrderedDict() for name in surface if name.endswith("_hooks")}
 
         def waits_for(run: Callable[..., Any], alone: bool = alone) -> Callable[..., Any]:
@@ -246,7 +247,7 @@ class Executor:
         decode, encode = waits_for(module.decode), waits_for(module.encode, alone=True)
         surface["decode"] = lambda latents, *args, **kwargs: decode(latents.to(module.dtype), *args, **kwargs)
         surface["encode"] = lambda image, *args, **kwargs: encode(image.to(module.dtype), *args, **kwargs)
-        # Some pipelines widen it for one decode: the weights are everybody's, and were loaded in the right format.
+        # Some pipelines call `to` to widen the decoder for one picture. The weights are shared, so nothing happens.
         surface["to"] = lambda *_, **__: twin
         return twin
 
@@ -277,7 +278,7 @@ class Executor:
             try:
                 raise ticket.error
             finally:
-                # It keeps this frame, and with it all that was passed.
+                # The error's traceback keeps this frame alive, and with it all arguments of the call.
                 ticket.error = None
         return ticket.result
 
@@ -309,7 +310,8 @@ class Executor:
                 if not ticket.begun:
                     self._batcher.leave(ticket.member, ticket)
                     self._news.notify_all()
-                # What has begun ends within a pass; until then the model must not be taken for idle.
+                # A pass that has begun cannot be cut short. Wait for its end: until then its model is in use, and leaving
+                # earlier would let the cache evict it.
                 self._news.wait_for(lambda: ticket.done or not ticket.begun)
             ticket.result = ticket.error = None
             raise
@@ -320,7 +322,8 @@ class Executor:
         try:
             self._serve()
         except BaseException:
-            # Nobody would ever be answered again: better a process that is seen to end, and its work done elsewhere.
+            # Without this thread no request would ever be answered. The end of the process is noticed, and its
+            # requests run again in the next one.
             _logger.critical("the executor failed", exc_info=True)
             os._exit(_BROKEN)
 
@@ -348,7 +351,7 @@ class Executor:
                     ticket.done = True
                     ticket.member.wake.set()
                 self._news.notify_all()
-            # Whatever was computed belongs to the lanes now.
+            # Drop our references, so that the lanes alone decide how long results stay in memory.
             del batch, tickets, ticket
 
     def _compute(self, tickets: Sequence[_Ticket]) -> None:
@@ -359,13 +362,13 @@ class Executor:
         if error is None:
             return
         if is_device_lost(error):
-            # Each next call would fail as this one did, where a new process can do them all.
+            # Every later call in this process would fail too; a new process can do them all.
             raise error
         if not is_out_of_memory(error):
             if len(tickets) == 1:
                 tickets[0].error = error
                 return
-            # One of them spoils it: that one alone shall fail.
+            # One of them is at fault: run each by itself, so that only that one fails.
             for ticket in tickets:
                 self._compute([ticket])
             return
@@ -395,8 +398,8 @@ class Executor:
         first.error = error
 
     def _widen(self, ticket: _Ticket) -> Exception | None:
-        """Decode once more in float32 what has left the range of float16. Each time anew: what a picture looks like must not
-        depend on those before it."""
+        """Decode a picture again in float32 if it left the range of float16. The next picture starts in float16 again: its
+        bytes must not depend on the pictures before it."""
         network = ticket.network
         if not isinstance(ticket.error, ImageError) or not network.is_autoencoder:
             return None
@@ -437,7 +440,7 @@ class Executor:
         try:
             if first.stackable is None:
                 memory, question = first.network.memory, first.question
-                # Another may have asked the same while this one waited.
+                # Another call with the same inputs may have been answered while this one waited.
                 first.result = memory.get(question) if memory and question else None
                 if first.result is None:
                     first.result = first.run(*first.args, **first.kwargs)
@@ -445,7 +448,8 @@ class Executor:
                     self._durations.end(clock.now())
                     if memory and question:
                         memory.put(question, first.result)
-                # What a text encoder has in layers that nobody reads is no fault: the denoiser's answer tells.
+                # Some text encoders hold infinities in layers that nobody reads: whether they matter shows in the
+                # denoiser's result.
                 if memory is None and not finite.is_finite(first.result):
                     first.result, first.error = None, _not_finite(first)
                 return None
@@ -455,14 +459,14 @@ class Executor:
             begun = time.monotonic()
             with self._choice.measured() if wanted else nullcontext(int) as peak:
                 result = first.run(**stacking.stack(calls))
-                # Else the time of a pass would be that of its being asked for.
+                # The device works asynchronously: without this, only the launch of the pass would be timed.
                 self._choice.synchronize()
             self._durations.end(clock.now())
             self._caps.record(first.label, sum(rows), time.monotonic() - begun, peak())
             results = [result] if len(calls) == 1 else stacking.split(result, rows)
             sound = finite.is_finite(result)
         except Exception as error:
-            # What follows is no pass.
+            # The time from here on is spent on recovery, and must not count as that of a pass.
             self._durations.begin(clock.now())
             return error
         for ticket, part in zip(tickets, results, strict=True):
@@ -477,12 +481,12 @@ class Executor:
 
 
 def _not_finite(ticket: _Ticket) -> ImageError:
-    """Whose numbers they were: the network's own, or of what it was given by another."""
+    """The error of a result that is NaN or infinite: it names this network, or the one whose output it was given."""
     network = ticket.network
     named: dict[Any, Any] = ticket.kwargs | dict(enumerate(ticket.args))
     if ticket.stackable is not None:
         named = ticket.stackable.arguments
-    # A mask may be infinite for a reason.
+    # Attention masks hold infinities on purpose.
     given = {name: finite.is_finite(value) for name, value in named.items() if "mask" not in str(name)}
     sample = all(given.pop(name, True) for name in (0, *stacking.SAMPLES))
     dtype = str(getattr(network.module, "dtype", None)).removeprefix("torch.")
@@ -505,7 +509,7 @@ def _kind(tickets: Sequence[_Ticket]) -> Kind:
 
 
 def _size(tensors: Sequence[torch.Tensor]) -> int:
-    """How much a network has to do by its inputs: the first of them is what it works on."""
+    """The number of elements of the first input, which the network works on: a measure of its work."""
     return tensors[0].numel() if tensors else 1
 
 
@@ -521,7 +525,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _question(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """The arguments as text, where they are tensors and plain values."""
+    """A digest of the arguments; None where one of them is neither a tensor nor a plain value."""
     digest = hashlib.sha256()
     for name, value in [*enumerate(args), *sorted(kwargs.items())]:
         if isinstance(value, torch.Tensor):

@@ -1,0 +1,173 @@
+defmodule StarweaveImage.Queue.Results do
+  @moduledoc false
+  # Which results of submitted requests are kept, for whoever comes to ask: each for its time, and together no more than
+  # so many and so many bytes, for which those go first whose time ends first. A result of an earlier life of the
+  # application is on disk only; of these it is known who reads them, and for whom. Pure: clocks, readers and answers are
+  # the queue's.
+
+  alias StarweaveImage.Queue.Job
+
+  # `order`: `{until, id}` of each. `readers`: who reads a result from the disk, by whatever the queue knows him by.
+  @enforce_keys [:max, :max_bytes]
+  defstruct [:max, :max_bytes, kept: %{}, order: :gb_sets.new(), bytes: 0, readers: %{}]
+
+  @typedoc "A job that has ended, and until when it is kept."
+  @type kept :: {Job.t(), until :: integer}
+  @type reader :: term
+  @type asker :: {:waiter, GenServer.from()} | {:subscriber, Job.subscriber()}
+  @opaque t :: %__MODULE__{
+            max: pos_integer,
+            max_bytes: non_neg_integer,
+            kept: %{String.t() => kept},
+            order: term,
+            bytes: non_neg_integer,
+            readers: %{reader => String.t()}
+          }
+
+  @doc "Of the options of an instance, `:max_results` and `:max_result_bytes` count."
+  @spec new(keyword) :: t
+  def new(config),
+    do: %__MODULE__{max: config[:max_results], max_bytes: config[:max_result_bytes]}
+
+  @doc "Keeps a job that has ended until a time. Gives those that have to go for it, of which it may be one itself."
+  @spec keep(t, Job.t(), integer) :: {[Job.t()], t}
+  def keep(results, job, until) do
+    {_earlier, results} = drop(results, job.request.id)
+
+    make_room(
+      %{
+        results
+        | kept: Map.put(results.kept, job.request.id, {job, until}),
+          order: :gb_sets.add({until, job.request.id}, results.order),
+          bytes: results.bytes + Job.bytes(job)
+      },
+      []
+    )
+  end
+
+  defp make_room(results, gone) do
+    if map_size(results.kept) > results.max or
+         (results.bytes > results.max_bytes and results.kept != %{}) do
+      {job, results} = drop_first(results)
+      make_room(results, [job | gone])
+    else
+      {Enum.reverse(gone), results}
+    end
+  end
+
+  defp drop_first(results) do
+    {_until, id} = :gb_sets.smallest(results.order)
+    drop(results, id)
+  end
+
+  @doc "Gives those whose time is over at `now`."
+  @spec expire(t, integer) :: {[Job.t()], t}
+  def expire(results, now) do
+    case next_expiry(results) do
+      until when until != nil and until <= now ->
+        {job, results} = drop_first(results)
+        {gone, results} = expire(results, now)
+        {[job | gone], results}
+
+      _later ->
+        {[], results}
+    end
+  end
+
+  @doc "When the time of the first one is over; nil where there is none."
+  @spec next_expiry(t) :: integer | nil
+  def next_expiry(%{kept: kept}) when kept == %{}, do: nil
+  def next_expiry(results), do: results.order |> :gb_sets.smallest() |> elem(0)
+
+  @spec get(t, String.t()) :: Job.t() | nil
+  def get(results, id) do
+    case results.kept do
+      %{^id => {job, _until}} -> job
+      _ -> nil
+    end
+  end
+
+  @doc "Gives the job, which is kept no more and read by nobody."
+  @spec drop(t, String.t()) :: {Job.t() | nil, t}
+  def drop(results, id) do
+    case Map.pop(results.kept, id) do
+      {nil, _kept} ->
+        {nil, results}
+
+      {{job, until}, kept} ->
+        {job,
+         %{
+           results
+           | kept: kept,
+             order: :gb_sets.delete({until, id}, results.order),
+             bytes: results.bytes - Job.bytes(job),
+             readers: Map.reject(results.readers, fn {_reader, read} -> read == id end)
+         }}
+    end
+  end
+
+  @doc """
+  Somebody asks for one that is kept: it can be delivered to him, who is the only one in the job that is given; or he
+  waits until it has been read from the disk, which somebody must begin to do (`:read`) or does already (`:wait`).
+  """
+  @spec ask(t, String.t(), asker) :: {:deliver, Job.t()} | {:read, t} | {:wait, t}
+  def ask(results, id, asker) do
+    {job, until} = Map.fetch!(results.kept, id)
+
+    case job.result do
+      {:stored, _outcome} ->
+        kept = Map.put(results.kept, id, {asked(job, asker), until})
+        results = %{results | kept: kept}
+        read? = Enum.any?(results.readers, fn {_reader, read} -> read == id end)
+        {if(read?, do: :wait, else: :read), results}
+
+      _result ->
+        {:deliver, asked(job, asker)}
+    end
+  end
+
+  defp asked(job, {:waiter, from}), do: %{job | waiters: [from | job.waiters]}
+
+  defp asked(job, {:subscriber, subscriber}),
+    do: %{job | subscribers: Enum.uniq([subscriber | job.subscribers])}
+
+  @doc "A subscriber does not wait any more."
+  @spec leave(t, String.t(), Job.subscriber()) :: t
+  def leave(results, id, subscriber) do
+    case results.kept do
+      %{^id => {job, until}} ->
+        job = %{job | subscribers: job.subscribers -- [subscriber]}
+        %{results | kept: Map.put(results.kept, id, {job, until})}
+
+      _ ->
+        results
+    end
+  end
+
+  @doc "The reader begins to read the result from the disk."
+  @spec begin_reading(t, String.t(), reader) :: t
+  def begin_reading(results, id, reader), do: put_in(results.readers[reader], id)
+
+  @doc "The reader has read. Gives the job with those who wait for it; nil where nobody needs it any more."
+  @spec end_reading(t, reader) :: {Job.t() | nil, t}
+  def end_reading(results, reader) do
+    with {id, readers} when id != nil <- Map.pop(results.readers, reader) do
+      {job, until} = Map.fetch!(results.kept, id)
+      told = %{job | waiters: [], subscribers: []}
+      {job, %{results | readers: readers, kept: Map.put(results.kept, id, {told, until})}}
+    else
+      {nil, _readers} -> {nil, results}
+    end
+  end
+
+  @doc "The reader is gone. Gives the id of what he did not read to the end, which somebody else must begin; or nil."
+  @spec lose_reader(t, reader) :: {String.t() | nil, t}
+  def lose_reader(results, reader) do
+    {id, readers} = Map.pop(results.readers, reader)
+    {id, %{results | readers: readers}}
+  end
+
+  @doc "Those that are being read, with those who wait for them."
+  @spec being_read(t) :: [Job.t()]
+  def being_read(results), do: for({_reader, id} <- results.readers, do: get(results, id))
+end
