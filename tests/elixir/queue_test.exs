@@ -7,6 +7,9 @@ defmodule StarweaveImage.QueueTest do
 
   alias StarweaveImage.{Error, Image}
 
+  # Before each run on trial its sidecar rests, for a time that is drawn from 0 to 10 s; two or three runs are needed.
+  @trials_ms 90_000
+
   # The ids of the messages of this type that the process got, in order.
   defp received(instance, type),
     do: for([^type, id] <- report(instance)["received"], do: id)
@@ -24,8 +27,8 @@ defmodule StarweaveImage.QueueTest do
     end)
   end
 
-  defp result(caller) do
-    assert_receive {:called, ^caller, result, mailbox}, 20_000
+  defp result(caller, timeout \\ 20_000) do
+    assert_receive {:called, ^caller, result, mailbox}, timeout
     assert mailbox == []
     result
   end
@@ -537,7 +540,7 @@ defmodule StarweaveImage.QueueTest do
     test "whose process crashed" do
       instance = start_ready("crashes_on_poison", max_attempts: 1)
       caller = call(fn -> generate(instance, "poison") end)
-      assert {:error, %Error{kind: :sidecar_crashed}} = result(caller)
+      assert {:error, %Error{kind: :sidecar_crashed}} = result(caller, @trials_ms)
       caller = call(fn -> Enum.to_list(stream(instance, "poison")) end)
       assert {:error, %Error{kind: :sidecar_crashed}} = List.last(result(caller))
     end
@@ -577,7 +580,7 @@ defmodule StarweaveImage.QueueTest do
       others = for n <- 1..4, do: submit_running(instance, "hold", seed: n)
       :ok = StarweaveImage.subscribe(hd(others), instance: instance)
       caller = call(fn -> generate(instance, "poison", id: "poison", priority: :interactive) end)
-      assert {:error, %Error{kind: :sidecar_crashed}} = result(caller)
+      assert {:error, %Error{kind: :sidecar_crashed}} = result(caller, @trials_ms)
 
       for id <- others do
         assert {:ok, %Image{attempts: attempts}} =
