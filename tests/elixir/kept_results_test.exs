@@ -35,7 +35,8 @@ defmodule StarweaveImage.KeptResultsTest do
       assert ids(gone) == ["soon", "then"]
       assert %Job{} = Results.get(results, "late")
       assert {[_], results} = Results.expire(results, 30)
-      assert {Results.next_expiry(results), results} == {nil, new()}
+      assert Results.next_expiry(results) == nil
+      assert {[], _} = keep(results, job("huge", images(100)), 40)
     end
 
     test "is so many at most, and those go first whose time ends first" do
@@ -43,6 +44,10 @@ defmodule StarweaveImage.KeptResultsTest do
       {[], results} = keep(results, job("a"), 10)
       {[], results} = keep(results, job("c"), 30)
       assert {["a"], results} = keep(results, job("d"), 40)
+      # Of two that ended in the same moment, the younger one stays.
+      assert {["b"], same} = keep(results, job("a"), 40)
+      assert {["c"], same} = keep(same, job("0"), 40)
+      assert {["d"], _same} = keep(same, job("1"), 40)
       # One of an earlier life that was nearly over does not stay at the cost of others.
       assert {["old"], results} = keep(results, job("old"), 5)
       assert Results.get(results, "old") == nil
@@ -62,7 +67,8 @@ defmodule StarweaveImage.KeptResultsTest do
       assert {[], results} = Results.expire(results, 10)
       assert {[_one], _} = Results.expire(results, 20)
       assert {%Job{}, results} = Results.drop(results, "a")
-      assert {{nil, results}, results} == {Results.drop(results, "a"), new()}
+      assert {nil, ^results} = Results.drop(results, "a")
+      assert {[], _} = keep(results, job("huge", images(100)), 40)
     end
 
     test "adds up, whatever comes and goes" do

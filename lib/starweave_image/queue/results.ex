@@ -7,12 +7,20 @@ defmodule StarweaveImage.Queue.Results do
 
   alias StarweaveImage.Queue.Job
 
-  # `order`: `{until, id}` of each. `readers`: who reads a result from the disk, by whatever the queue knows him by.
+  # `order`: `{until, number, id}` of each; a later one has a larger number. `readers`: who reads a result from the disk, by whatever the queue knows him by.
   @enforce_keys [:max, :max_bytes]
-  defstruct [:max, :max_bytes, kept: %{}, order: :gb_sets.new(), bytes: 0, readers: %{}]
+  defstruct [
+    :max,
+    :max_bytes,
+    kept: %{},
+    order: :gb_sets.new(),
+    number: 0,
+    bytes: 0,
+    readers: %{}
+  ]
 
-  @typedoc "A job that has ended, and until when it is kept."
-  @type kept :: {Job.t(), until :: integer}
+  @typedoc "A job that has ended, and its place in the order."
+  @type kept :: {Job.t(), {until :: integer, number :: non_neg_integer}}
   @type reader :: term
   @type asker :: {:waiter, GenServer.from()} | {:subscriber, Job.subscriber()}
   @opaque t :: %__MODULE__{
@@ -20,6 +28,7 @@ defmodule StarweaveImage.Queue.Results do
             max_bytes: non_neg_integer,
             kept: %{String.t() => kept},
             order: term,
+            number: non_neg_integer,
             bytes: non_neg_integer,
             readers: %{reader => String.t()}
           }
@@ -37,8 +46,9 @@ defmodule StarweaveImage.Queue.Results do
     make_room(
       %{
         results
-        | kept: Map.put(results.kept, job.request.id, {job, until}),
-          order: :gb_sets.add({until, job.request.id}, results.order),
+        | kept: Map.put(results.kept, job.request.id, {job, {until, results.number}}),
+          order: :gb_sets.add({until, results.number, job.request.id}, results.order),
+          number: results.number + 1,
           bytes: results.bytes + Job.bytes(job)
       },
       []
@@ -56,7 +66,7 @@ defmodule StarweaveImage.Queue.Results do
   end
 
   defp drop_first(results) do
-    {_until, id} = :gb_sets.smallest(results.order)
+    {_until, _number, id} = :gb_sets.smallest(results.order)
     drop(results, id)
   end
 
@@ -82,7 +92,7 @@ defmodule StarweaveImage.Queue.Results do
   @spec get(t, String.t()) :: Job.t() | nil
   def get(results, id) do
     case results.kept do
-      %{^id => {job, _until}} -> job
+      %{^id => {job, _place}} -> job
       _ -> nil
     end
   end
@@ -94,12 +104,12 @@ defmodule StarweaveImage.Queue.Results do
       {nil, _kept} ->
         {nil, results}
 
-      {{job, until}, kept} ->
+      {{job, {until, number}}, kept} ->
         {job,
          %{
            results
            | kept: kept,
-             order: :gb_sets.delete({until, id}, results.order),
+             order: :gb_sets.delete({until, number, id}, results.order),
              bytes: results.bytes - Job.bytes(job),
              readers: Map.reject(results.readers, fn {_reader, read} -> read == id end)
          }}
@@ -112,11 +122,11 @@ defmodule StarweaveImage.Queue.Results do
   """
   @spec ask(t, String.t(), asker) :: {:deliver, Job.t()} | {:read, t} | {:wait, t}
   def ask(results, id, asker) do
-    {job, until} = Map.fetch!(results.kept, id)
+    {job, place} = Map.fetch!(results.kept, id)
 
     case job.result do
       {:stored, _outcome} ->
-        kept = Map.put(results.kept, id, {asked(job, asker), until})
+        kept = Map.put(results.kept, id, {asked(job, asker), place})
         results = %{results | kept: kept}
         read? = Enum.any?(results.readers, fn {_reader, read} -> read == id end)
         {if(read?, do: :wait, else: :read), results}
@@ -135,9 +145,9 @@ defmodule StarweaveImage.Queue.Results do
   @spec leave(t, String.t(), Job.subscriber()) :: t
   def leave(results, id, subscriber) do
     case results.kept do
-      %{^id => {job, until}} ->
+      %{^id => {job, place}} ->
         job = %{job | subscribers: job.subscribers -- [subscriber]}
-        %{results | kept: Map.put(results.kept, id, {job, until})}
+        %{results | kept: Map.put(results.kept, id, {job, place})}
 
       _ ->
         results
@@ -152,9 +162,9 @@ defmodule StarweaveImage.Queue.Results do
   @spec end_reading(t, reader) :: {Job.t() | nil, t}
   def end_reading(results, reader) do
     with {id, readers} when id != nil <- Map.pop(results.readers, reader) do
-      {job, until} = Map.fetch!(results.kept, id)
+      {job, place} = Map.fetch!(results.kept, id)
       told = %{job | waiters: [], subscribers: []}
-      {job, %{results | readers: readers, kept: Map.put(results.kept, id, {told, until})}}
+      {job, %{results | readers: readers, kept: Map.put(results.kept, id, {told, place})}}
     else
       {nil, _readers} -> {nil, results}
     end
