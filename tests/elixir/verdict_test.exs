@@ -481,6 +481,55 @@ defmodule StarweaveImage.VerdictTest do
       assert again.(broken_off).cases["a"].odds == odds
     end
 
+    test "wins its bet within a fiftieth of the span, a sixteenth and a sixth, around the time it took before" do
+      odds = fn before, ms ->
+        verdict = verdict() |> died(["a"], before) |> died(["a"], before)
+        {_, verdict} = Verdict.stake(verdict, "a", 600_000)
+        died(verdict, ["a"], ms).cases["a"].odds
+      end
+
+      {kept, sixth, sixteenth, fiftieth} = {0.1, 0.15 * 6, 0.3 * 16, 0.45 * 50}
+
+      for {before, ms, won} <- [
+            {1_000, 889, kept + sixth + sixteenth},
+            {1_000, 890, kept + sixth + sixteenth + fiftieth},
+            {1_000, 1_110, kept + sixth + sixteenth + fiftieth},
+            {1_000, 1_111, kept + sixth + sixteenth},
+            {1_000, 1_344, kept + sixth},
+            {1_000, 1_917, kept},
+            # Nothing is before the beginning.
+            {0, 0, kept + sixth + sixteenth + fiftieth},
+            {0, 200, kept + sixth + sixteenth + fiftieth},
+            {0, 201, kept + sixth + sixteenth}
+          ],
+          do: assert_in_delta(odds.(before, ms), won, 1.0e-9, "#{before} ms, then #{ms} ms")
+    end
+
+    test "has a pause only where twice the span is left" do
+      verdict = verdict() |> died(["a"], 100) |> died(["a"], 100)
+      assert {0, %{cases: %{"a" => %{stake: nil}}}} = Verdict.stake(verdict, "a", 20_200)
+      assert {_, %{cases: %{"a" => %{stake: {10_100, _}}}}} = Verdict.stake(verdict, "a", 20_201)
+    end
+
+    test "is given up though others died in its company, and not for what was drawn before its first death" do
+      tried = fn verdict ->
+        {_, verdict} = Verdict.stake(verdict, "a", 600_000)
+        died(verdict, ["a"])
+      end
+
+      ask = request("a", 1)
+      verdict = verdict() |> died(~w(a b)) |> died(["a"])
+      verdict = Enum.reduce(1..4, verdict, fn _, verdict -> tried.(verdict) end)
+      assert {:give_up, _, _} = Verdict.judge(verdict, ask, "it died", 0)
+
+      verdict =
+        for n <- 1..20, reduce: verdict(), do: (v -> Verdict.done(v, request("d#{n}", n), 0))
+
+      verdict = verdict |> died(["b"]) |> died(["a"]) |> died(["a"])
+      verdict = Enum.reduce(1..4, verdict, fn _, verdict -> tried.(verdict) end)
+      assert {:again, _} = Verdict.judge(verdict, ask, "it died", 0)
+    end
+
     test "counts a death under nobody's request once" do
       operation = %{ran: [], alone?: false, held: [], at_work?: true}
 
