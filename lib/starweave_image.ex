@@ -417,7 +417,8 @@ defmodule StarweaveImage do
           {:ok, Image.t()} | {:error, Error.t()}
   def edit(image, prompt, opts \\ [])
 
-  def edit([_ | _] = images, prompt, opts) do
+  # `length/1` also fails for an improper list, which is then refused as a picture.
+  def edit(images, prompt, opts) when length(images) > 0 do
     files = for image <- images, do: with(%Image{data: data} <- image, do: data)
     generate(prompt, put(opts, :images, files))
   end

@@ -19,23 +19,23 @@ defmodule StarweaveImage.Config do
 
   # What sidecars may have of their own.
   @kind [
-    device: {:device, "auto", :sent, "`auto` takes the best that is there."},
+    device: {:device, "auto", :sent, "`auto` takes the best one of the machine."},
     dtype:
       {{:one_of, [:auto, :float32, :bfloat16, :float16]}, :auto, :sent,
        "`TORCH_DTYPE` in the environment wins."},
     capacity: {{:integer, 1, 64}, 8, :sent, "Requests that one process runs at once."},
     memory_budget:
       {{:bytes, 0, @most_bytes}, nil, :sent,
-       "Device memory for models, by default 85 % of it; the longest unused make room."},
+       "Bytes on the device for models. Unless given, 85 % of its memory."},
     ram_budget:
       {{:bytes, 0, @most_bytes}, 0, :sent,
-       "Main memory for models that had to leave the device, to be back sooner. Not on a CPU."},
+       "Bytes of main memory for models that had to leave the device. No effect on a CPU."},
     offload:
       {{:one_of, [:auto, :none, :model, :sequential]}, :auto, :sent,
-       "Whether weights wait in main memory and visit the device by network or by layer; slower."},
+       "Keeps weights in main memory and moves networks or layers to the device; slower."},
     compile:
       {{:one_of, [:none, :blocks]}, :none, :sent,
-       "`:blocks` compiles what a denoiser repeats; the first picture takes longer, others less."}
+       "`:blocks` compiles the denoiser: the first picture takes longer, others less."}
   ]
   @kind_type {:options, for({name, {type, _, _, _}} <- @kind, do: {name, {:maybe, type}})}
   @sidecars {:described,
@@ -46,38 +46,42 @@ defmodule StarweaveImage.Config do
   @groups [
     {"The instance",
      [
-       name: {:atom, @name, :kept, "Registered name; callers choose an instance by `:instance`."},
+       name: {:atom, @name, :kept, "Registered name, which callers give as `instance:`."},
        enabled: {:boolean, true, :kept, "false starts no Python; requests answer `:disabled`."},
        python:
          {{:text, 1, 4096}, nil, :kept,
-          "Interpreter; else `STARWEAVE_IMAGE_PYTHON`, else what `mix image.setup` made."},
+          "Interpreter. Unless given, `STARWEAVE_IMAGE_PYTHON`, or the one of `mix image.setup`."},
        env:
          {{:described, "a list of names", {:list, {:text, 1, 4096}, 1024}}, [], :kept,
-          "Variables of the environment that Python may see beside an allow-list."}
+          "Further environment variables for Python, which otherwise sees those of an allow-list."}
      ]},
     {"Models",
      [
        models:
          {@models, [], :sent,
-          "What may be loaded beside the catalog's local copies: hub ids, and folders by `:path`."},
-       default_model: {:model_id, "starweave/tiny", :sent, "Used when a request names none."},
-       preload: {{:list, :model_id, 256}, [], :sent, "Loaded at the start, one after the other."},
-       pinned: {{:list, :model_id, 256}, [], :sent, "Stay in memory once they are loaded."},
+          "Models that may be loaded: ids of the hub, and folders by `:path`. Local copies always may."},
+       default_model:
+         {:model_id, "starweave/tiny", :sent, "The model for requests that name none."},
+       preload:
+         {{:list, :model_id, 256}, [], :sent, "Models to load at the start, one after the other."},
+       pinned:
+         {{:list, :model_id, 256}, [], :sent, "Models that stay in memory once they are loaded."},
        offline: {:boolean, false, :sent, "true never asks the hub."},
        disk_quota:
          {{:bytes, 0, @most_bytes}, nil, :sent,
-          "What models may take in the hub's cache; the longest unused are deleted. No bound unless given."},
-       max_models: {{:integer, 1, 10_000}, nil, :sent, "How many models may be there, likewise."},
-       cleanup_interval: {{:ms, 1000, @week}, 3_600_000, :sent, "ms between two such looks."}
+          "Bytes for models in the hub's cache; the longest unused are deleted. Unless given, no bound."},
+       max_models:
+         {{:integer, 1, 10_000}, nil, :sent, "How many models the cache may hold, likewise."},
+       cleanup_interval:
+         {{:ms, 1000, @week}, 3_600_000, :sent, "ms between two checks of these bounds."}
      ]},
     {"Processes",
      [
        sidecars:
-         {@sidecars, 1, :kept,
-          "Python processes: so many alike, or one for each list, which goes before these options."},
+         {@sidecars, 1, :kept, "How many Python processes, or a list with the options of each."},
        standby:
          {{:integer, 0, 16}, 0, :kept,
-          "Spares of each kind, with everything imported: one takes over at once when one dies."}
+          "Spare processes of each kind, which take over at once when one dies."}
      ] ++ Keyword.take(@kind, [:capacity, :device, :dtype])},
     {"Memory and speed",
      Keyword.take(@kind, [:memory_budget, :ram_budget, :offload]) ++
@@ -87,7 +91,7 @@ defmodule StarweaveImage.Config do
             "Whether a UNet computes its attention in slices. `:auto` does on small Macs."},
          vae:
            {{:one_of, [:auto, :none, :tiled]}, :auto, :sent,
-            "Whether large pictures are decoded tile by tile. `:auto` does where they must be."}
+            "Whether large pictures are decoded tile by tile. `:auto` does if memory requires it."}
        ] ++
        Keyword.take(@kind, [:compile]) ++
        [
@@ -101,20 +105,20 @@ defmodule StarweaveImage.Config do
          {{:integer, 1, 1_000_000}, 64, :kept, "Requests that may wait; more are `:overloaded`."},
        max_queue_bytes:
          {{:bytes, 0, 0x10000000000}, 268_435_456, :kept,
-          "The same by the size of their input, of what runs and what waits."},
+          "The same in bytes of input, for waiting and running requests."},
        rate_limit:
          {@rate, nil, :kept,
-          "Requests taken in within a time, such as `{100, 60_000}`; more are `:rate_limited`."},
+          "Requests accepted within a time, such as `{100, 60_000}`; more are `:rate_limited`."},
        user_rate_limit: {@rate, nil, :kept, "The same for each `:user_id`."},
        max_attempts:
          {{:integer, 1, 100}, 3, :kept,
-          "Deaths of the process under a request alone, at least, before it may be given up for them."},
+          "At least this many deaths of the process, during a request alone, before it may be given up."},
        quarantine:
          {{:ms, 0, @day}, 600_000, :kept,
-          "ms for which what was given up so is refused when it comes again."},
+          "ms for which such a request is refused when it is submitted again."},
        max_retries:
          {{:integer, 0, 100}, 3, :kept,
-          "Times that it is tried again after a failure that may pass, with growing pauses."}
+          "Retries after a failure that may pass, with growing pauses."}
      ]},
     {"Results",
      [
@@ -122,35 +126,33 @@ defmodule StarweaveImage.Config do
        max_results: {{:integer, 1, 1_000_000}, 256, :kept, "How many such results are kept."},
        max_result_bytes:
          {{:bytes, 0, 0x10000000000}, 268_435_456, :kept,
-          "How much their images may be; the oldest go."},
+          "Bytes of their images; the oldest are dropped."},
        journal:
          {{:text, 1, 4096}, nil, :kept,
-          "Folder of this instance alone for what is `durable: true`; made if need be."}
+          "Folder for durable requests, of this instance alone; made if missing."}
      ]},
     {"Time-outs and restarts",
      [
        start_timeout: {{:ms, 1, @day}, 120_000, :kept, "ms from start to `ready`."},
-       heartbeat_interval: {{:ms, 50, 10_000}, 1_000, :sent, "ms."},
+       heartbeat_interval: {{:ms, 50, 10_000}, 1_000, :sent, "ms between two heartbeats."},
        heartbeat_timeout:
          {{:ms, 1, @day}, 15_000, :kept,
-          "ms without a heartbeat, once ready, until it is killed."},
+          "ms without a heartbeat, once ready, until the process is killed."},
        stall_timeout:
          {{:ms, 1, @day}, 120_000, :kept,
-          "ms without progress until it is killed, in work of a kind that was not seen before."},
+          "ms without progress in new kinds of work, until the process is killed."},
        stall_floor:
          {{:ms, 1, @day}, 10_000, :kept,
-          "The same in work that was: ten times what it took, and at least so many ms."},
+          "The same for known kinds of work: ten times their usual time, and at least this many ms."},
        cancel_timeout:
          {{:ms, 1, @day}, 10_000, :kept,
-          "ms that a cancelled request may go on until the process is killed."},
+          "ms that a cancelled request may go on, until the process is killed."},
        load_timeout:
-         {{:ms, 1, @day}, 3_600_000, :kept,
-          "ms that loading a model may take, its download included."},
+         {{:ms, 1, @day}, 3_600_000, :kept, "ms for the load of a model, with its download."},
        shutdown_grace:
          {{:ms, 0, 600_000}, 2_000, :kept, "ms for running work when the instance stops."},
-       backoff_min:
-         {{:ms, 1, @day}, 500, :kept, "ms before the second start in a row that fails."},
-       backoff_max: {{:ms, 1, @day}, 30_000, :kept, "ms, the longest pause between starts."}
+       backoff_min: {{:ms, 1, @day}, 500, :kept, "ms of pause after the first failed start."},
+       backoff_max: {{:ms, 1, @day}, 30_000, :kept, "ms of the longest pause between starts."}
      ]}
   ]
 
@@ -175,17 +177,17 @@ defmodule StarweaveImage.Config do
 
   ## Sidecars of different kinds
 
-  `sidecars: [[device: "cuda:0"], [device: "cuda:1", capacity: 4]]` starts one for each list. What a list does not say, the
-  instance does.
+  `sidecars: [[device: "cuda:0"], [device: "cuda:1", capacity: 4]]` starts one process for each list. For options that a
+  list does not have, those of the instance count.
 
   ## When a process is killed
 
-  `:stall_timeout` holds where nothing tells how long work takes: the first pass of each kind, and what is outside of the
-  device, such as encoding. A slow device with a large model needs more. `:cancel_timeout` is for work that cannot be broken
-  off; the other requests of the process are done again. Waiting for the device or for a model counts for none of them.
+  `:stall_timeout` is for work of unknown length: the first pass of each shape, and work outside of the device such as
+  encoding. A slow device with a large model needs more. `:cancel_timeout` is for work that cannot be interrupted; the
+  other requests of the process are done again. Time spent waiting for the device or for a model does not count.
 
-  A request is given up with `:sidecar_crashed`, and refused for `:quarantine` under any id, only on evidence that it, and
-  nothing else, ends the process.
+  A request is given up with `:sidecar_crashed`, and refused for `:quarantine` under any id, only on evidence that it,
+  and nothing else, ends the process.
   """
 
   alias StarweaveImage.{Options, Type}

@@ -4,11 +4,11 @@ defmodule StarweaveImage.Request do
   @moduledoc """
   One validated request for images.
 
-  `StarweaveImage.generate/2` and its kin make it of the prompt and these options:
+  `StarweaveImage.generate/2` and similar functions make it from the prompt and these options:
 
   #{Options.docs(Schema.groups())}
 
-  Anything else is an error that says what would be right:
+  Anything else is an error that says what is allowed:
 
       iex> {:error, error} = StarweaveImage.Request.new("a red apple", width: 250)
       iex> error.message
@@ -19,31 +19,34 @@ defmodule StarweaveImage.Request do
 
   ## Pictures to start from
 
-  A file of at most 4096 pixels a side, of several pictures in it the first. It is turned upright, its colours are taken as
-  sRGB, and what is transparent in it is white. Of a mask where all that is to be seen is black, the opaque may change.
-  `:strength` is the share of the steps that is made, at least one. Of several `:images` the first becomes the result.
+  A picture is a file of at most 4096 pixels a side; if it holds several pictures, the first counts. It is turned
+  upright and converted to sRGB, and transparent pixels become white. If all visible pixels of a mask are black, the
+  opaque ones may change. `:strength` is the share of the steps that is made, at least one. Of several `:images` the
+  first becomes the result.
 
   ## Seeds and variations
 
-  Image k of a request uses `:seed` + k. A drawn seed is below 2^53, so that it stays exact in JavaScript. With
-  `:variation_strength`, and without `:image`, image k goes so far from the picture of `:seed` towards that of
-  `:variation_seed` + k; where the latter is not given, image 0 is the picture of `:seed` itself.
+  Image k of a request uses `:seed` + k. A random seed is below 2^53, so that it stays exact in JavaScript. With
+  `:variation_strength`, and without `:image`, image k goes that far from the picture of `:seed` towards that of
+  `:variation_seed` + k. Without a `:variation_seed`, image 0 is the picture of `:seed` itself.
 
-  A `:scheduler` is a sampler as other tools spell it, or a class of diffusers such as `EulerDiscreteScheduler`.
+  A `:scheduler` has the name that other tools give it, or that of its diffusers class, such as
+  `EulerDiscreteScheduler`.
 
   ## Previews
 
-  They are `{:preview, preview}` events of `StarweaveImage.stream/2` and `StarweaveImage.subscribe/2`, at most ten an image.
+  They are `{:preview, preview}` events of `StarweaveImage.stream/2` and `StarweaveImage.subscribe/2`, at most ten an
+  image.
 
   ## The same request
 
-  A second request with the `:id` and the content of one that waits, runs or is done is that request. With other content it
-  is refused. One that failed may be asked for again.
+  A second request with the `:id` and the content of one that waits, runs or is done joins that request. With other
+  content it is refused. A failed request may be submitted again.
 
   ## Which goes first
 
-  Users of a priority are served one by one, however many requests each has; `:user_id` is in the telemetry events. A
-  `:background` request that runs makes room at once for an `:interactive` one that finds none, and is begun anew later.
+  Users of equal priority take turns, however many requests each has; `:user_id` is in the telemetry events. If an
+  `:interactive` request finds no free slot, a running `:background` one makes room at once, and starts again later.
   A picture that a `:fallback` drew names its model, and says so in its notices.
   """
 

@@ -1,7 +1,7 @@
 defmodule StarweaveImage.Schema do
   @moduledoc false
 
-  # A request: each field stands here once, with its type and range, its default, who it is for and a sentence. From here
+  # A request: each field is here once, with its type and range, its default, its role and a sentence. From here
   # come the struct `StarweaveImage.Request` and its types, what the wire and the journal have of it, the lists in the
   # docs and the switches of `mix image.gen`. The Python side has the same fields (`schema.py`), since both refuse by
   # themselves; both are held to tests/contract/schema.json.
@@ -22,31 +22,32 @@ defmodule StarweaveImage.Schema do
        model: {:model_id, nil, :picture, "The instance's `:default_model` unless given."},
        width:
          {{:multiple_of, 8, 64, 4096}, nil, :picture,
-          "Pixels, within the model's limits; its own default unless given."},
+          "Pixels, within the model's limits. Unless given, the model's default."},
        height: {{:multiple_of, 8, 64, 4096}, nil, :picture, "Pixels, as `:width`."},
        effort:
          {{:one_of, [:draft, :standard, :high]}, :standard, :picture,
-          "How many steps: the model's own number, half of it for a draft, 1.6 times as many for high."},
+          "Sets the steps: the model's default number; half of it for `:draft`, 1.6 times for `:high`."},
        steps:
          {{:integer, 1, 200}, nil, :picture,
-          "Denoise steps, within the model's limits, whatever `:effort` says."},
+          "Denoise steps, within the model's limits; replaces `:effort`."},
        guidance_scale:
          {{:number, 0, 50}, nil, :picture,
-          "How closely the prompt is followed; the model's own default unless given."},
+          "How closely the prompt is followed. Unless given, the model's default."},
        scheduler:
          {:scheduler, nil, :picture,
-          "The sampler, such as `DPM++ 2M Karras` or `euler_a`; the model's own unless given."},
+          "The sampler, such as `DPM++ 2M Karras` or `euler_a`. Unless given, the model's own."},
        seed:
          {{:integer, -1, @max_seed}, nil, :sent,
-          "The same seed gives the same picture; -1 or none draws one, which the image reports."},
+          "The same seed gives the same picture. Without one, or with -1, it is random and reported."},
        num_images:
-         {{:integer, 1, 16}, 1, :picture, "Pictures, with the seeds `seed`, `seed` + 1, …"},
+         {{:integer, 1, 16}, 1, :picture,
+          "How many pictures, with the seeds `seed`, `seed` + 1, …"},
        variation_strength:
          {{:number, 0, 1}, nil, :picture,
           "How far each picture goes from that of `:seed` (0) to that of `:variation_seed` (1)."},
        variation_seed:
          {{:integer, 0, @max_seed}, nil, :picture,
-          "Where the first one goes to, the others to the seeds behind it; `:seed` unless given."},
+          "The first picture's second seed; the next pictures have the next ones. Unless given, `:seed`."},
        reproducible:
          {:boolean, false, :picture, "The same bytes for the same request, whatever else runs."}
      ]},
@@ -56,54 +57,56 @@ defmodule StarweaveImage.Schema do
        images:
          {{:described, "a list of 1 to 4 PNG, JPEG or WebP files of at most 12 MiB each",
            {:some, :image, 4}}, nil, :picture,
-          "In place of `:image`: pictures to make one of, by a model that edits from several."},
+          "In place of `:image`: several pictures, for a model that makes one picture of them."},
        mask:
          {:image, nil, :picture,
-          "Where it may change (white) and where it stays (black, transparent); of the same size."},
+          "Where it may change (white) and where it stays (black, transparent). Same size as the picture."},
        strength:
-         {{:number, 0, 1}, 0.8, :picture, "How far it may be left: 0 not at all, 1 anywhere."},
+         {{:number, 0, 1}, 0.8, :picture,
+          "How much may change, from 0 (nothing) to 1 (everything)."},
        task:
          {{:one_of, [:text_to_image, :image_to_image, :edit, :inpaint]}, nil, :picture,
-          "One of those of the model's card; follows from what is given unless named."}
+          "What to do, one of the tasks in the model's card. Unless given, it follows from the pictures."}
      ]},
     {"The file",
      [
-       format: {{:one_of, [:png, :jpeg, :webp]}, :png, :picture, "What kind of file it will be."},
+       format: {{:one_of, [:png, :jpeg, :webp]}, :png, :picture, "The file format."},
        quality: {{:integer, 1, 100}, 90, :picture, "Of the encoding, for JPEG and WebP."},
        metadata: {:boolean, true, :picture, "Whether the parameters are written into the file."},
        preview:
-         {:boolean, false, :sent, "Whether to show, in small pictures, how each one forms."}
+         {:boolean, false, :sent, "Whether to send small pictures while each picture forms."}
      ]},
     {"Fairness and time",
      [
        priority:
-         {{:one_of, [:interactive, :normal, :background]}, :normal, :kept, "Which goes first."},
-       user_id:
-         {{:text, 1, 128}, nil, :kept,
-          "On whose behalf: users of a priority are served one by one."},
+         {{:one_of, [:interactive, :normal, :background]}, :normal, :kept,
+          "Higher priorities go first."},
+       user_id: {{:text, 1, 128}, nil, :kept, "The user: users of equal priority take turns."},
        timeout:
          {{:ms, 1, @day}, 600_000, :sent,
-          "Milliseconds until it fails with `:timeout`, waiting and every attempt included."},
+          "Milliseconds for all waiting and all attempts; then it fails with `:timeout`."},
        queue_timeout:
          {{:ms, 1, @day}, nil, :kept,
-          "Milliseconds until it fails so if no sidecar has begun it; no limit unless given."},
+          "Milliseconds to wait for a sidecar; then it fails with `:timeout`. Unless given, no limit."},
        run_timeout:
          {{:ms, 1, @day}, nil, :kept,
-          "Milliseconds that one attempt may take, a model's load included; no limit unless given."},
+          "Milliseconds for one attempt, with the load of its model. Unless given, no limit."},
        fallback:
          {:boolean, false, :kept,
-          "Whether another model of the card's `fallbacks` may draw it if its own cannot be loaded."}
+          "Whether a model of the card's `fallbacks` may draw it if its own cannot be loaded."}
      ]},
     {"The request itself",
      [
-       id: {:id, nil, :sent, "Its name, by which it is joined when asked for again; else drawn."},
+       id:
+         {:id, nil, :sent,
+          "Its name; a second request of the same name and content joins it. Unless given, random."},
        durable:
          {:boolean, false, :kept,
           "Whether it is on disk when `submit/2` returns; needs the instance's `:journal`."},
        instance: {:atom, @instance, :kept, "Which of several running instances."},
        context:
          {{:list, {:text, 0, 8192}, 64}, [], :kept,
-          "What was said before, oldest first; accepted, and without effect yet."}
+          "What was said before, oldest first. Accepted, without effect yet."}
      ]}
   ]
 

@@ -58,7 +58,8 @@ defmodule StarweaveImage.ArgumentsTest do
       {:generate_many, :num_images, :num_images,
        &StarweaveImage.generate_many("a", &1, @nowhere)},
       {:generate_many, nil, :options, &StarweaveImage.generate_many("a", 2, &1)},
-      {:edit, :image, :image, &StarweaveImage.edit(&1, "a", @nowhere)},
+      # A list is several pictures.
+      {:edit, [:image, :images], :image, &StarweaveImage.edit(&1, "a", @nowhere)},
       {:edit, :image, :image, &StarweaveImage.edit(struct(Image, data: &1), "a", @nowhere)},
       {:edit, :prompt, :prompt, &StarweaveImage.edit(@png, &1, @nowhere)},
       {:edit, nil, :options, &StarweaveImage.edit(@png, "a", &1)},
@@ -192,7 +193,7 @@ defmodule StarweaveImage.ArgumentsTest do
           {%{path: "secret"}, "a map"},
           {"pictures/apple.png", ~s("pictures/apple.png")},
           {String.duplicate("secret/", 20), "140 bytes of text"},
-          {~c"apple.png", "a list"}
+          {{:ok, "apple.png"}, "something else"}
         ] do
       assert {:error, error} = StarweaveImage.edit(image, "a pear")
 
