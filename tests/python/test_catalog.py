@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import msgspec
 import pytest
 from starweave_image import schema
 from starweave_image.errors import ImageError
@@ -101,6 +102,35 @@ def test_limits_are_enforced(model: str, fields: dict[str, Any], message: str) -
         settle(schema.Request(id="r", prompt="a red apple", **fields), find(model, CARDS))
     assert error.value.message.startswith(message)
     assert (error.value.kind, error.value.field) == ("invalid_request", next(iter(fields)))
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "steps", "told"),
+    [
+        ("tiny", {}, 25, False),
+        ("tiny", {"effort": "draft"}, 13, False),
+        ("tiny", {"effort": "high"}, 40, False),
+        ("tiny", {"effort": "high", "steps": 3}, 3, False),
+        ("sdxl-turbo", {"effort": "standard"}, 1, False),
+        ("sdxl-turbo", {"effort": "draft"}, 1, True),
+        ("sdxl-turbo", {"effort": "high"}, 1, True),
+    ],
+)
+def test_effort_sets_the_steps(model: str, fields: dict[str, Any], steps: int, told: bool) -> None:
+    card = find(model, CARDS)
+    settings = settle(schema.Request(id="r", prompt="a red apple", **fields), card)
+    assert settings.steps == steps
+    few = f"{card.name} is made for {steps} steps, whatever the effort."
+    assert settings.notices == ([few] if told else [])
+
+
+def test_the_highest_effort_is_within_what_the_model_takes() -> None:
+    for card in CARDS:
+        settings = settle(schema.Request(id="r", prompt="x", effort="high"), card)
+        assert card.defaults.steps <= settings.steps <= card.limits.max_steps
+    narrow = msgspec.structs.replace(CARDS[0].limits, max_steps=CARDS[0].defaults.steps + 1)
+    card = msgspec.structs.replace(CARDS[0], limits=narrow)
+    assert settle(schema.Request(id="r", prompt="x", effort="high"), card).steps == narrow.max_steps
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Plan:
         self.card = card
         self.settings = settings
         self.model = model
-        self.notices: list[str] = []
+        self.notices = list(settings.notices)
         self._environment = environment
         if scheduler is None:
             own = model.pipeline.scheduler

@@ -11,6 +11,9 @@ from ..weights.catalog import ModelCard
 from . import registry
 from .task import Task
 
+# Models that were distilled to so few steps get worse by fewer, and by more.
+_FEW_STEPS = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -21,6 +24,8 @@ class Settings:
     height: int
     steps: int
     guidance_scale: float
+    # Sentences for the caller about what became of what was asked.
+    notices: list[str]
 
 
 def settle(request: schema.Request, card: ModelCard, image_size: tuple[int, int] | None = None) -> Settings:
@@ -37,14 +42,16 @@ def settle(request: schema.Request, card: ModelCard, image_size: tuple[int, int]
         )
     defaults, limits = card.defaults, card.limits
     width, height = (defaults.width, defaults.height) if image_size is None else fitted(image_size, limits)
+    steps, notices = _steps(request, card)
     settings = Settings(
         task=task,
         width=width if request.width is None else request.width,
         height=height if request.height is None else request.height,
-        steps=defaults.steps if request.steps is None else request.steps,
+        steps=steps,
         guidance_scale=float(
             defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
         ),
+        notices=notices,
     )
     for field, pixels in (("width", settings.width), ("height", settings.height)):
         if pixels % limits.multiple_of or not limits.min_size <= pixels <= limits.max_size:
@@ -83,6 +90,19 @@ def settle(request: schema.Request, card: ModelCard, image_size: tuple[int, int]
             "strength",
         )
     return settings
+
+
+def _steps(request: schema.Request, card: ModelCard) -> tuple[int, list[str]]:
+    default = card.defaults.steps
+    if request.steps is not None:
+        return request.steps, []
+    if request.effort == "standard":
+        return default, []
+    if default <= _FEW_STEPS:
+        return default, [f"{card.name} is made for {default} steps, whatever the effort."]
+    if request.effort == "draft":
+        return math.ceil(default / 2), []
+    return min(-(-default * 8 // 5), card.limits.max_steps), []
 
 
 def fitted(size: tuple[int, int], limits: schema.Limits) -> tuple[int, int]:
