@@ -73,9 +73,10 @@ def _request(args: argparse.Namespace) -> schema.Request:
     }
     if args.model and os.path.isdir(args.model):
         fields["model"] = _local_id(args.model)
-    for name in (field.name for field in switches.REQUEST if field.type == "image"):
-        if name in fields:
-            fields[name] = _file(fields[name], name)
+    for name in fields.keys() & {field.name for field in switches.REQUEST if field.type == "image"}:
+        fields[name] = _file(fields[name], name)
+    if "images" in fields:
+        fields["images"] = [_file(path, "images") for path in fields["images"]]
     return schema.read(schema.Request, fields)
 
 
