@@ -254,6 +254,12 @@ defmodule StarweaveImage.ClientWithSidecarTest do
     assert metadata.model == "starweave/tiny"
   end
 
+  test "an effort in place of the 20 steps" do
+    opts = Keyword.delete(@small, :steps) ++ [effort: :draft]
+    assert {:ok, _data, metadata} = Client.generate_image("a red apple", opts)
+    assert String.to_integer(metadata.debug_info["steps"]) in 1..9
+  end
+
   test "another model that is not here is an error" do
     opts = [model: "no-such/model"] ++ @small
     assert {:error, "model no-such/model is not known" <> _} = Client.generate_image("x", opts)

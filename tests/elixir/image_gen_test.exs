@@ -76,6 +76,16 @@ defmodule Mix.Tasks.Image.GenTest do
           {~w(--prompt x --device tpu), "--device must be one of auto, cpu, cuda"},
           {~w(--prompt x --image no-such.png),
            "--image cannot be read: no such file or directory"},
+          {~w(--prompt x --images no-such.png),
+           "--images cannot be read: no such file or directory"},
+          {~w(--prompt x --images mix.exs --images mix.exs),
+           "images must be a list of 1 to 4 PNG, JPEG or WebP files"},
+          {~w(--prompt x --images) ++
+             [
+               "priv/models/starweave-tiny/sheet.png",
+               "--image",
+               "priv/models/starweave-tiny/sheet.png"
+             ], "images stands in place of image"},
           {~w(--prompt x --image mix.exs),
            "image must be a PNG, JPEG or WebP file of at most 12 MiB"},
           {~w(--prompt x --mask priv/models/starweave-tiny/sheet.png), "mask needs image"},
@@ -101,7 +111,7 @@ defmodule Mix.Tasks.Image.GenTest do
     # Those of a schema, with its ranges, and those of the command alone.
     assert help =~ "a multiple of 8 from 64 to 4096"
 
-    for switch <- ~w(--prompt --effort --no-metadata --device --variations),
+    for switch <- ~w(--prompt --effort --images --no-metadata --device --variations),
         do: assert(help =~ switch)
 
     refute help =~ "--durable"

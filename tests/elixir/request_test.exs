@@ -279,6 +279,32 @@ defmodule StarweaveImage.RequestTest do
         assert Request.restore(record, MyApp.Images) == {:ok, asked}
       end
     end
+
+    test "comes back from a record of an earlier release, with what is new at its default" do
+      record = %{
+        "id" => "order-17",
+        "prompt" => "a red apple",
+        "seed" => 7,
+        "fresh_seed" => true,
+        "width" => 256,
+        "num_images" => 2,
+        "format" => "png",
+        "quality" => 90,
+        "metadata" => true,
+        "reproducible" => false,
+        "preview" => false,
+        "context" => [],
+        "priority" => "normal",
+        "timeout" => 600_000,
+        "fallback" => false,
+        "durable" => true
+      }
+
+      assert {:ok, request} = Request.restore(record, MyApp.Images)
+      assert %{effort: :standard, strength: 0.8, images: nil, task: nil} = request
+      asked = accepted(id: "order-17", seed: 7, width: 256, num_images: 2, durable: true)
+      assert Request.same?(%{asked | fresh_seed?: true}, request)
+    end
   end
 
   test "every option is in the docs" do

@@ -7,8 +7,6 @@ defmodule Mix.Tasks.Image.Gen do
   # The groups of a request's options that are about the picture are switches; here is what a command adds or means
   # otherwise. The rest of them is for a service.
   [{drawing, to_draw}, {starting, to_start}, {file, of_file} | _] = Schema.groups()
-  # One file for each switch.
-  to_start = Keyword.delete(to_start, :images)
   [{_, processes}] = Enum.filter(Config.groups(), fn {title, _} -> title == "Processes" end)
 
   @groups [
@@ -192,20 +190,31 @@ defmodule Mix.Tasks.Image.Gen do
   defp variations(opts), do: {:ok, opts}
 
   defp files(opts) do
-    Enum.reduce_while([:image, :mask], {:ok, %{}}, fn name, {:ok, files} ->
-      with path when path != nil <- opts[name],
-           {:ok, bytes} <- CommandLine.read(path, @most_read) do
-        {:cont, {:ok, Map.put(files, name, bytes)}}
-      else
-        nil ->
+    Enum.reduce_while([:image, :mask, :images], {:ok, %{}}, fn name, {:ok, files} ->
+      case opts |> Map.get(name) |> contents() do
+        {:ok, nil} ->
           {:cont, {:ok, files}}
 
+        {:ok, contents} ->
+          {:cont, {:ok, Map.put(files, name, contents)}}
+
         {:error, reason} ->
-          {:halt,
-           usage("#{CommandLine.option(name)} cannot be read: #{:file.format_error(reason)}")}
+          why = :file.format_error(reason)
+          {:halt, usage("#{CommandLine.option(name)} cannot be read: #{why}")}
       end
     end)
   end
+
+  defp contents(nil), do: {:ok, nil}
+  defp contents([]), do: {:ok, []}
+
+  defp contents([path | paths]) do
+    with {:ok, file} <- contents(path),
+         {:ok, files} <- contents(paths),
+         do: {:ok, [file | files]}
+  end
+
+  defp contents(path), do: CommandLine.read(path, @most_read)
 
   defp timeout(opts) do
     case Map.get(opts, :timeout, @default_timeout_s) do

@@ -161,8 +161,8 @@ defmodule StarweaveImage.Client do
 
   The options are those of `StarweaveImage.generate/2`, as a keyword list or a map; names may be strings. `:client`
   names the client (default: this module). An option that is left out, nil or empty has the default of this interface:
-  512×512 pixels, 20 steps, guidance 7.5, a random seed, and the model `"runwayml/stable-diffusion-v1-5"`, unless the
-  instance has a `:default_model` of its own.
+  512×512 pixels, 20 steps (or as `:effort` says), guidance 7.5, a random seed, and the model
+  `"runwayml/stable-diffusion-v1-5"`, unless the instance has a `:default_model` of its own.
 
   That model and `"stabilityai/stable-diffusion-2-1"` were deleted from the hub. Where this machine has no copy, the
   instance's default model draws instead: `metadata.model` names it, and `metadata.debug_info` has the notes
@@ -343,7 +343,10 @@ defmodule StarweaveImage.Client do
 
       seed = if given[:id], do: nil, else: :rand.uniform(@seeds) - 1
 
-      @defaults
+      # The number of steps would go before an effort that was asked for.
+      defaults = if given[:effort], do: Keyword.delete(@defaults, :steps), else: @defaults
+
+      defaults
       |> Keyword.merge(model: model_unless_configured(instance), instance: instance, seed: seed)
       |> Keyword.merge(given)
     else

@@ -8,7 +8,7 @@ defmodule StarweaveImage.Mix.CommandLine do
   alias StarweaveImage.{Options, Type}
 
   # How OptionParser reads its value, what stands for that in the help, and a sentence.
-  @type switch :: {:string | :integer | :float | :boolean, String.t() | nil, String.t()}
+  @type switch :: {reader :: atom | [atom], String.t() | nil, String.t()}
   @type groups :: [{title :: String.t(), [{name :: atom, switch}]}]
 
   @signals [sighup: 129, sigterm: 143]
@@ -73,6 +73,7 @@ defmodule StarweaveImage.Mix.CommandLine do
 
   defp read_as(:boolean, _name), do: {:boolean, nil}
   defp read_as(:image, _name), do: {:string, "FILE"}
+  defp read_as({:described, _words, {:some, :image, _max}}, _name), do: {[:string, :keep], "FILE"}
   defp read_as({:text, _min, _max}, _name), do: {:string, "TEXT"}
   defp read_as({:number, _min, _max}, _name), do: {:float, "X"}
   defp read_as({:one_of, _atoms}, name), do: {:string, capitals(name)}
@@ -108,7 +109,8 @@ defmodule StarweaveImage.Mix.CommandLine do
   def option(name), do: "--" <> String.replace(to_string(name), "_", "-")
 
   @doc """
-  The switches of a command line by their names, and what is none of them; or what is wrong.
+  The switches of a command line by their names, and what is none of them; or what is wrong. What may be said again is a
+  list.
 
       iex> groups = [{"Size", [max_width: {:integer, "N", "Pixels."}]}]
       iex> StarweaveImage.Mix.CommandLine.parse(["--max_width", "64"], groups, "image.gen")
@@ -125,9 +127,15 @@ defmodule StarweaveImage.Mix.CommandLine do
     {opts, rest, invalid} = argv |> Enum.map(&hyphenated/1) |> OptionParser.parse(strict: strict)
 
     case invalid do
-      [] -> {:ok, Map.new(opts), rest}
+      [] -> {:ok, named(opts, strict), rest}
       [{name, value} | _] -> {:error, wrong(name, value, switches, task)}
     end
+  end
+
+  defp named(opts, strict) do
+    Map.new(opts, fn {name, value} ->
+      if is_list(strict[name]), do: {name, Keyword.get_values(opts, name)}, else: {name, value}
+    end)
   end
 
   # OptionParser knows the spelling with hyphens only, and takes the other for an unknown option.
@@ -194,7 +202,7 @@ defmodule StarweaveImage.Mix.CommandLine do
   The handler of a signal waits, since the VM's own reaction comes after it: for SIGTERM a stop, which does not know the
   exit code and would not end Python before the port.
   """
-  @spec trap_signals((() -> result)) :: result | {:signal, pos_integer} when result: term
+  @spec trap_signals((... -> result)) :: result | {:signal, pos_integer} when result: term
   def trap_signals(fun) do
     main = self()
 
