@@ -101,6 +101,8 @@ defmodule StarweaveImage.AttemptsTest do
         end)
 
       assert {:end, "poison", %Error{kind: :sidecar_crashed}} = outcome
+      # Nothing speaks against whoever asks under that id next.
+      assert Verdict.company(attempts.verdict, "poison") == :any
       assert {:error, _} = Verdict.admit(attempts.verdict, request("new"), 0)
       assert :ok = Verdict.admit(attempts.verdict, request("other", "a pear"), 0)
     end
@@ -188,19 +190,34 @@ defmodule StarweaveImage.AttemptsTest do
     end
   end
 
-  test "the pause of a trial that does not fit the deadline is none" do
-    attempts = Attempts.open(new(), "a", :waiting, model: "m")
-
-    attempts =
-      for _ <- 1..2, reduce: attempts do
+  describe "a trial" do
+    defp on_trial do
+      for _ <- 1..2, reduce: open(new(), ["a"]) do
         attempts ->
           {[{"a", 1}], attempts} = begin(ready(attempts, 1))
           {[{:again, "a", :died}], attempts} = die(attempts, 1, requests(["a"]))
           attempts
       end
+    end
 
-    assert Verdict.company(attempts.verdict, "a") == :trial
-    assert {:rest, "a", 0, _} = Attempts.next(ready(attempts, 1), fn "a" -> 10 end)
+    test "has no pause where that does not fit the deadline" do
+      attempts = on_trial()
+      assert Verdict.company(attempts.verdict, "a") == :trial
+      assert {:rest, "a", 0, _} = Attempts.next(ready(attempts, 1), fn "a" -> 10 end)
+    end
+
+    test "that ends otherwise than by a death is no bet" do
+      for end_it <- [
+            &Attempts.stopped(&1, 1),
+            &failed(&1, "a", Error.new(:unavailable, "gone")),
+            &failed(&1, "a", Error.new(:cancelled, "shutting down"))
+          ] do
+        {[{"a", 1}], attempts} = begin(ready(on_trial(), 1))
+        assert attempts.verdict.cases["a"].stake != nil
+        {_outcome, attempts} = end_it.(attempts)
+        assert attempts.verdict.cases["a"].stake == nil
+      end
+    end
   end
 
   test "whatever happens, places and verdicts agree, and whoever must be alone is" do
