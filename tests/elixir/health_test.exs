@@ -94,4 +94,38 @@ defmodule StarweaveImage.HealthTest do
     assert stuck(beat([old.(1_000)])) == nil
     assert stuck(beat([old.(1_001)])) =~ "has not moved"
   end
+
+  describe "silence" do
+    @clocks %{now: 10_000, heard_at: 10_000, start_by: 20_000, asked_at: []}
+
+    defp overdue(state, changes) do
+      config = [heartbeat_timeout: 1_000, start_timeout: 7_000]
+      Health.overdue(state, Map.merge(@clocks, Map.new(changes)), config)
+    end
+
+    test "is a hang, but of one that imports" do
+      for state <- [:started, :ready] do
+        assert overdue(state, heard_at: 9_000) == nil
+        assert overdue(state, heard_at: 8_999) == {:stalls, "no heartbeat for 1001 ms"}
+      end
+
+      assert overdue(:greeted, heard_at: 0) == nil
+    end
+
+    test "is a start that takes too long, until it is ready" do
+      for state <- [:started, :greeted] do
+        assert overdue(state, start_by: 10_000) == nil
+        assert overdue(state, start_by: 9_999) == {:fails, "it was not ready after 7000 ms"}
+      end
+
+      assert overdue(:ready, start_by: 9_999) == nil
+    end
+
+    test "on what it was asked is a hang" do
+      assert overdue(:ready, asked_at: [9_000, 10_000]) == nil
+
+      assert overdue(:ready, asked_at: [10_000, 8_999]) ==
+               {:stalls, "it does not work on what it was asked"}
+    end
+  end
 end
