@@ -7,6 +7,7 @@ defmodule StarweaveImage.ResultsTest do
   alias StarweaveImage.{Image, Result, Text}
 
   doctest Result
+  doctest StarweaveImage.Queue.Job
 
   @facts %{"tags" => ["round", "red"], "sure" => 0.5}
   @others [vector: "image/svg+xml", video: "image/webp", mesh: "model/gltf-binary"]

@@ -3,7 +3,7 @@ defmodule StarweaveImage.Queue.Job do
   # What the queue knows of one accepted request: who waits for it, how far it has come, and what its sidecar has
   # sent of it. Where it waits or runs, `Schedule` knows.
 
-  alias StarweaveImage.{Error, Image, Request, Result, Text}
+  alias StarweaveImage.{Error, Image, Result, Schema, Text}
   alias StarweaveImage.Queue.Verdict
 
   # `serial` tells it from an earlier one of the same id. `owners` are the processes that wait for it; when all are gone
@@ -264,15 +264,17 @@ defmodule StarweaveImage.Queue.Job do
 
   @doc """
   The error of an `error` message of the wire. Kinds and fields that are not known here are those of a later version.
+
+      iex> message = %{kind: "invalid_request", message: "no", field: "images[1]", retryable: nil}
+      iex> StarweaveImage.Queue.Job.error(message).details
+      %{field: :images}
   """
   @spec error(map) :: Error.t()
   def error(message) do
     kind = Enum.find(Error.kinds(), :internal, &(Atom.to_string(&1) == message.kind))
 
-    field =
-      message.field &&
-        Enum.find(Map.keys(Request.__struct__()), &(Atom.to_string(&1) == message.field))
-
+    # Of a list it names the place, such as "images[1]".
+    field = message.field && Schema.name(message.field |> String.split("[") |> hd())
     error = Error.new(kind, message.message, if(field, do: %{field: field}, else: %{}))
     if message.retryable == nil, do: error, else: %{error | retryable?: message.retryable}
   end

@@ -113,7 +113,8 @@ def derive(pipeline: Any, task: Task) -> Any:
     """The stock pipeline of a task over the parts of `pipeline`; milliseconds, the same weights."""
     import diffusers
 
-    if class_for(type(pipeline), task.name) is type(pipeline):
+    kind: type = type(pipeline)
+    if class_for(kind, task.name) is kind:
         return pipeline
     derived: Any = getattr(diffusers, task.derived).from_pipe(pipeline)
     derived.set_progress_bar_config(disable=True)
