@@ -394,8 +394,8 @@ defmodule StarweaveImage do
 
   @doc group: "Pictures"
   @doc """
-  Changes a picture as `prompt` says. `image` is a file's bytes or a `StarweaveImage.Image`, or a list of up to four of them
-  for a model that makes one picture of several.
+  Changes a picture as `prompt` says. `image` is a file's bytes or a `StarweaveImage.Image`, or a list of up to four of
+  them for a model that makes one picture of several.
 
   `:strength` (0 to 1, 0.8 unless given) says how much may change. The result has the size of `image`, within the
   model's limits, unless `:width` and `:height` say otherwise.
@@ -532,8 +532,8 @@ defmodule StarweaveImage do
   @doc """
   Waits up to `timeout` ms for a submitted request. When that time is over the work goes on.
 
-  Of a request of several images it returns the first; `await_many/3` returns all. What a model gives that is no image is a
-  `StarweaveImage.Text` or a `StarweaveImage.Result`. Options: `:instance`.
+  Of a request of several images it returns the first; `await_many/3` returns all. What a model gives that is no image
+  is a `StarweaveImage.Text` or a `StarweaveImage.Result`. Options: `:instance`.
 
   Errors: the error that the request ended with; `:timeout` if it has not ended; `:invalid_request` if no request has
   this id, or its result was kept for `:result_ttl` and is gone; `:unavailable` if the instance does not run.
