@@ -26,6 +26,26 @@ defmodule StarweaveImage.DocsTest do
     for name <- named, do: assert(public?(elem(name, 1)), inspect(name))
   end
 
+  test "each page is there, and each module that is not hidden is in a group" do
+    docs = Mix.Project.config()[:docs]
+    for page <- docs[:extras], do: assert(File.regular?(page), page)
+    {:ok, modules} = :application.get_key(:starweave_image, :modules)
+    grouped = Enum.flat_map(docs[:groups_for_modules], &elem(&1, 1))
+
+    assert Enum.sort([StarweaveImage | grouped]) ==
+             modules |> Enum.filter(&shown?/1) |> Enum.sort()
+  end
+
+  # Mix tasks have a list of their own.
+  defp shown?(module) do
+    source = to_string(module.module_info(:compile)[:source])
+
+    with true <- source =~ "/lib/starweave_image",
+         {:docs_v1, _, _, _, documentation, _, _} <- Code.fetch_docs(module),
+         do: documentation not in [:hidden, :none],
+         else: (_ -> false)
+  end
+
   defp calls(quoted) do
     {_, calls} =
       Macro.prewalk(quoted, [], fn
