@@ -77,68 +77,129 @@ defmodule StarweaveImage.JournalRecordsTest do
     fields
   end
 
-  describe "a record of a wrong shape" do
-    test "is set aside and named, each with its reason; the next start knows nothing of it", %{
-      folder: folder
-    } do
-      image = hd(finish("a")["images"])
-      with_image = fn key, value -> %{finish("a") | "images" => [%{image | key => value}]} end
+  # Terms as they may stand in the log, each with what is wrong with it.
+  defp wrong do
+    image = hd(finish("a")["images"])
+    with_image = fn key, value -> %{finish("a") | "images" => [%{image | key => value}]} end
 
-      with_error = fn key, value ->
-        %{failed("a") | "error" => %{failed("a")["error"] | key => value}}
+    with_error = fn key, value ->
+      %{failed("a") | "error" => %{failed("a")["error"] | key => value}}
+    end
+
+    in_request = fn key, value -> accept("a", put_in(small("a"), ["request", key], value)) end
+
+    [
+      {<<0xC1, "no MessagePack">>, "it is not MessagePack"},
+      {msgpack(1) <> msgpack(2), "it is not one map"},
+      {[1, 2], "it is not one map"},
+      {1.5, "it is not one map"},
+      {%{"id" => "a"}, "it does not say what it records"},
+      {%{"record" => 7, "id" => "a"}, "it does not say what it records"},
+      {%{"record" => "forget", "id" => "a", "v" => "2"}, "v must be a version"},
+      {%{"record" => "forget", "id" => "a", "v" => 0}, "v must be a version"},
+      {%{"record" => "forget"}, "id is missing"},
+      {%{"record" => "forget", "id" => 7}, "id is no id"},
+      {%{"record" => "forget", "id" => String.duplicate("a", 129)}, "id is no id"},
+      {%{"record" => "forget", "id" => %{}}, "id is no id"},
+      {%{"record" => "accept", "id" => "a"}, "job is missing"},
+      {accept("a", []), "job has a wrong type"},
+      {accept("a", %{}), "submitted_at is missing"},
+      {accept("a", %{small("a") | "submitted_at" => "x"}), "submitted_at has a wrong type"},
+      {accept("a", %{small("a") | "submitted_at" => 1.5}), "submitted_at has a wrong type"},
+      {accept("a", %{small("a") | "request" => ""}), "request has a wrong type"},
+      {accept("a", %{small("a") | "request" => [1]}), "request has a wrong type"},
+      {in_request.("prompt", ["x"]), "prompt has a wrong type"},
+      {in_request.("seed", nil), "seed is missing"},
+      {in_request.("seed", -1), "seed has a wrong type or is out of range"},
+      {in_request.("id", "b"), "the request in it has another id"},
+      {%{"record" => "attempt", "id" => "a", "n" => "many"}, "n has a wrong type"},
+      {%{"record" => "attempt", "id" => "a", "n" => -1}, "n has a wrong type"},
+      {%{"record" => "finish", "id" => "a", "images" => [image]}, "at is missing"},
+      {%{finish("a") | "at" => :nan}, "at has a wrong type"},
+      {%{"record" => "finish", "id" => "a", "at" => 1}, "it has neither images nor an error"},
+      {%{finish("a") | "images" => []}, "it has neither images nor an error"},
+      {%{finish("a") | "images" => [nil]}, "an image of it: it is not a map"},
+      {with_image.("blob", "../../etc/passwd"), "an image of it: blob has a wrong type"},
+      {with_image.("format", "gif"), "an image of it: format has a wrong type"},
+      {with_image.("width", "wide"), "an image of it: width has a wrong type"},
+      {with_image.("notices", [1]), "an image of it: notices has a wrong type"},
+      {with_image.("timings", %{"total" => "1"}), "an image of it: timings has a wrong type"},
+      {with_image.("parameters", nil), "an image of it: parameters is missing"},
+      {with_error.("kind", "cheerful"), "kind has a wrong type"},
+      {with_error.("message", 7), "message has a wrong type"},
+      {with_error.("details", []), "details has a wrong type"},
+      {with_error.("details", %{"retry_after_ms" => []}), "retry_after_ms has a wrong type"},
+      {with_error.("retryable?", nil), "retryable? is missing"}
+    ]
+  end
+
+  defp payload(term), do: if(is_binary(term), do: term, else: msgpack(term))
+
+  describe "the cast of a record" do
+    test "gives what was written" do
+      images = for image <- images("a"), do: {%{image | data: ""}, String.duplicate("ab", 32)}
+
+      error = Error.new(:overloaded, "no", %{field: :width, retry_after_ms: 5, limit: 7})
+
+      for record <- [
+            {:attempt, "a", 3},
+            {:forget, "a"},
+            {:finish, "a", -5, {:ok, images}}
+          ] do
+        assert Record.cast(encoded(record)) == {:ok, record}
       end
 
-      in_request = fn key, value -> accept("a", put_in(small("a"), ["request", key], value)) end
+      # What is no field and no known detail stays text.
+      assert {:ok, {:finish, "a", 5, {:error, cast}}} =
+               Record.cast(encoded({:finish, "a", 5, {:error, error}}))
 
-      bad = [
-        {<<0xC1, "no MessagePack">>, "it is not MessagePack"},
-        {msgpack(1) <> msgpack(2), "it is not one map"},
-        {[1, 2], "it is not one map"},
-        {1.5, "it is not one map"},
-        {%{"id" => "a"}, "it does not say what it records"},
-        {%{"record" => 7, "id" => "a"}, "it does not say what it records"},
-        {%{"record" => "forget", "id" => "a", "v" => "2"}, "v must be a version"},
-        {%{"record" => "forget", "id" => "a", "v" => 0}, "v must be a version"},
-        {%{"record" => "forget"}, "id is missing"},
-        {%{"record" => "forget", "id" => 7}, "id is no id"},
-        {%{"record" => "forget", "id" => String.duplicate("a", 129)}, "id is no id"},
-        {%{"record" => "forget", "id" => %{}}, "id is no id"},
-        {%{"record" => "accept", "id" => "a"}, "job is missing"},
-        {accept("a", []), "job has a wrong type"},
-        {accept("a", %{}), "submitted_at is missing"},
-        {accept("a", %{small("a") | "submitted_at" => "x"}), "submitted_at has a wrong type"},
-        {accept("a", %{small("a") | "submitted_at" => 1.5}), "submitted_at has a wrong type"},
-        {accept("a", %{small("a") | "request" => ""}), "request has a wrong type"},
-        {accept("a", %{small("a") | "request" => [1]}), "request has a wrong type"},
-        {in_request.("prompt", ["x"]), "prompt has a wrong type"},
-        {in_request.("seed", nil), "seed is missing"},
-        {in_request.("seed", -1), "seed has a wrong type or is out of range"},
-        {in_request.("id", "b"), "the request in it has another id"},
-        {%{"record" => "attempt", "id" => "a", "n" => "many"}, "n has a wrong type"},
-        {%{"record" => "attempt", "id" => "a", "n" => -1}, "n has a wrong type"},
-        {%{"record" => "finish", "id" => "a", "images" => [image]}, "at is missing"},
-        {%{finish("a") | "at" => :nan}, "at has a wrong type"},
-        {%{"record" => "finish", "id" => "a", "at" => 1}, "it has neither images nor an error"},
-        {%{finish("a") | "images" => []}, "it has neither images nor an error"},
-        {%{finish("a") | "images" => [nil]}, "an image of it: it is not a map"},
-        {with_image.("blob", "../../etc/passwd"), "an image of it: blob has a wrong type"},
-        {with_image.("format", "gif"), "an image of it: format has a wrong type"},
-        {with_image.("width", "wide"), "an image of it: width has a wrong type"},
-        {with_image.("notices", [1]), "an image of it: notices has a wrong type"},
-        {with_image.("timings", %{"total" => "1"}), "an image of it: timings has a wrong type"},
-        {with_image.("parameters", nil), "an image of it: parameters is missing"},
-        {with_error.("kind", "cheerful"), "kind has a wrong type"},
-        {with_error.("message", 7), "message has a wrong type"},
-        {with_error.("details", []), "details has a wrong type"},
-        {with_error.("details", %{"retry_after_ms" => []}), "retry_after_ms has a wrong type"},
-        {with_error.("retryable?", nil), "retryable? is missing"}
-      ]
+      assert {cast.kind, cast.message, cast.retryable?} == {:overloaded, "no", error.retryable?}
+      assert cast.details == %{:field => :width, :retry_after_ms => 5, "limit" => 7}
 
-      payload = &if(is_binary(&1), do: &1, else: msgpack(&1))
+      assert {:ok, {:accept, "a", job}} = Record.cast(encoded({:accept, "a", small("a")}))
+      assert job["request"]["prompt"] == small("a")["request"]["prompt"]
+    end
 
-      for {term, reason} <- bad do
+    test "names the kind, the id and what is wrong" do
+      for {term, reason} <- wrong() do
+        assert {:error, rejected} = Record.cast(payload(term)), inspect(term)
+        assert rejected.reason =~ reason
+      end
+
+      assert {:error, %{record: "forget", id: nil}} =
+               Record.cast(msgpack(%{"record" => "forget"}))
+
+      assert {:error, %{record: "attempt", id: "a"}} =
+               Record.cast(msgpack(%{"record" => "attempt", "id" => "a"}))
+    end
+
+    test "finds whatever may be the name of a file in one of a newer version" do
+      [one, other] = for digit <- ~w(a 0), do: String.duplicate(digit, 64)
+      more = %{"x" => [1, [one]], other => %{"y" => nil}, "z" => String.duplicate("A", 64)}
+
+      for fields <- [%{"v" => 2, "more" => more}, %{"record" => "rating", "more" => more}] do
+        assert {:newer, names} = Record.cast(msgpack(fields))
+        assert Enum.sort(names) == [other, one]
+      end
+
+      assert Record.cast(msgpack(%{"record" => "forget", "id" => "a", "v" => 1})) ==
+               {:ok, {:forget, "a"}}
+    end
+
+    test "refuses to write what would not come back" do
+      assert Record.encode({:forget, fn -> 1 end}) == {:error, :unencodable}
+      assert {:ok, bytes} = Record.encode({:forget, <<0xFF>>})
+      assert {:ok, %{"id" => <<0xFF>>}, ""} = Msgpack.decode(bytes)
+    end
+  end
+
+  describe "a record of a wrong shape" do
+    test "is set aside and named, with its reason; the next start knows nothing of it", %{
+      folder: folder
+    } do
+      for {term, reason} <- Enum.take_every(wrong(), 7) do
         good = [encoded({:accept, "g", small("g")}), encoded({:attempt, "g", 2})]
-        write(folder, [hd(good), payload.(term) | tl(good)])
+        write(folder, [hd(good), payload(term) | tl(good)])
 
         log =
           logged(folder, fn ->
@@ -149,7 +210,7 @@ defmodule StarweaveImage.JournalRecordsTest do
           end)
 
         [file | _] = Enum.reverse(quarantined(folder))
-        assert {reason, payloads(file)} == {reason, [payload.(term)]}
+        assert {reason, payloads(file)} == {reason, [payload(term)]}
         lines = log |> String.split("\n") |> Enum.filter(&(&1 =~ Path.basename(file)))
         assert [line] = lines
         assert line =~ "1 records that cannot be used, kept as quarantined-"
