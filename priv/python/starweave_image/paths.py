@@ -37,6 +37,26 @@ def cache_folder() -> Path:
     return _user_cache() / "starweave_image"
 
 
+def measured() -> Path:
+    """What was measured of each model and shape on this machine."""
+    return cache_folder() / "limits.json"
+
+
+def checksums() -> Path:
+    """What the weights in folders of the user's own had for checksums."""
+    return cache_folder() / "checksums.json"
+
+
+def views() -> Path:
+    """Folders, for as long as they are used, of what passed the screening of a model."""
+    return cache_folder() / "views"
+
+
+def converted() -> Path:
+    """What OpenVINO made of networks."""
+    return cache_folder() / "openvino"
+
+
 def hub_cache() -> Path:
     """Where huggingface_hub keeps models, by its own rules, without importing that package."""
     home = os.environ.get("HF_HOME") or _user_cache() / "huggingface"

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
+from .. import paths
 from ..errors import ImageError, is_out_of_memory
-from ..paths import cache_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _compiled(unet: Any, source: Path, name: str) -> Any:
     versions = f"{importlib.metadata.version('openvino')} {torch.__version__} {diffusers.__version__}"
     config = sorted((field, value) for field, value in unet.config.items() if not field.startswith("_"))
     key = hashlib.sha256(f"{name} {versions} {config}".encode()).hexdigest()[:32]
-    folder = cache_folder() / "openvino" / key
+    folder = paths.converted() / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     core = openvino.Core()
     # The sidecars of one machine convert one after the other, and the second finds what the first has made.

@@ -8,8 +8,10 @@ import queue
 import re
 import sys
 from contextlib import suppress
+from typing import NoReturn
 
 import msgspec
+from tqdm import tqdm
 
 from .. import schema
 from ..errors import ImageError
@@ -122,18 +124,19 @@ def _run(request: schema.Request, config: schema.Config, preview: str) -> tuple[
     engine.generate(request)
     images: list[bytearray] = [bytearray() for _ in range(request.num_images)]
     previewed = False
+    # On a terminal alone, and gone at the end.
+    line = tqdm(disable=None, leave=False, bar_format="{desc} |{bar}| {elapsed}<{remaining}")
     try:
         while True:
             match events.get():
                 case schema.Progress() as progress:
-                    _show(progress)
+                    _show(line, progress)
                 case schema.Preview() as latest:
                     # One that cannot be written is no reason to stop: the image may yet be.
                     with suppress(OSError):
                         output.write(preview, latest.data)
                     if not previewed:
-                        print_over("")
-                        print(f"Preview in {preview}, until the end", file=sys.stderr)
+                        tqdm.write(f"Preview in {preview}, until the end", file=sys.stderr)
                     previewed = True
                 case schema.ImagePart() as part:
                     images[part.index] += part.data
@@ -142,18 +145,13 @@ def _run(request: schema.Request, config: schema.Config, preview: str) -> tuple[
                 case schema.Done() as done:
                     return [bytes(image) for image in images], done
     finally:
-        print_over("")
+        line.close()
         if previewed:
             with suppress(OSError):
                 os.unlink(preview)
 
 
-def _show(progress: schema.Progress) -> None:
+def _show(line: tqdm[NoReturn], progress: schema.Progress) -> None:
+    line.total, line.n = progress.steps or None, progress.step
     steps = f" {progress.step}/{progress.steps}" if progress.steps else ""
-    print_over(f"{progress.phase}{steps}")
-
-
-def print_over(line: str) -> None:
-    """Write over the one progress line of a terminal; nothing elsewhere."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+    line.set_description_str(f"{progress.phase}{steps}")

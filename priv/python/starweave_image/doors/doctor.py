@@ -11,7 +11,10 @@ from .. import __version__, paths
 from ..errors import ImageError, missing_package
 
 _PACKAGES = (
+    "msgpack",
     "msgspec",
+    "psutil",
+    "tqdm",
     "numpy",
     "pillow",
     "torch",

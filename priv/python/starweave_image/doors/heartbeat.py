@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
 import threading
 import time
 from collections.abc import Callable
 
 import msgspec
+import psutil
 
 from .. import clock, schema
 from . import wire
@@ -17,6 +15,7 @@ from . import wire
 # A thread that sleeps wakes up so much too late only if the process was stopped, or the interpreter held.
 _LATE_S = 1.0
 _STARTED = time.monotonic()
+_SELF = psutil.Process()
 
 
 class Heartbeat:
@@ -44,7 +43,7 @@ class Heartbeat:
                 wire.Heartbeat(
                     seq=self._seq,
                     uptime_ms=int((time.monotonic() - _STARTED) * 1000),
-                    rss=_resident_bytes(),
+                    rss=_SELF.memory_info().rss,
                     **msgspec.structs.asdict(self._snapshot()),
                 )
             )
@@ -54,13 +53,3 @@ class Heartbeat:
             late_s = time.monotonic() - asleep - self.interval
             if late_s > _LATE_S:
                 clock.stood_still(late_s)
-
-
-def _resident_bytes() -> int:
-    try:
-        with open("/proc/self/statm", encoding="ascii") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        # Elsewhere the peak stands in for it: in bytes on macOS, else in KiB.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024

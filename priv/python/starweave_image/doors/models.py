@@ -8,12 +8,12 @@ import os
 import re
 import sys
 import threading
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from tqdm import tqdm
 
 from ..errors import ImageError
 from ..weights import disk, hub, integrity
@@ -22,7 +22,6 @@ from ..weights.disk import Snapshot
 from ..weights.find import cached, embedded_folder
 from ..weights.hub import File, Plan, shown_bytes
 from . import exits
-from .command_line import print_over
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", 1)}
@@ -48,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
     try:
         return actions[args.action](args)
     except ImageError as error:
-        print_over("")
         print(f"starweave-image: {error.message}", file=sys.stderr)
         return exits.code_of(error.kind)
     except KeyboardInterrupt:
@@ -151,8 +149,8 @@ def _pull(args: argparse.Namespace) -> int:
     if plan.missing and not args.yes and not _agreed(plan):
         return exits.CONSENT
     # Also where nothing is missing: what was asked for may mean another commit than before.
-    folder = hub.fetch(plan, report=_Progress(plan).report)
-    print_over("")
+    with _Progress(plan) as progress:
+        folder = hub.fetch(plan, report=progress.report)
     print(f"{plan.repository} is here, revision {folder.name}")
     return exits.OK
 
@@ -199,20 +197,26 @@ class _Progress:
     def __init__(self, plan: Plan) -> None:
         missing = plan.missing
         self._here = {file.name: file.size for file in plan.files if file not in missing}
-        self._total = plan.bytes
-        self._drawn = time.monotonic()
-        self._tenth = sum(self._here.values()) * 10 // max(self._total, 1)
+        self._total = max(plan.bytes, 1)
+        here = sum(self._here.values())
+        self._tenth = here * 10 // self._total
+        self._line = tqdm(
+            total=self._total, initial=here, unit="B", unit_scale=True, disable=None, leave=False
+        )
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._line.close()
 
     def report(self, file: File, size: int) -> None:
         self._here[file.name] = size
         done = sum(self._here.values())
-        line = f"{done * 100 // max(self._total, 1)} %, {shown_bytes(done)} of {shown_bytes(self._total)}"
-        if sys.stderr.isatty():
-            if time.monotonic() - self._drawn > 0.1:
-                self._drawn = time.monotonic()
-                print_over(f"{line}  {file.name}")
-        elif (tenth := done * 10 // max(self._total, 1)) > self._tenth:
+        self._line.update(done - self._line.n)
+        if self._line.disable and (tenth := done * 10 // self._total) > self._tenth:
             self._tenth = tenth
+            line = f"{done * 100 // self._total} %, {shown_bytes(done)} of {shown_bytes(self._total)}"
             print(line, file=sys.stderr, flush=True)
 
 
@@ -225,17 +229,17 @@ def _verify(args: argparse.Namespace) -> int:
     if not chosen:
         print("There are no models in the cache")
     for snapshot in chosen:
-        print_over(f"Reading {snapshot.repository}, {shown_bytes(snapshot.bytes)}")
-        damages = disk.verify(snapshot)
-        print_over("")
+        reading = f"Reading {snapshot.repository}, {shown_bytes(snapshot.bytes)}"
+        with tqdm(desc=reading, bar_format="{desc}", disable=None, leave=False):
+            damages = disk.verify(snapshot)
         name = f"{snapshot.repository} {snapshot.revision[:12]}"
         for damage in damages:
             print(f"{name}: {damage.name} is {damage.state}")
         bad = {damage.name for damage in damages if damage.state != "unchecked"}
         if args.repair and (bad or not snapshot.complete):
             plan = hub.plan(snapshot.repository, snapshot.revision)
-            hub.fetch(plan, again=bad, report=_Progress(plan).report)
-            print_over("")
+            with _Progress(plan) as progress:
+                hub.fetch(plan, again=bad, report=progress.report)
             # What other tools fetched and this library does not use.
             bad -= {file.name for file in plan.files}
             print(f"{name}: repaired" + (f", except {', '.join(sorted(bad))}" if bad else ""))

@@ -38,7 +38,8 @@ def format_of(out: str) -> str:
     """The format that a name asks for, PNG where it has no ending; raises `invalid_request` for another one."""
     ending = _ending(out).lower()
     if ending and ending not in _FORMATS:
-        raise _refused(f"must end in .png, .jpg, .jpeg or .webp, got {ending}")
+        *others, last = _FORMATS
+        raise _refused(f"must end in {', '.join(others)} or {last}, got {ending}")
     return _FORMATS.get(ending, "png")
 
 

@@ -11,11 +11,10 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from .. import schema
+from .. import paths, schema
 from ..device.caps import Caps
 from ..device.lanes import Job
 from ..errors import ImageError, is_out_of_memory
-from ..paths import cache_folder
 from ..tasks import registry
 from ..weights.cache import Model, ModelCache, release_memory
 from ..weights.catalog import ModelCard, State
@@ -58,7 +57,7 @@ class Models:
             0 if choice.device.kind == "cpu" else config.ram_budget,
             [self.weights.card(name, fetch=False).id for name in config.pinned],
         )
-        caps = Caps(cache_folder() / "limits.json", choice.free_bytes)
+        caps = Caps(paths.measured(), choice.free_bytes)
         self.choice = choice
         self.executor = Executor(choice, caps, cache.make_room, release_memory)
         self.cache = cache

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import msgspec
 
+from .. import paths
 from ..errors import ImageError
-from ..paths import cache_folder
 from . import outside
 from .layout import unfit
 from .outside import Unreadable
@@ -59,7 +59,7 @@ class Check:
 
     def __init__(self, id: str, weights: Mapping[str, Path], pins: Mapping[str, str]) -> None:
         self._id = id
-        self._records = _read(_book())
+        self._records = _read(paths.checksums())
         self._seen: dict[str, Record] = {}
         self._error: ImageError | None = None
         self._fresh: list[_File] = []
@@ -158,10 +158,10 @@ def _digest(sums: Mapping[str, str]) -> str:
 def forget(folder: Path) -> int:
     """Forget the checksums of a folder's files, so that the next load accepts them; says how many were known."""
     within = os.path.realpath(folder) + os.sep
-    records = _read(_book())
+    records = _read(paths.checksums())
     kept = {path: record for path, record in records.items() if not path.startswith(within)}
     if len(kept) < len(records):
-        _write(_book(), kept)
+        _write(paths.checksums(), kept)
     return len(records) - len(kept)
 
 
@@ -193,10 +193,6 @@ def _hashed(path: Path, rest: float = 0.0) -> Record:
 _writing = threading.Lock()
 
 
-def _book() -> Path:
-    return cache_folder() / "checksums.json"
-
-
 def _read(book: Path) -> dict[str, Record]:
     try:
         return outside.read_json(book, dict[str, Record], outside.LARGE)
@@ -207,8 +203,8 @@ def _read(book: Path) -> dict[str, Record]:
 def _keep(records: Mapping[str, Record]) -> None:
     with _writing:
         # Other sidecars write the same file, so it is read again; deleted files are dropped.
-        known = {path: record for path, record in _read(_book()).items() if os.path.exists(path)}
-        _write(_book(), known | dict(records))
+        known = {path: record for path, record in _read(paths.checksums()).items() if os.path.exists(path)}
+        _write(paths.checksums(), known | dict(records))
 
 
 def _write(book: Path, records: Mapping[str, Record]) -> None:

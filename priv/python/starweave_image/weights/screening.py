@@ -25,9 +25,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from .. import schema
+from .. import paths, schema
 from ..errors import ImageError
-from ..paths import cache_folder
 from . import outside
 from .layout import INDEX, Layout, Part, check_complete, no_class, no_pipeline, read_layout, spellings, unfit
 from .outside import Unreadable
@@ -413,7 +412,7 @@ class View:
     """A folder that holds what passed and nothing else; it is there for as long as this object is."""
 
     def __init__(self, screened: Screened) -> None:
-        base = cache_folder() / "views"
+        base = paths.views()
         try:
             base.mkdir(parents=True, exist_ok=True)
             with open(base / "lock", "a") as lock:
