@@ -336,7 +336,7 @@ defmodule StarweaveImage.SetupTest do
     do: Regex.scan(~r/^([\w-]+)==([^\s;]+).*(?:\n .*)*/m, File.read!(Path.join(priv, file)))
 
   defp required(priv, file) do
-    for [name] <- Regex.scan(~r/^[a-z_]+/m, File.read!(Path.join(priv, file))),
+    for [name] <- Regex.scan(~r/^[a-z_-]+/m, File.read!(Path.join(priv, file))),
         do: String.replace(name, "_", "-")
   end
 
