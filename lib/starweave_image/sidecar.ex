@@ -172,7 +172,7 @@ defmodule StarweaveImage.Sidecar do
     state
     |> push(%{t: "shutdown", g: state.generation, grace_ms: grace})
     |> drain(now() + grace)
-    |> close()
+    |> close("it was told to stop")
 
     # What stops after us may be Logger: the last words come first.
     if reader do
@@ -513,7 +513,7 @@ defmodule StarweaveImage.Sidecar do
   defp act({:rest, sentence, pause, news?}, state) do
     log_end(state, sentence, pause, if(news?, do: :warning, else: :debug))
     Process.send_after(self(), {:restart, state.generation}, pause)
-    state = close(state)
+    state = close(state, sentence)
     tell(state, {:ended, Life.phase(state.life), sentence})
     state
   end
@@ -521,16 +521,16 @@ defmodule StarweaveImage.Sidecar do
   defp log_end(state, sentence, pause, level) do
     did = if state.python, do: "ended", else: "cannot start"
     Logger.log(level, "#{label(state)} #{did}: #{sentence}; next start in #{pause} ms")
-
-    if state.python do
-      facts = %{os_pid: state.python.os_pid, reason: sentence}
-      emit(state, :stop, %{duration: native(now() - state.started_at)}, facts)
-    end
   end
 
   # Also after a clean exit: whoever the process forked and left behind is in its group.
-  defp close(state) do
-    if state.python, do: Python.close(state.python)
+  defp close(state, sentence) do
+    if state.python do
+      Python.close(state.python)
+      facts = %{os_pid: state.python.os_pid, reason: sentence}
+      emit(state, :stop, %{duration: native(now() - state.started_at)}, facts)
+    end
+
     if state.log, do: Log.stop(state.log)
     %{state | python: nil, log: nil}
   end

@@ -58,10 +58,15 @@ defmodule StarweaveImage.SidecarTest do
     end
 
     test "ends with its instance, and by `shutdown`" do
+      :telemetry.listen()
       instance = start_ready("honest")
       pid = os_pid(instance)
       assert :ok = stop_supervised(instance)
       refute alive?(pid)
+
+      assert_received {:telemetry, [:starweave, :image, :sidecar, :stop], %{duration: _},
+                       %{instance: ^instance, os_pid: ^pid, reason: "it was told to stop"}}
+
       assert StarweaveImage.status(instance: instance).state == :down
     end
 
