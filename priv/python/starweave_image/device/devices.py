@@ -250,7 +250,7 @@ def _cpu(torch: Any) -> Device:
 
 
 def _available_ram() -> int:
-    """Bytes that can be had without swapping, 0 where the system does not say."""
+    """Bytes that are available without swapping; 0 if the system does not tell."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

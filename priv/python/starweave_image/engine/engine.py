@@ -55,7 +55,7 @@ class Engine:
 
     def start(self) -> schema.Facts:
         """Import the libraries and choose the device; raises `unavailable`, and `model_not_found` or `model_load_failed`
-        when the default model is not to be had."""
+        when the default model is missing."""
         # OpenMP threads that spin while they wait for each other lose tenfold when anyone else wants a core.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Measuring memory on a CPU would write lines of its own to the log.

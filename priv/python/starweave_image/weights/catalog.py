@@ -1,7 +1,7 @@
 """Model cards: what is known of a model before it is loaded.
 
-`catalog.json` holds the cards that ship with the package; a card for any other local folder is read from the
-folder itself (weights.py). Nothing here touches a model's files.
+`catalog.json` holds the cards that ship with the package; a card for any other local folder is read from the folder
+itself (find.py). Nothing here touches a model's files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where a model's files are, and what can be told of them.
+"""Where a model's files are, and what they say about it.
 
-Only ids that stand in the catalog or in the configuration are ever looked up, so no request can name a path or
-start a download by itself. What is loaded has passed `screen` (screening.py).
+Only ids in the catalog or the configuration are looked up, so no request can name a path or start a download by itself.
+Files that are loaded have passed `screen` (screening.py).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def embedded_folder(id: str) -> Path:
 
 @dataclass(frozen=True)
 class Source:
-    """A model's files, which have passed `screen`; its `revision` on the hub, where it is from there."""
+    """A model's files, which have passed `screen`, and its `revision` if it is from the hub."""
 
     folder: Path
     revision: str | None
@@ -51,7 +51,7 @@ class Source:
 
     @property
     def bytes(self) -> int:
-        """Of its weights, which is about what they take in memory."""
+        """The size of its weights, about what they take in memory."""
         return sum(self._parts().values())
 
     @property
@@ -113,23 +113,23 @@ class Weights:
         return [self._described(card) for card in known]
 
     def card(self, name: str, fetch: bool = True) -> ModelCard:
-        """The card of an id or alias, read from the model's own files where the catalog has none; with `fetch` these may
-        come from the hub, and what is wrong with them is raised."""
+        """The card of an id or alias. If the catalog has none, it is read from the model's own files; with `fetch` these may
+        come from the hub, and faults in them are raised."""
         with self._lock:
             known = list(self._cards.values())
         return self._described(find(name, known), fetch)
 
     def state(self, card: ModelCard) -> tuple[State, str | None]:
-        """`available` on this machine, `failed` with the reason where what is there cannot be used, `remote` when it may be
-        downloaded, else `absent`."""
+        """`available` on this machine; `failed` with the reason if the files here cannot be used; `remote` if it may be
+        downloaded; else `absent`."""
         try:
             return ("available" if self._find(card) else self._elsewhere(card)), None
         except ImageError as error:
             return "failed", error.message
 
     def scheduler(self, card: ModelCard) -> tuple[str | None, dict[str, Any]]:
-        """The class name of the model's scheduler and what it is made with, where the files are on this machine and sound;
-        never asks the hub."""
+        """The class name of the model's scheduler and its configuration, if the files are on this machine and sound; never
+        asks the hub."""
         try:
             place = self._find(card)
             components = read_layout(place.folder, card.id).components if place else {}
@@ -154,11 +154,11 @@ class Weights:
         return Source(place.folder, place.revision, screen(place.folder, card.id, self._offered), lease)
 
     def pins(self, card: ModelCard) -> dict[str, str]:
-        """What the configuration says of the SHA-256 of weight files, by their names within the model."""
+        """The configured SHA-256 of weight files, by their names within the model."""
         return self._pins.get(card.id, {})
 
     def require(self, card: ModelCard) -> None:
-        """Raise what `obtain` would raise at once for a model that cannot be used as it is and is not to be had."""
+        """Raise what `obtain` would raise at once, for a model that is neither usable here nor may be downloaded."""
         if self._find(card) is None and self._elsewhere(card) == "absent":
             raise self._missing(card)
 
@@ -183,8 +183,8 @@ class Weights:
         return Place(hub.fetch(plan, weights=weights), plan.revision), lease
 
     def _find(self, card: ModelCard) -> Place | None:
-        """Where the model is on this machine, looked at without its weights; raises `model_load_failed` for one that cannot
-        be used and not be mended by a download. Whatever its files hold, nothing else is raised."""
+        """Where the model is on this machine, checked without its weights; raises `model_load_failed` for one that cannot be
+        used and that no download would repair. Nothing else is raised, whatever its files hold."""
         folder = self._folders.get(card.id)
         if folder is None and card.source == "embedded":
             folder = embedded_folder(card.id)
@@ -239,8 +239,8 @@ class Weights:
         )
 
     def _described(self, card: ModelCard, fetch: bool = False) -> ModelCard:
-        """A card with what the model's own files say, where the catalog does not know it or it is in a folder of its own;
-        read once they are here or may be fetched."""
+        """A card completed from the model's own files, if the catalog does not know the model or it has a folder of its own;
+        read as soon as the files are here or may be fetched."""
         with self._lock:
             if card.id in self._read or (card.pipeline and card.source != "local"):
                 return card
@@ -290,8 +290,8 @@ def _unread(id: str) -> ModelCard:
 
 
 def describe(card: ModelCard, folder: Path, offered: Offered, whole: bool = True) -> ModelCard:
-    """Fill a card from the model's own files: its tasks, native size, what sizes are a multiple of, its bytes. Of a
-    model that the catalog knows its settings stay. Raises `model_load_failed`."""
+    """Fill a card from the model's own files: its tasks, native size, the multiple for sizes, its bytes. A model in the
+    catalog keeps its settings. Raises `model_load_failed`."""
     found = survey(folder, card.id, offered, whole)
     held = sum(os.path.getsize(folder / file) for file in found.weights)
     known = msgspec.structs.replace(
@@ -342,8 +342,8 @@ def _expanded(path: str) -> Path:
 
 
 def snapshot_folder(repository: str, revision: str | None) -> Path | None:
-    """Where a repository's revision, by default that of `main`, is in the hub's cache; None where it is not, as far as
-    an index tells."""
+    """The folder of a repository's revision, by default that of `main`, in the hub's cache; None if it has no index
+    there."""
     if not _ID.fullmatch(repository):
         return None
     folder = hub.repository_folder(repository)
