@@ -33,6 +33,11 @@ def test_the_memory_model_is_a_line_through_the_peaks() -> None:
     assert known.ceiling(MB) == 1
 
 
+def test_of_one_size_the_quickest_pass_and_the_highest_peak_count() -> None:
+    known = profile((2, 3.0, 10 * MB), (2, 1.0, 20 * MB), (2, 2.0, 5 * MB))
+    assert (known.sizes[2].seconds, known.sizes[2].bytes, known.sizes[2].count) == (1.0, 20 * MB, 3)
+
+
 def test_one_size_alone_counts_by_the_row() -> None:
     assert profile((2, 0.1, 20 * MB)).line() == (0.0, 10 * MB)
     # So do peaks that fall with the rows: they say that memory was kept from before.
