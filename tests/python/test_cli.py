@@ -170,6 +170,19 @@ def test_doctor_finds_everything(tracked: Tracked, tmp_path: Path) -> None:
     assert all(report["packages"].values())
 
 
+def test_a_port_imports_no_package_before_its_descriptors_are_in_order(
+    tracked: Tracked, tmp_path: Path
+) -> None:
+    # One that is native may start threads, which the watchdog must not inherit.
+    command = [sys.executable, "-X", "importtime", "-m", "starweave_image", "port"]
+    result = subprocess.run(
+        command, env=tracked.env, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 64 and "descriptor 3 is not open" in result.stderr
+    assert "starweave_image.doors.process" in result.stderr
+    assert not re.search(r"\| +(msgspec|msgpack|psutil)$", result.stderr, re.MULTILINE)
+
+
 def test_doctor_without_packages_says_which(tmp_path: Path) -> None:
     bare = [sys.executable, "-S", "-m", "starweave_image", "doctor"]
     environment = {"PYTHONPATH": str(PACKAGE)}

@@ -39,7 +39,8 @@ def _main(argv: list[str]) -> int:
 
 
 def _parser(command: list[str]) -> argparse.ArgumentParser:
-    """The parser of all commands, with the switches of this one: to make those may need packages that others do without."""
+    """The parser of all commands, with the switches of this one: those come from the schema, and so from a package. A port
+    must import none before it has forked its watchdog, and `doctor` may lack it."""
     parser = argparse.ArgumentParser(
         prog="starweave-image",
         description="Make images with diffusion models.",
@@ -70,8 +71,9 @@ def _parser(command: list[str]) -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
     doctor.add_argument("--json", action="store_true")
 
-    for parser_of_engine in (generate, models, doctor):
-        _add_engine_switches(parser_of_engine)
+    for name, chosen in (("generate", generate), ("models", models), ("doctor", doctor)):
+        if command == [name]:
+            _add_engine_switches(chosen)
 
     port = commands.add_parser("port", help="serve an Elixir application on descriptors 3 and 4")
     port.set_defaults(run=_port)
