@@ -80,7 +80,7 @@ defmodule StarweaveImage.JournalRecordsTest do
   # Terms as they may stand in the log, each with what is wrong with it.
   defp wrong do
     image = hd(finish("a")["images"])
-    with_image = fn key, value -> %{finish("a") | "images" => [%{image | key => value}]} end
+    with_image = fn key, value -> %{finish("a") | "images" => [Map.put(image, key, value)]} end
 
     with_error = fn key, value ->
       %{failed("a") | "error" => %{failed("a")["error"] | key => value}}
@@ -125,6 +125,8 @@ defmodule StarweaveImage.JournalRecordsTest do
       {with_image.("notices", [1]), "an image of it: notices has a wrong type"},
       {with_image.("timings", %{"total" => "1"}), "an image of it: timings has a wrong type"},
       {with_image.("parameters", nil), "an image of it: parameters is missing"},
+      {with_image.("kind", "mesh"), "an image of it: media_type is missing"},
+      {with_image.("kind", "song"), "an image of it: kind has a wrong type"},
       {with_error.("kind", "cheerful"), "kind has a wrong type"},
       {with_error.("message", 7), "message has a wrong type"},
       {with_error.("details", []), "details has a wrong type"},
