@@ -37,6 +37,6 @@ defmodule StarweaveImage.TelemetryTest do
       StarweaveImage.generate("a red apple", instance: __MODULE__, id: "slow", timeout: 1)
 
     assert_received {:telemetry, [:starweave, :image, :request, :stop], %{images: 0},
-                     %{id: "slow", result: :timeout}}
+                     %{id: "slow", model: "starweave/tiny", result: :timeout}}
   end
 end

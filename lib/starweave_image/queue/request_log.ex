@@ -59,12 +59,12 @@ defmodule StarweaveImage.Queue.RequestLog do
 
     waited = (job.dispatched_at || facts.now) - job.submitted_at
     total = facts.now - job.submitted_at
-    drawn_by = job.accepted && job.accepted.model
+    model = (job.accepted && job.accepted.model) || facts.model
 
     Logger.info(
       fn ->
         times = [queue_ms: waited, total_ms: total, attempts: facts.attempts]
-        line(job, outcome, drawn_by || facts.model, times ++ memory(facts.memory))
+        line(job, outcome, model, times ++ memory(facts.memory))
       end,
       request_id: request.id
     )
@@ -80,7 +80,7 @@ defmodule StarweaveImage.Queue.RequestLog do
       %{
         instance: instance,
         id: request.id,
-        model: drawn_by || request.model,
+        model: model,
         result: outcome,
         attempts: facts.attempts
       }
