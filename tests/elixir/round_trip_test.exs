@@ -74,14 +74,13 @@ defmodule StarweaveImage.RoundTripTest do
     sent = Request.to_wire(request, request.timeout)
     heard = ask(peer, ["generate", {:bin, encode(sent)}])
 
-    for {name, value} <- sent do
-      case value do
-        {:bin, data} -> assert heard["#{name}"] == data
-        word when is_atom(word) and not is_boolean(word) -> assert heard["#{name}"] == "#{word}"
-        value -> assert heard["#{name}"] == value
-      end
-    end
+    for {name, value} <- sent, do: assert(heard["#{name}"] == as_heard(value))
   end
+
+  defp as_heard({:bin, data}), do: data
+  defp as_heard(values) when is_list(values), do: Enum.map(values, &as_heard/1)
+  defp as_heard(word) when is_atom(word) and not is_boolean(word), do: Atom.to_string(word)
+  defp as_heard(value), do: value
 
   defp ask(peer, request) do
     true = Port.command(peer, Msgpack.encode!(request))
