@@ -56,7 +56,6 @@ COMMANDS = [
     ("models", 0, "starweave/tiny"),
     ("models list", 0, "starweave/tiny"),
     ("port", 64, "descriptor 3 is not open"),
-    ("train --help", 0, "usage"),
 ]
 
 

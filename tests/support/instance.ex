@@ -133,6 +133,8 @@ defmodule StarweaveImage.TestInstance do
   @spec executable(Path.t(), String.t()) :: Path.t()
   def executable(folder, content) do
     path = Path.join(folder, "python")
+    # An earlier one may be running just now, and cannot be written to.
+    _ = File.rm(path)
     File.write!(path, content)
     File.chmod!(path, 0o755)
     path
