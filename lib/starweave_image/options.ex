@@ -1,9 +1,9 @@
 defmodule StarweaveImage.Options do
   @moduledoc false
 
-  # A schema is a keyword list of `name: {type, default, doc}`. It validates options and is their documentation, so that
-  # the two cannot differ. The large schemas (`Schema`, `Config`) are in groups, and say of each field who it is for:
-  # the sidecar is told what is `:sent`, under the same name or, of milliseconds, one that ends in `_ms`.
+  # A schema is a keyword list of `name: {type, default, doc}`. Validation and documentation come from the same schema,
+  # so they cannot differ. The large schemas (`Schema`, `Config`) have groups, and a role for each field: `:sent` fields
+  # go to the sidecar, under the same name, to which `_ms` is appended if they are in milliseconds.
 
   alias StarweaveImage.Type
 
@@ -11,13 +11,13 @@ defmodule StarweaveImage.Options do
   @type groups :: [{title :: String.t(), [{name :: atom, field}]}]
   @type field :: {Type.t(), default :: term, role :: atom, doc :: String.t()}
 
-  # Jaro distance: slips of the fingers and parts of a name are above it, other words below.
+  # Jaro distance: typing errors and parts of a name are above it, other words below.
   @near 0.77
 
   @doc """
-  Every option of the schema with its value, given or default; a nil counts as not given.
+  Every option of the schema with its given or default value; nil counts as not given.
 
-  Of equal names the first one counts, as in `Keyword.get/2`.
+  If a name is given more than once, the first one counts, as in `Keyword.get/2`.
 
       iex> schema = [steps: {{:integer, 1, 200}, 20, "Denoise steps."}]
       iex> StarweaveImage.Options.validate([], schema)
@@ -41,7 +41,7 @@ defmodule StarweaveImage.Options do
   end
 
   @doc """
-  One value as its type wants it, nil as it is.
+  Casts one value to its type; nil stays nil.
 
       iex> StarweaveImage.Options.check(:steps, {:integer, 1, 200}, 0)
       {:error, :steps, "steps must be an integer from 1 to 200, got 0"}
@@ -82,7 +82,7 @@ defmodule StarweaveImage.Options do
   defp hint(_unknown, _known), do: ""
 
   @doc """
-  The one of `known` that was probably meant, or nil: a far guess leads astray.
+  The one of `known` that was probably meant, or nil if none is close: a far-fetched guess would mislead.
 
       iex> StarweaveImage.Options.nearest("widht", [:width, :height])
       :width
@@ -97,7 +97,7 @@ defmodule StarweaveImage.Options do
     if distance >= @near, do: name
   end
 
-  # Text of users is not repeated at length.
+  # Long text from users is shortened.
   defp shown(value) when is_binary(value) do
     cond do
       not String.valid?(value) -> "#{byte_size(value)} bytes"
@@ -116,7 +116,7 @@ defmodule StarweaveImage.Options do
   defp shown(_value), do: "something else"
 
   @doc """
-  The schema of all groups.
+  The groups' fields as one flat schema.
 
       iex> StarweaveImage.Options.schema([{"Size", width: {{:integer, 1, 9}, 5, :sent, "Pixels."}}])
       [width: {{:integer, 1, 9}, 5, "Pixels."}]
@@ -129,7 +129,7 @@ defmodule StarweaveImage.Options do
   end
 
   @doc """
-  The fields with a role: names, names on the wire, and types.
+  The fields with this role: their names, names on the wire, and types.
 
       iex> groups = [{"Time", timeout: {{:ms, 1, 9}, 5, :sent, ""}, id: {:id, nil, :kept, ""}}]
       iex> StarweaveImage.Options.with_role(groups, :sent)
@@ -143,7 +143,7 @@ defmodule StarweaveImage.Options do
   end
 
   @doc """
-  The types of options that may be given, for a typespec of one of them.
+  The typespec of one given option: its name and the type of its value.
 
       iex> schema = [steps: {{:integer, 1, 200}, nil, ""}, metadata: {:boolean, true, ""}]
       iex> schema |> StarweaveImage.Options.given_spec() |> Macro.to_string()
@@ -158,7 +158,7 @@ defmodule StarweaveImage.Options do
   end
 
   @doc """
-  A schema, or each of its groups under a heading, as Markdown lists.
+  A schema as a Markdown list, or its groups as such lists under headings.
 
       iex> StarweaveImage.Options.docs(steps: {{:integer, 1, 200}, 20, "Denoise steps."})
       "  * `:steps` - an integer from 1 to 200. Denoise steps. Default: `20`."

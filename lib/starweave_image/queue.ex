@@ -1,13 +1,13 @@
 defmodule StarweaveImage.Queue do
   @moduledoc false
-  # Owns every accepted request until it has its one answer. Sidecars come and go; a request that was
-  # running on one that died goes back to its place and is sent again, with the same seed.
+  # Owns every accepted request until it is answered, exactly once. Sidecars come and go: when one dies, the requests
+  # that ran on it return to their places in the queue and are sent again, with the same seeds.
   #
-  # Here are the processes, clocks and messages. What is decided, pure modules decide: who is taken in (`Admission`), who
-  # goes when and where, and what follows from the end of an attempt (`Attempts`, with `Schedule` and `Verdict`), which
-  # results are kept (`Results`), what becomes of what is in the journal (`Recovery`), and what watchers are told (`Job`,
-  # `Places`). The sidecars as processes are the concern of `Crew`. Requests are checked in the caller, msgpack is the
-  # sidecar's owner's.
+  # This module has the processes, clocks and messages. Pure modules make the decisions: which requests are accepted
+  # (`Admission`), which request runs when and where, and what follows from the end of an attempt (`Attempts`, with
+  # `Schedule` and `Verdict`), which results are kept (`Results`), how the journal's content is recovered (`Recovery`),
+  # and what subscribers are told (`Job`, `Places`). `Crew` handles the sidecars as processes. The caller's process
+  # validates requests, and the sidecar's owner encodes and decodes msgpack.
 
   use GenServer
   use StarweaveImage.CrashLog
@@ -29,7 +29,7 @@ defmodule StarweaveImage.Queue do
     Verdict
   }
 
-  # `jobs` are those that have not ended, `monitors` says by which id their owners are monitored.
+  # `jobs` are the unfinished ones; `monitors` maps each monitor of an owner to the id of its request.
   defstruct [
     :config,
     :journal,
@@ -53,13 +53,13 @@ defmodule StarweaveImage.Queue do
   @spec journal(keyword) :: atom
   def journal(config), do: config[:journal] && Module.concat(config[:name], "Journal")
 
-  @doc "Whether a sidecar is up, as last known: answered at once, whatever the queue is doing."
+  @doc "Whether a sidecar is up, as last known. Returns at once, even while the queue is busy."
   @spec available?(atom) :: boolean
   defdelegate available?(name), to: Crew
 
   @impl true
   def init(config) do
-    # So that `terminate/2` runs: whoever waits gets an answer also when the instance stops.
+    # Without this, `terminate/2` would not run, and callers would get no answer when the instance stops.
     Process.flag(:trap_exit, true)
 
     state = %__MODULE__{
@@ -77,7 +77,7 @@ defmodule StarweaveImage.Queue do
   @impl true
   def handle_continue(:recover, state), do: {:noreply, recover(state)}
 
-  # What is in the journal goes on with the next start, so its end is not written there.
+  # Requests in the journal continue after the next start, so no end is recorded for them here.
   @impl true
   def terminate(_reason, state) do
     error = Fleet.unavailable("its instance stops")
@@ -140,7 +140,7 @@ defmodule StarweaveImage.Queue do
         {:reply, {:error, :finished}, state}
 
       %{^id => job} ->
-        # Answered with the end: whoever was told that it is cancelled must not see it again after a restart.
+        # The caller is answered when the request ends: a request reported as cancelled must not return after a restart.
         state = put_job(state, %{job | cancellers: [from | job.cancellers]})
         {:noreply, state |> abandon(id, cancelled()) |> dispatch()}
 
@@ -194,7 +194,7 @@ defmodule StarweaveImage.Queue do
     {:reply, :ok, dispatch(%{state | crew: Crew.remove(state.crew, index)})}
   end
 
-  ## What the sidecars say
+  ## Messages from the sidecars
 
   @impl true
   def handle_cast({:sidecar, owner, index, generation, event}, state) do
@@ -243,7 +243,7 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  # Also of one that was killed, as who waits in code that is loaded anew twice: somebody else reads.
+  # A reader can also be killed, as a process that waits in code that is reloaded twice is: a new one starts over.
   def handle_info({:EXIT, pid, _reason}, state) do
     case Results.lose_reader(state.results, pid) do
       {nil, _results} -> {:noreply, state}
@@ -278,7 +278,7 @@ defmodule StarweaveImage.Queue do
 
   ## Admission
 
-  # Also one that has ended, as long as its result is kept.
+  # This includes finished requests whose results are still kept.
   defp known(state, id), do: state.jobs[id] || Results.get(state.results, id)
 
   defp admit(state, request, owner) do
@@ -292,7 +292,7 @@ defmodule StarweaveImage.Queue do
         {:ok, join(state, known, owner)}
 
       {:take_in, admission} ->
-        # Not before: one that is refused leaves the end of the earlier one as it is.
+        # Only now: if the new request were refused, the result of the earlier one must stay.
         state = forget(%{state | admission: admission}, request.id)
         {:ok, enqueue(state, request, owner)}
 
@@ -326,7 +326,7 @@ defmodule StarweaveImage.Queue do
     state
   end
 
-  # A new job, or one of the journal, with `left` ms until its deadline.
+  # A new job, or one from the journal, with `left` ms until its deadline.
   defp open(state, %{request: request} = job, left) do
     serial = state.serial + 1
     now = now()
@@ -382,7 +382,7 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  # Who owns it twice leaves it twice.
+  # A process that owns the request twice must leave it twice.
   defp leave(state, id, {owner, monitor}) do
     with %{^id => %{owners: owners} = job} <- state.jobs,
          left when left != nil <-
@@ -395,7 +395,7 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  ## The journal: a request is acknowledged when it is on disk, and answered when its end is
+  ## The journal: a request is acknowledged once it is on disk, and answered once its end is on disk
 
   defp recover(%{journal: nil} = state), do: state
 
@@ -406,13 +406,13 @@ defmodule StarweaveImage.Queue do
         state = Enum.reduce(finished, state, &recover_finished(&2, &1))
         Enum.reduce(unfinished, state, &recover_unfinished(&2, &1))
 
-      # It has said why, and will say when it can be asked again.
+      # The journal has logged the reason, and will send a message when it can be read again.
       {:error, why} ->
         %{state | journal_problem: why}
     end
   end
 
-  # What was asked for in this life goes before what was asked for in an earlier one.
+  # A request made since this start takes precedence over one of the same id from an earlier run of the application.
   defp recover_unfinished(state, %{id: id} = unfinished) do
     case known(state, id) == nil && Recovery.unfinished(unfinished, state.config[:name], wall()) do
       false ->
@@ -451,12 +451,12 @@ defmodule StarweaveImage.Queue do
         job = %{job | submitters: []}
 
         cond do
-          # It has ended while it was journaled.
+          # The request ended while it was being journaled.
           job.status != :journaling ->
             put_job(state, job)
 
           error == :ok ->
-            # A timer that fired while it was journaled was ignored.
+            # A timer that fired during journaling was ignored.
             passed = now() - job.submitted_at
             job = %{job | status: :open}
             job = renew_timer(job, :deadline, job.request.timeout - passed)
@@ -465,7 +465,7 @@ defmodule StarweaveImage.Queue do
             state |> put_job(job) |> resume(job)
 
           true ->
-            # Not accepted, so there is no end of it to write either.
+            # The request was not accepted, so its end must not be journaled either.
             job = %{job | request: %{job.request | durable: false}, submitted?: false}
             state |> put_job(job) |> finish(id, {:error, error})
         end
@@ -496,7 +496,7 @@ defmodule StarweaveImage.Queue do
 
   ## Dispatch
 
-  # It waits for its turn again, after it stood aside.
+  # Puts a request that stood aside back into the queue.
   defp resume(state, job) do
     state = update_in(state.attempts.schedule, &Schedule.resume(&1, job.request.id))
     if job.subscribers == [], do: state, else: tell_places_soon(state)
@@ -507,7 +507,7 @@ defmodule StarweaveImage.Queue do
       {:run, id, index, attempts} ->
         %{state | attempts: attempts} |> run(state.jobs[id], index) |> dispatch()
 
-      # Its sidecar is free for it, and rests before it begins.
+      # The request's sidecar is free, and must rest before the request begins.
       {:rest, id, pause, attempts} ->
         job = state.jobs[id] |> Job.stop_timer(:rest) |> Job.start_timer(:rest, pause)
         %{state | attempts: attempts} |> put_job(job) |> dispatch()
@@ -523,7 +523,8 @@ defmodule StarweaveImage.Queue do
 
   defp run(state, %{request: %{id: id} = request} = job, index) do
     now = now()
-    # Counted before it is sent: a request that ends the whole application must not be free.
+
+    # Counted before it is sent: a request that brings down the whole application must still count as an attempt.
     if request.durable, do: Journal.attempt(state.journal, id, job.ends + 1)
 
     left = max(job.deadline - now, 1)
@@ -542,7 +543,7 @@ defmodule StarweaveImage.Queue do
 
   ## Events of a sidecar
 
-  # Nil where the news are of a sidecar that was removed, or of an owner whose place another one has taken.
+  # Nil where the message is from a removed sidecar, or from an owner that has been replaced.
   defp known_sidecar(state, index, owner, generation) do
     case Fleet.owner(state.crew.fleet, index, owner) do
       :present ->
@@ -569,7 +570,7 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  # News of a seat, for the schedule to know as well.
+  # Updates a seat, in the schedule as well.
   defp seat(state, index, news),
     do: reseat(%{state | crew: Crew.update(state.crew, index, news)}, index)
 
@@ -642,7 +643,7 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  # What it says of itself.
+  # A sidecar reports its own state.
   defp sidecar_event(state, index, news) do
     state = reseat(%{state | crew: Crew.heard(state.crew, index, news)}, index)
     if match?({:ready, _}, news), do: to_work(state), else: state
@@ -653,7 +654,7 @@ defmodule StarweaveImage.Queue do
     %{state | crew: Crew.begin_operations(state.crew)}
   end
 
-  # A request may have ended on our side, and its id be in use again, while its slot is still taken.
+  # A request may have ended here, and its id may be in use again, while the sidecar still holds its slot.
   defp slot?(state, index, id), do: id in Schedule.taken(state.attempts.schedule, index)
 
   defp running(state, index, id) do
@@ -683,10 +684,10 @@ defmodule StarweaveImage.Queue do
   defp operated(state, id, index, error),
     do: %{state | crew: Crew.operated(state.crew, id, index, error)}
 
-  ## What did not work
+  ## Failures
 
-  # What there is to know of the death of a sidecar. Requests that had ended on our side, operations, and loads that no
-  # request waits for are work, and company, like any other.
+  # The facts about the death of a sidecar. Requests that had already ended here, operations, and loads that no request
+  # waits for count as work and as company, like everything else that ran there.
   defp death(state, index) do
     taken = Schedule.taken(state.attempts.schedule, index)
     running = for id <- taken, job = running(state, index, id), do: job
@@ -738,14 +739,14 @@ defmodule StarweaveImage.Queue do
     tell_queued(state, id)
   end
 
-  # What is left of the list in the card of the model that was asked for.
+  # The models not yet tried from the fallbacks in the requested model's card.
   defp fallbacks(_state, %{request: %{fallback: false}}), do: []
   defp fallbacks(_state, %{fallbacks: [_ | _] = rest}), do: rest
   defp fallbacks(_state, %{fallbacks: []}), do: []
 
   defp fallbacks(state, job), do: Fleet.fallbacks(state.crew.fleet, canonical(state, job.model))
 
-  # The application has seen the end of the attempt, so it did not end with it.
+  # The application survived the attempt, so the attempt is not counted as one that ended it.
   defp outlived(state, %{request: %{id: id, durable: true}, ends: ends}) do
     Journal.attempt(state.journal, id, ends)
     state
@@ -755,7 +756,7 @@ defmodule StarweaveImage.Queue do
 
   defp fail_all(state) do
     error = Fleet.closed(state.crew.fleet)
-    # What is on disk can wait for better times, until its deadline.
+    # Requests on disk can wait for a working sidecar until their deadlines.
     ids = for {id, %{status: :open, request: %{durable: false}}} <- state.jobs, do: id
     Enum.reduce(ids, state, &finish(&2, &1, {:error, error}))
   end
@@ -781,7 +782,7 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  # Ends a request on our side at once. If it runs, its slot stays taken until the sidecar confirms.
+  # Ends a request at once. If it was running, its slot stays taken until the sidecar confirms.
   defp abandon(state, id, error) do
     with index when is_integer(index) <- Schedule.place(state.attempts.schedule, id),
          true <- slot?(state, index, id),
@@ -795,7 +796,7 @@ defmodule StarweaveImage.Queue do
       %{^id => %{status: status} = job} when status in [:open, :journaling] ->
         job = Job.stop_timers(job)
         state = disown(state, job.owners)
-        # First, so that whoever has the answer finds the event already emitted.
+        # First, so that the telemetry event is already emitted when a caller gets the answer.
         tell_end(state, job, result)
         state = %{state | attempts: Attempts.drop(state.attempts, id)}
         job = %{job | owners: [], result: result, status: :ending, images: [], previews: %{}}
@@ -812,14 +813,14 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  # An owned request was answered to its owner; a submitted one is kept for whoever comes to ask.
+  # Delivers the result to those who wait. A submitted request's result is also kept, to be asked for later.
   defp end_of(state, %{request: %{id: id}} = job) do
     Job.deliver(job, job.result)
     state = %{state | jobs: Map.delete(state.jobs, id)}
     if job.submitted?, do: keep(state, Job.ended(job), state.config[:result_ttl]), else: state
   end
 
-  ## Results that are kept
+  ## Kept results
 
   defp keep(state, job, ttl) do
     {gone, results} = Results.keep(state.results, job, now() + ttl)
@@ -840,7 +841,7 @@ defmodule StarweaveImage.Queue do
   defp forgotten(state, jobs) do
     for %{request: %{id: id, durable: durable?}} = job <- jobs do
       if durable?, do: Journal.forget(state.journal, id)
-      # Those for whom it was just read.
+      # Processes may still wait for this result to be read from the disk.
       Job.deliver(job, {:error, Admission.unknown_id()})
     end
 
@@ -861,7 +862,7 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  # The result of a request that was finished before this start is on disk only. Others do not wait for its reading.
+  # A result from before this start is on disk only. A process of its own reads it, so that the queue does not block.
   defp read(state, id) do
     reader = spawn_link(__MODULE__, :read_result, [self(), state.journal, id])
     %{state | results: Results.begin_reading(state.results, id, reader)}
@@ -871,7 +872,7 @@ defmodule StarweaveImage.Queue do
   def read_result(queue, journal, id),
     do: send(queue, {:stored, self(), Journal.result(journal, id)})
 
-  # Its files were damaged on the disk since the start: it is drawn again.
+  # The result's files were damaged after the start: the request runs again.
   defp stored(state, %{request: %{id: id}} = job, {:unfinished, unfinished}) do
     {_job, results} = Results.drop(state.results, id)
     state = recover_unfinished(%{state | results: results}, unfinished)
@@ -944,7 +945,7 @@ defmodule StarweaveImage.Queue do
     end
   end
 
-  # Those who watch a request that waits see it come closer, once a second.
+  # Subscribers of waiting requests are told at most once a second that their request has moved up.
   defp tell_places_soon(%{telling_places?: true} = state), do: state
 
   defp tell_places_soon(state) do

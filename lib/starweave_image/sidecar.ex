@@ -1,11 +1,11 @@
 defmodule StarweaveImage.Sidecar do
   @moduledoc false
-  # Owns one Python process: starts it, speaks docs/protocol.md with it, judges its health, ends it,
-  # and starts the next one. What is asked of it and what it finds out go to and from the queue, which
-  # owns the requests; nothing that must survive the Python process lives here.
+  # Owns one Python process: starts it, exchanges the messages of docs/protocol.md with it, checks its health, ends it,
+  # and starts the next one. Requests come from the queue, which owns them, and results go back to it; no state that
+  # must survive the Python process is kept here.
   #
-  # This process never blocks on the port while work runs: writes are `nosuspend` with a queue of their
-  # own, because both `Port.command/2` and sending to a port suspend the caller when the child does not read.
+  # This process never blocks on the port while work runs. Both `Port.command/2` and sending to a port suspend the
+  # caller while the child does not read, so writes are `nosuspend` and wait in an outbox.
 
   use GenServer
   use StarweaveImage.CrashLog
@@ -16,16 +16,16 @@ defmodule StarweaveImage.Sidecar do
 
   @tick_ms 250
   @retry_write_ms 5
-  # Between the polite signal and the kill, when the grace period is over.
+  # From SIGTERM, sent after the grace period, to SIGKILL.
   @term_ms 1_500
-  # For its log to be read to the end, once nobody is left to write to it.
+  # How long to wait for the rest of the log after the Python process has ended.
   @last_words_ms 1_000
-  # A start that reaches `ready` and stays up this long is a good one: the back-off begins anew.
+  # A process that stays ready this long counts as stable, which resets the back-off.
   @stable_ms 30_000
-  # A tick that comes later than this says that this process, and maybe all of the machine, stood still.
+  # A tick that is later than this means that this process, and maybe the whole machine, was suspended.
   @late_ms 1_000
   @log_over Log.over()
-  # SIGKILL and SIGTERM, and not by us.
+  # Exit statuses of a SIGKILL or SIGTERM that this process did not send.
   @killed [128 + 9, 128 + 15]
 
   defstruct [
@@ -33,7 +33,7 @@ defmodule StarweaveImage.Sidecar do
     :index,
     :role,
     :queue,
-    # Larger than that of any owner before, by which the queue knows who is the present one.
+    # Larger than that of every earlier owner, so that the queue can tell the present one.
     :birth,
     :life,
     :python,
@@ -44,15 +44,15 @@ defmodule StarweaveImage.Sidecar do
     :heard_at,
     :ticked_at,
     :heartbeat,
-    # How long this process itself stood still, in ms.
+    # How long this process itself was suspended, in ms.
     slept: 0,
     generation: 0,
     buffer: nil,
     outbox: :queue.new(),
     answers: nil,
-    # Since when the requests among them are to be seen in heartbeats, by their ids.
+    # Request id → since when its entry in the heartbeats is due.
     asked: %{},
-    # Those among them that were told to stop.
+    # Request id → when it was told to stop.
     told_to_stop: %{}
   ]
 
@@ -61,19 +61,19 @@ defmodule StarweaveImage.Sidecar do
 
   def start_link({_index, _config, _role} = start), do: GenServer.start_link(__MODULE__, start)
 
-  @doc "Says what the sidecar is from now on: a standby starts without preloading anything."
+  @doc "Sets the sidecar's role: a standby starts without preloading anything."
   @spec set_role(pid, role) :: :ok
   def set_role(sidecar, role) when role in [:active, :standby],
     do: GenServer.cast(sidecar, {:role, role})
 
-  @doc "Sends a message of the protocol to the Python process of this generation; late ones are dropped."
+  @doc "Sends a message to the Python process of this generation; a message for an earlier generation is dropped."
   @spec send_message(pid, pos_integer, map) :: :ok
   def send_message(sidecar, generation, message),
     do: GenServer.cast(sidecar, {:send, generation, message})
 
   @impl true
   def init({index, config, role}) do
-    # Killing a child that has output queued can send this process an `:epipe` exit.
+    # Killing a child while output to it is queued can send this process an `:epipe` exit.
     Process.flag(:trap_exit, true)
     birth = System.unique_integer([:monotonic])
 
@@ -106,7 +106,7 @@ defmodule StarweaveImage.Sidecar do
     {:noreply, %{state | role: role}}
   end
 
-  # What it says, once it is to be killed, is not to be trusted.
+  # Messages of a condemned process are ignored.
   @impl true
   def handle_info(
         {port, {:data, _}},
@@ -126,7 +126,7 @@ defmodule StarweaveImage.Sidecar do
     {:noreply, live(state, {:ended, Python.exit_reason(status), how})}
   end
 
-  # Instead of an exit status: the write of what was queued found nobody to read it.
+  # Arrives instead of an exit status if a queued write failed because the reader was gone.
   def handle_info({:EXIT, port, _reason}, %{python: %{port: port}} = state) do
     sentence =
       if state.life.ready?,
@@ -136,7 +136,7 @@ defmodule StarweaveImage.Sidecar do
     {:noreply, live(state, {:ended, sentence, :otherwise})}
   end
 
-  # What Python and its libraries print would fail from now on, in the middle of a request.
+  # Without a log reader, every print of Python and its libraries would fail, in the middle of a request.
   def handle_info({:EXIT, reader, reason}, %{log: %{reader: reader}} = state)
       when reason != @log_over,
       do: {:noreply, condemn(state, :fails, "the reader of its log has ended")}
@@ -155,7 +155,7 @@ defmodule StarweaveImage.Sidecar do
   def handle_info({:retry_write, generation}, %{generation: generation} = state),
     do: {:noreply, flush(state)}
 
-  # What is left of a port that was closed, and the ends of the log readers.
+  # Late messages of a closed port, and normal exits of log readers.
   def handle_info(_message, state), do: {:noreply, state}
 
   @impl true
@@ -164,7 +164,7 @@ defmodule StarweaveImage.Sidecar do
   def terminate(_reason, state) do
     grace = state.config[:shutdown_grace]
 
-    # So that it is sent nothing more, and that what it does not finish is no attempt that cost a life.
+    # The queue then sends no more requests, and does not blame the unfinished ones for the end of this process.
     tell(state, :stopping)
     # A sidecar that is down has no log reader.
     reader = if state.log, do: Process.monitor(state.log.reader)
@@ -174,7 +174,7 @@ defmodule StarweaveImage.Sidecar do
     |> drain(now() + grace)
     |> close("it was told to stop")
 
-    # What stops after us may be Logger: the last words come first.
+    # Logger may stop right after this process, so wait until the last log lines have been read.
     if reader do
       receive do
         {:DOWN, ^reader, _, _, _} -> :ok
@@ -184,7 +184,7 @@ defmodule StarweaveImage.Sidecar do
     end
   end
 
-  # What runs may come to its end within the grace period, and then its answer counts.
+  # Running requests may finish within the grace period; their answers still count.
   defp drain(%{python: nil} = state, _deadline), do: state
 
   defp drain(%{python: %{port: port} = python} = state, deadline) do
@@ -263,7 +263,7 @@ defmodule StarweaveImage.Sidecar do
       end
     end
   rescue
-    # A start may fail for reasons that nobody thought of, and the application may not.
+    # A start may fail for unforeseen reasons, which must not bring down the application.
     error ->
       sentence =
         "it could not be started, by a fault of this library (#{inspect(error.__struct__)})"
@@ -280,10 +280,10 @@ defmodule StarweaveImage.Sidecar do
     %{t: "hello", v: Wire.version(), g: state.generation, config: Config.to_wire(config)}
   end
 
-  ## What the Python process says
+  ## Messages from the Python process
 
   defp receive_bodies(state, []), do: state
-  # A body handled before this one was the last to be trusted.
+  # A body handled before this one condemned the process or ended it.
   defp receive_bodies(%{life: %{state: over}} = state, _bodies)
        when over in [:resting, :condemned],
        do: state
@@ -329,7 +329,7 @@ defmodule StarweaveImage.Sidecar do
       else: condemn(state, :fails, "it speaks version #{ready.v} of the protocol")
   end
 
-  # What it says before it knows its generation, such as what is wrong with `hello`, has a 0 in its place.
+  # Messages sent before the process knows its generation, such as an error in `hello`, have generation 0.
   defp receive_message(state, %{t: :error, g: g, id: nil} = error)
        when g in [0, state.generation],
        do: live(state, {:complaint, Log.printable_lines(error.message)})
@@ -371,8 +371,8 @@ defmodule StarweaveImage.Sidecar do
     state
   end
 
-  # A process may be alive and yet not know of a request, because it reads nothing or forgot it. So each request must be
-  # listed in its heartbeats from soon after it was sent until it is answered.
+  # A live process may still have lost a request, because it reads nothing or forgot it. So each request must be listed
+  # in the heartbeats from soon after it was sent until it is answered.
   defp ask(%{asked: asked} = state, %{t: "cancel", id: id}) when is_map_key(asked, id),
     do: %{state | told_to_stop: Map.put_new(state.told_to_stop, id, awake(state))}
 
@@ -402,7 +402,7 @@ defmodule StarweaveImage.Sidecar do
 
   defp answered(state, _message), do: state
 
-  # Under an id that no request can have.
+  # The id is one that no request can have.
   defp ask_for_models(state) do
     id = "models:" <> Base.encode16(:crypto.strong_rand_bytes(12), case: :lower)
     message = %{t: "models", g: state.generation, id: id}
@@ -459,7 +459,7 @@ defmodule StarweaveImage.Sidecar do
     ArgumentError -> state
   end
 
-  ## What its life makes of it
+  ## Transitions of its life
 
   defp condemn(%{life: %{state: state}} = sidecar, _judgement, _reason)
        when state in [:resting, :condemned],
@@ -475,7 +475,8 @@ defmodule StarweaveImage.Sidecar do
     Enum.reduce(actions, %{state | life: life}, &act/2)
   end
 
-  # At its first sign of life: a write to a process that has ended already would cost its exit status.
+  # Sent only at the first sign of life: after a write to a process that has already ended, its exit status would be
+  # lost.
   defp act(:greet, state), do: push(state, hello(state))
 
   defp act({:announce, ready}, state) do
@@ -488,7 +489,7 @@ defmodule StarweaveImage.Sidecar do
 
     facts = %{os_pid: state.python.os_pid, device: ready.device, dtype: ready.dtype}
     emit(state, :ready, %{duration: native(took)}, facts)
-    # The silence of its imports ends here, not with the next heartbeat.
+    # `ready` also counts as a sign of life: imports may have delayed the last heartbeat.
     state = %{state | ready_at: now(), heard_at: awake(state)}
     tell(state, {:ready, ready})
     state
@@ -499,8 +500,8 @@ defmodule StarweaveImage.Sidecar do
     state
   end
 
-  # At once, and by the process group, before the port is closed: closing first would hang for ever on output that a
-  # stuck child does not read. Where no descriptor is left to run a command with, the next tick tries again.
+  # Kills the whole process group before closing the port: closing first would block for ever on output that a stuck
+  # child does not read. If no descriptor is free for the kill command, the next tick tries again.
   defp act(:kill, state) do
     report(state, Life.phase(state.life))
 
@@ -523,7 +524,7 @@ defmodule StarweaveImage.Sidecar do
     Logger.log(level, "#{label(state)} #{did}: #{sentence}; next start in #{pause} ms")
   end
 
-  # Also after a clean exit: whoever the process forked and left behind is in its group.
+  # Needed after a clean exit too: processes that it forked and left behind are in its group.
   defp close(state, sentence) do
     if state.python do
       Python.close(state.python)
@@ -566,6 +567,6 @@ defmodule StarweaveImage.Sidecar do
   defp native(ms), do: System.convert_time_unit(ms, :millisecond, :native)
   defp now, do: System.monotonic_time(:millisecond)
 
-  # A clock that stops while this process is stopped: heartbeats that came in that time have not been read yet.
+  # A clock that stops while this process is suspended: heartbeats that arrived meanwhile have not been read yet.
   defp awake(state), do: now() - state.slept
 end

@@ -2,7 +2,7 @@ defmodule StarweaveImage.Supervisor do
   @moduledoc false
   # One running instance:
   #
-  #     StarweaveImage.Keeper, which the host's supervisor sees
+  #     StarweaveImage.Keeper, the child of the host's supervisor
   #     └── StarweaveImage.Supervisor (rest_for_one)
   #         ├── StarweaveImage.Journal, where there is one
   #         ├── StarweaveImage.Queue, registered as the instance's name
@@ -10,19 +10,21 @@ defmodule StarweaveImage.Supervisor do
   #             └── StarweaveImage.Keeper × sidecars
   #                 └── StarweaveImage.Sidecar ── log reader ═ port ═ Python
   #
-  # Keepers wait between restarts and never give up; supervisors restart at once, and give up only where that does not help.
+  # Keepers wait between restarts and never give up; supervisors restart at once, and give up if that does not help.
   #
-  # The queue comes before the sidecars and outlives them: it owns what must survive. If it dies itself, nobody
-  # knows what the sidecars work on, so they are started anew behind it, and what is durable is read from the journal.
+  # The queue starts before the sidecars and outlives them, since it owns the requests. If the queue dies, the sidecars'
+  # work cannot be matched to requests any more, so they are restarted after it, and durable requests are read from the
+  # journal.
 
   use Supervisor
 
-  # Whoever kills our processes by hand, or a script, stays below it; what cannot work goes over it at once.
+  # High enough that processes killed by hand or by a script do not exceed it; a child that cannot start exceeds it at
+  # once.
   @restarts [max_restarts: 50, max_seconds: 5]
 
   alias StarweaveImage.{Config, Journal, Keeper, Queue, Sidecar}
 
-  @doc "Starts an instance; with `yields?: true` one that ends as soon as somebody else starts one of its name."
+  @doc "Starts an instance; with `yields?: true`, it ends as soon as another one of the same name is started."
   @spec start_link(keyword, [{:yields?, boolean}]) :: Supervisor.on_start()
   def start_link(opts, how \\ []) do
     config = Config.new(opts)
@@ -79,7 +81,7 @@ defmodule StarweaveImage.Supervisor do
     Supervisor.init(children, [strategy: :rest_for_one] ++ @restarts)
   end
 
-  # The sidecars of the configuration, and behind them the spares of each kind.
+  # The configured sidecars, followed by the spares of each kind.
   defp layout(config) do
     kinds =
       case config[:sidecars] do
@@ -98,7 +100,7 @@ defmodule StarweaveImage.Supervisor do
 
     kept = [
       child: {Sidecar, :start_link, [sidecar]},
-      # Longer than everything that its `terminate/2` may wait for.
+      # Longer than everything that the sidecar's `terminate/2` may wait for.
       shutdown: config[:shutdown_grace] + 7_000
     ]
 
@@ -112,7 +114,7 @@ defmodule StarweaveImage.Supervisor do
   defp sidecars_name(name), do: Module.concat(name, "Sidecars")
 
   @doc false
-  # Called by whoever asks for it, not by the queue, which must not wait for a process to end.
+  # Runs in the caller, not in the queue, which must not wait for a process to end.
   @spec add_sidecar(atom, pos_integer, keyword) :: :ok | {:error, term}
   def add_sidecar(name, index, config) do
     child = sidecar_child(config, index, [], :active)

@@ -1,14 +1,16 @@
 defmodule StarweaveImage.Type do
   @moduledoc false
 
-  # What a value from outside may be: cast and described here, and nowhere else. `describe/1` completes "name must be …"
-  # in the words of the Python side (tests/contract/schema.json), `spec/2` says the same to Dialyzer.
+  # The types of values from outside: the only place where these are cast and described. `describe/1` completes "name
+  # must be …" in the same words as the Python side (tests/contract/schema.json); `spec/2` gives the typespec for
+  # Dialyzer.
   #
-  # Options are given by people: their types are described, and have a typespec. Messages and records come from programs,
-  # as maps with text as keys, and what is cast of them has atoms: `:record` and the types behind it are for those.
+  # Options are written by people, so their types have a description and a typespec. Messages and records come from
+  # programs, as maps with string keys, and are cast to maps with atom keys; `:record` and the types after it are for
+  # them.
   #
-  # A named type stands for what no parameters say well. Regular expressions stay inside functions, since newer
-  # releases of Erlang keep them out of module attributes.
+  # A named type is for rules that parameters cannot express. Regular expressions stay inside functions, since newer
+  # releases of Erlang do not allow them in module attributes.
 
   @type t ::
           :boolean
@@ -23,7 +25,7 @@ defmodule StarweaveImage.Type do
           | :image
           | :wait
           | {:integer, integer, integer}
-          # Milliseconds, whose name on the wire says so.
+          # Milliseconds; the name on the wire ends in `_ms`.
           | {:ms, integer, integer}
           | {:bytes, integer, integer}
           | {:multiple_of, pos_integer, integer, integer}
@@ -37,12 +39,12 @@ defmodule StarweaveImage.Type do
           | {:tuple, [t]}
           | {:either, [t]}
           | {:maybe, t}
-          # A keyword list of no others than these; what is nil there is left out.
+          # A keyword list with these keys only; nil values are left out.
           | {:options, [{atom, t}]}
           | {:function, arity}
-          # In words of its own where those of the parts would be too many.
+          # A type with its own description, where that of its parts would be too long.
           | {:described, String.t(), t}
-          # A map of which these are read, and all else is left.
+          # A map of which these keys are read, and all others ignored.
           | {:record, [{atom, t}]}
           | {:data, min_bytes :: pos_integer, max_bytes :: pos_integer}
           | :integer
@@ -54,12 +56,11 @@ defmodule StarweaveImage.Type do
 
   @max_prompt 8_192
   @max_image 12 * 1024 * 1024
-  # What a timer of the BEAM takes, in ms.
+  # The longest time that a BEAM timer accepts, in ms.
   @longest_wait 0xFFFFFFFF
 
   @doc """
-  The value as its type wants it.
-
+  Casts a value to the type.
       iex> StarweaveImage.Type.cast({:one_of, [:png, :jpeg]}, "jpeg")
       {:ok, :jpeg}
       iex> StarweaveImage.Type.cast({:number, 0, 50}, 7)
@@ -83,7 +84,7 @@ defmodule StarweaveImage.Type do
       when is_integer(value) and value >= min and value <= max and rem(value, n) == 0,
       do: {:ok, value}
 
-  # Minus zero becomes zero, for whoever reads it later.
+  # Normalises -0.0 to 0.0, for later readers of the value.
   def cast({:number, min, max}, value) when is_number(value) and value >= min and value <= max,
     do: {:ok, value + 0.0}
 
@@ -156,7 +157,7 @@ defmodule StarweaveImage.Type do
   def cast({:maybe, _type}, nil), do: {:ok, nil}
   def cast({:maybe, type}, value), do: cast(type, value)
 
-  # Of equal names the first one counts.
+  # If a name occurs more than once, the first one counts.
   def cast({:options, types}, options) do
     with true <- Keyword.keyword?(options),
          {:ok, values} <- options |> Enum.uniq_by(&elem(&1, 0)) |> each(&cast_option(types, &1)) do
@@ -280,7 +281,7 @@ defmodule StarweaveImage.Type do
   defp bound(integer), do: Integer.to_string(integer)
 
   @doc """
-  The type in the language of typespecs: of a value that was `:cast`, or of what may be `:given`.
+  The type as a typespec: that of values already `:cast`, or of values that may be `:given`.
 
       iex> StarweaveImage.Type.spec({:one_of, [:png, :jpeg]}, :cast) |> Macro.to_string()
       ":png | :jpeg"
@@ -296,7 +297,7 @@ defmodule StarweaveImage.Type do
   def spec({:text, _min, _max}, _as), do: quote(do: String.t())
   def spec({:multiple_of, _n, min, max}, as), do: spec({:integer, min, max}, as)
 
-  # A range of many digits says less than its name.
+  # A range of many digits is less readable than the type's name.
   def spec({name, 0, max}, _as) when name in [:integer, :ms, :bytes] and max > 0xFFFFFFFF,
     do: quote(do: non_neg_integer())
 
@@ -333,7 +334,7 @@ defmodule StarweaveImage.Type do
   def spec({:described, _words, type}, as), do: spec(type, as)
 
   @doc """
-  One of several, as a typespec has it.
+  The union of several typespecs.
 
       iex> [1, 2, 3] |> StarweaveImage.Type.union() |> Macro.to_string()
       "1 | 2 | 3"

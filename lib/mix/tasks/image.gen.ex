@@ -4,8 +4,8 @@ defmodule Mix.Tasks.Image.Gen do
   alias StarweaveImage.{Client, Config, Error, Image, Output, Request, Schema}
   alias StarweaveImage.Mix.{CommandLine, Progress}
 
-  # The groups of a request's options that are about the picture are switches; here is what a command adds or means
-  # otherwise. The rest of them is for a service.
+  # The option groups that describe the picture become switches. The changes below apply only to the command; the other
+  # groups of options are for services.
   [{drawing, to_draw}, {starting, to_start}, {file, of_file} | _] = Schema.groups()
   [{_, processes}] = Enum.filter(Config.groups(), fn {title, _} -> title == "Processes" end)
 
@@ -93,7 +93,7 @@ defmodule Mix.Tasks.Image.Gen do
     disabled: @unavailable
   }
   @request Keyword.keys(to_draw ++ to_start ++ of_file)
-  # One byte more than a picture may have, so that a larger one is seen to be too large.
+  # One byte above the limit for a picture, so that a larger file is recognised as too large.
   @most_read 12 * 1024 * 1024 + 1
   @default_timeout_s 3_600
   @start_timeout_ms 600_000
@@ -112,7 +112,7 @@ defmodule Mix.Tasks.Image.Gen do
 
   defp generate_with(opts) do
     with {:ok, job} <- job(opts) do
-      # What is said would stand in the picture.
+      # Messages on stdout would end up in the picture.
       opts = if Output.stdout?(opts[:out] || ""), do: Map.put(opts, :quiet, true), else: opts
       Mix.Task.run("app.start")
       unless opts[:verbose], do: Logger.configure(level: :warning)
@@ -144,7 +144,7 @@ defmodule Mix.Tasks.Image.Gen do
     end
   end
 
-  # What is to be done, checked as far as it can be before Python is started.
+  # The job, checked as far as possible before Python is started.
   defp job(%{list_models: true} = opts) do
     with {:ok, instance} <- instance_options(opts), do: {:ok, %{instance: instance}}
   end
@@ -223,7 +223,7 @@ defmodule Mix.Tasks.Image.Gen do
     end
   end
 
-  # What an instance needs to be started with, and whether another than ours cannot do.
+  # The options for an instance of our own, and whether the application's instance cannot be used.
   defp instance_options(opts) do
     start = Map.to_list(Map.take(opts, [:device, :dtype]))
 
@@ -269,7 +269,7 @@ defmodule Mix.Tasks.Image.Gen do
   end
 
   defp with_own_instance(wanted, fun) do
-    # Beside an instance of the application, if there is one.
+    # The application may have an instance running, so ours needs another name then.
     name = if Process.whereis(StarweaveImage), do: __MODULE__.Instance, else: StarweaveImage
     config = Application.get_env(:starweave_image, StarweaveImage, [])
     models = Keyword.get(config, :models, [])
@@ -281,7 +281,7 @@ defmodule Mix.Tasks.Image.Gen do
       |> Keyword.merge(name: name, models: models ++ added, sidecars: 1)
 
     with {:ok, supervisor} <- start(start) do
-      # Its end must not be ours: it is an error to report.
+      # If the instance ends, this process must survive to report the error.
       Process.unlink(supervisor)
 
       try do
@@ -315,7 +315,7 @@ defmodule Mix.Tasks.Image.Gen do
   ## The work
 
   defp perform(_job, instance, %{list_models: true} = opts) do
-    # In a pipe there is to be the table alone.
+    # A pipe must get nothing but the table.
     bar = Progress.new(quiet: opts[:quiet] == true, plain: false)
     bar = Progress.show(bar, {:phase, "Starting Python"})
     result = await_start(instance, now() + @start_timeout_ms, bar)
@@ -375,7 +375,7 @@ defmodule Mix.Tasks.Image.Gen do
 
       {:signal, code} ->
         Progress.clear(bar)
-        # Else the end of Python would wait for the request.
+        # Without this, stopping Python would wait for the request.
         _ = StarweaveImage.cancel(id, instance: instance)
         {:signal, code}
     after
@@ -383,7 +383,7 @@ defmodule Mix.Tasks.Image.Gen do
     end
   end
 
-  # In pieces, to draw how long it takes and to hear a signal.
+  # Waits in short intervals, to update the progress bar and to react to signals.
   defp await_start(instance, deadline, bar) do
     receive do
       {:signal, code} -> {:signal, code}
@@ -426,7 +426,7 @@ defmodule Mix.Tasks.Image.Gen do
     end
   end
 
-  # In a process of its own, since a pipe may wait for its reader for ever.
+  # Saved in a separate process, since writing to a pipe may wait for its reader for ever.
   defp saved(image, path) do
     Task.async(fn -> {:saved, Image.save(image, path)} end)
 

@@ -84,7 +84,7 @@ defmodule Mix.Tasks.Image.Models do
   defp command([name | _]),
     do: {:usage, "#{name} is none of #{Enum.join(@commands, ", ")}; see `mix help image.models`"}
 
-  # A model in a folder of its own has its id as its name here; Python takes the folder.
+  # A configured model with a `:path` is named by its id here; Python takes the folder.
   defp named("accept", options, config) do
     paths = for {id, entry} <- models(config), path = entry[:path], into: %{}, do: {id, path}
     Enum.map(options, &Map.get(paths, &1, &1))
@@ -92,7 +92,7 @@ defmodule Mix.Tasks.Image.Models do
 
   defp named(_name, options, _config), do: options
 
-  # The options that the instance's configuration adds to a command.
+  # The arguments that the instance's configuration adds to a command.
   defp configured("list", _options, config) do
     for {id, entry} <- models(config), path = entry[:path], do: "--local=#{id}=#{path}"
   end
@@ -116,7 +116,7 @@ defmodule Mix.Tasks.Image.Models do
     end
   end
 
-  # Python has no terminal to ask on. It is run once to show the plan, and again after the user has agreed.
+  # Python has no terminal to ask for consent on, so it runs once to show the plan, and again after the user has agreed.
   defp pull(python, options) do
     if Enum.any?(options, &(&1 in ~w(--yes --dry-run --offline --help -h))) do
       python(python, "pull", options)

@@ -1,8 +1,9 @@
 defmodule StarweaveImage.Queue.Admission do
   @moduledoc false
-  # Whether a request is taken in, and the error where it is not. A known id is the same request asked for again, which
-  # costs nothing. What is new must be possible (durable, an instance that works), not refused for what became of its
-  # like, and find room in the queue; a token of the rate is taken last, from those alone who are taken in. Pure.
+  # Whether a request is accepted, and the error if it is refused. A known id means that the same request is made again,
+  # which costs nothing. A new request needs a working instance (and a journal if it is durable), must not be in
+  # quarantine, and must find room in the queue. The rate limit is checked last, so that refused requests use no tokens.
+  # Pure.
 
   alias StarweaveImage.{Error, Request}
   alias StarweaveImage.Queue.{Fleet, Job, RateLimit, Schedule, Verdict}
@@ -11,7 +12,7 @@ defmodule StarweaveImage.Queue.Admission do
   defstruct [:journal?, :rates]
 
   @type t :: %__MODULE__{journal?: boolean, rates: RateLimit.t()}
-  @typedoc "How things stand, with the time in ms."
+  @typedoc "What the decision depends on, with the time in ms."
   @type facts :: %{fleet: Fleet.t(), verdict: Verdict.t(), schedule: Schedule.t(), now: integer}
 
   @spec new(keyword) :: t
@@ -21,8 +22,8 @@ defmodule StarweaveImage.Queue.Admission do
   end
 
   @doc """
-  What becomes of a request that is `owned?` by its caller, where the job `known` has its id: it joins that one, it is
-  taken in (in the place of the known one, if that had failed), or it is refused.
+  Decides about a request, which may be `owned?` by its caller; `known` is the job that already has its id, or nil. The
+  request joins that job, is accepted (and replaces that job, if it had failed), or is refused.
   """
   @spec decide(t, Request.t(), boolean, Job.t() | nil, facts) ::
           :join | {:take_in, t} | {:error, Error.t()}

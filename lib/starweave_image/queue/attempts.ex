@@ -1,8 +1,8 @@
 defmodule StarweaveImage.Queue.Attempts do
   @moduledoc false
-  # The attempts of requests: which one begins next and where, and what becomes of a request, and of others with it, when
-  # its attempt ends. Joins `Schedule`, which knows the places, and `Verdict`, which knows what speaks against whom, so
-  # that both are always told the same of a request. Pure; the queue does what is decided here.
+  # The attempts of requests: which one begins next and where, and what follows from its end, for its own request and
+  # for others. Keeps `Schedule`, which has the places of requests, and `Verdict`, which has the evidence against them,
+  # in step. Pure; the queue carries out the decisions.
 
   alias StarweaveImage.{Error, Request}
   alias StarweaveImage.Queue.{Fleet, Schedule, Verdict}
@@ -14,8 +14,8 @@ defmodule StarweaveImage.Queue.Attempts do
   @type id :: Schedule.id()
   @type index :: Schedule.index()
   @typedoc """
-  What becomes of a request: it waits for its next attempt, for a reason of `Schedule.return/4`; it stands aside for a
-  pause in ms before that; it waits for one by another model, with those that may take its place in turn; or it ends.
+  What follows for a request: it waits for its next attempt, for a reason of `Schedule.return/4`; it stands aside for a
+  pause in ms first; it waits for an attempt with another model, and with further fallbacks after that one; or it ends.
   """
   @type outcome ::
           {:again, id, :died | :stopped | :yielded}
@@ -27,7 +27,7 @@ defmodule StarweaveImage.Queue.Attempts do
   def new(config),
     do: %__MODULE__{schedule: Schedule.new(config), verdict: Verdict.new(config)}
 
-  @doc "Takes a request in, with the options of `Schedule.push/4`."
+  @doc "Adds a request, with the options of `Schedule.push/4`."
   @spec open(t, id, :waiting | :aside, keyword) :: t
   def open(attempts, id, place, options) do
     company = Verdict.company(attempts.verdict, id)
@@ -35,7 +35,7 @@ defmodule StarweaveImage.Queue.Attempts do
     %{attempts | schedule: schedule}
   end
 
-  @doc "As `Verdict.recovered/3`, before the request of an earlier life is taken in again."
+  @doc "As `Verdict.recovered/3`; called before a request from an earlier run of the application is added."
   @spec recovered(t, id, non_neg_integer) :: {:go_on, t} | {:give_up, Error.t()}
   def recovered(attempts, id, ends) do
     with {:go_on, verdict} <- Verdict.recovered(attempts.verdict, id, ends),
@@ -43,8 +43,7 @@ defmodule StarweaveImage.Queue.Attempts do
   end
 
   @doc """
-  As `Schedule.next/1`, with the ms for which a sidecar rests. `left` says how many ms a request has until its
-  deadline.
+  As `Schedule.next/1`, with the ms for which a sidecar rests. `left` gives the ms until a request's deadline.
   """
   @spec next(t, (id -> integer)) ::
           {:run, id, index, t}
@@ -66,8 +65,8 @@ defmodule StarweaveImage.Queue.Attempts do
   end
 
   @doc """
-  A sidecar died for `reason`: what becomes of each request that ran there, the oldest first. `open` are all requests
-  that have not ended, by their ids.
+  A sidecar died for `reason`. Returns the outcome of each request that ran there, oldest first. `open` has all
+  unfinished requests by id.
   """
   @spec died(t, index, Verdict.death(), %{id => Request.t()}, String.t(), integer) ::
           {[outcome], t}
@@ -77,7 +76,7 @@ defmodule StarweaveImage.Queue.Attempts do
     Enum.map_reduce(running, attempts, &judge(&2, open[&1], open, reason, now))
   end
 
-  # The same seed goes out again: it was drawn before the first attempt.
+  # The next attempt has the same seed, which was drawn before the first one.
   defp judge(%{verdict: verdict} = attempts, %{id: id} = request, open, reason, now) do
     case Verdict.judge(verdict, request, reason, now) do
       {:again, company} ->
@@ -94,7 +93,8 @@ defmodule StarweaveImage.Queue.Attempts do
     end
   end
 
-  # Others of the content of one that was given up are no worse for it, but the rest is spared their company.
+  # Other requests with the content of one that was given up are not penalised, but from now on they run alone, so that
+  # a death takes no other work with it.
   defp suspect(attempts, %{id: given_up, content: content}, open) do
     for {id, %{content: ^content}} when id != given_up <- open,
         Verdict.company(attempts.verdict, id) == :any,
@@ -105,7 +105,7 @@ defmodule StarweaveImage.Queue.Attempts do
     end
   end
 
-  @doc "A sidecar was stopped in order: what it did not finish has cost no life."
+  @doc "A sidecar was stopped on purpose: its unfinished requests are not blamed for its end."
   @spec stopped(t, index) :: {[outcome], t}
   def stopped(attempts, index) do
     {running, schedule} = Schedule.lost(attempts.schedule, index)
@@ -118,7 +118,8 @@ defmodule StarweaveImage.Queue.Attempts do
   @doc "An attempt ended with an error, with the facts that `Verdict.failed/3` needs."
   @spec failed(t, id, Error.t(), map) :: {outcome, t}
   def failed(attempts, id, %{kind: :cancelled}, facts) do
-    # Not by its owner, or it would have ended: to make room for an interactive one, or else its sidecar shuts down.
+    # A cancel by the owner would have ended the request. So either it makes room for an interactive request, or its
+    # sidecar is shutting down.
     if Schedule.yielding?(attempts.schedule, id),
       do: {{:again, id, :yielded}, return(attempts, id, :waiting, :yielded)},
       else: failed(attempts, id, Fleet.unavailable("the sidecar stopped"), facts)
@@ -144,14 +145,14 @@ defmodule StarweaveImage.Queue.Attempts do
     %{attempts | schedule: schedule, verdict: verdict}
   end
 
-  @doc "A request came to a good end at a sidecar, in `run_ms`, of which a model's load took `load_ms`."
+  @doc "A request succeeded at a sidecar in `run_ms`, of which loading a model took `load_ms`."
   @spec done(t, Request.t(), index, non_neg_integer, non_neg_integer, integer) :: t
   def done(attempts, request, index, run_ms, load_ms, now) do
     verdict = Verdict.done(attempts.verdict, request, now)
     %{measured(attempts, index, run_ms, load_ms) | verdict: verdict}
   end
 
-  @doc "An attempt ended at a sidecar with an answer that was none."
+  @doc "An attempt ran to its end at a sidecar, but its answer could not be used."
   @spec measured(t, index, non_neg_integer, non_neg_integer) :: t
   def measured(attempts, index, run_ms, load_ms),
     do: %{attempts | schedule: Schedule.measure(attempts.schedule, index, run_ms, load_ms)}

@@ -1,15 +1,15 @@
 defmodule StarweaveImage.Queue.Crew do
   @moduledoc false
-  # The queue's sidecars as processes: their owners are watched, told their roles and sent messages, spares take over,
-  # operations go to all of them, and whoever waits for a start, a drain or an operation is answered. What is decided here
-  # is decided by `Fleet`, which knows how each one is, and by `Operations`; both are pure. Requests are the queue's.
+  # The queue's sidecars as processes: monitors their owners, tells them their roles, sends them messages, lets spares
+  # take over, runs operations on all of them, and answers callers that wait for a start, a drain or an operation. The
+  # pure modules `Fleet`, which has the state of each sidecar, and `Operations` decide. Requests belong to the queue.
 
   require Logger
 
   alias StarweaveImage.{Error, Sidecar}
   alias StarweaveImage.Queue.{Fleet, Operations}
 
-  # `awaiting_start` and `drains` hold who waits for an answer, the latter by the index of a sidecar.
+  # `awaiting_start` and `drains` hold the callers that wait for an answer, the latter by the index of a sidecar.
   @enforce_keys [:name, :preload, :fleet]
   defstruct [
     :name,
@@ -25,7 +25,7 @@ defmodule StarweaveImage.Queue.Crew do
   @typedoc "The ids of the requests that each sidecar works on."
   @type taken :: %{index => [String.t()]}
 
-  @doc "The crew of an instance, which nobody was heard of yet. The calling process owns the table of `available?/1`."
+  @doc "The crew of an instance, before any sidecar reported. The calling process owns the table of `available?/1`."
   @spec new(keyword) :: t
   def new(config) do
     name = config[:name]
@@ -34,12 +34,12 @@ defmodule StarweaveImage.Queue.Crew do
     put(%__MODULE__{name: name, preload: config[:preload], fleet: fleet}, fleet)
   end
 
-  @doc "Whether a sidecar is up, as last known: answered by a table, whatever the queue is doing."
+  @doc "Whether a sidecar is up, as last known. Reads a table, so it works even while the queue is busy."
   @spec available?(atom) :: boolean
   def available?(name) do
     :ets.lookup_element(table(name), :available?, 2)
   rescue
-    # No queue, no table.
+    # The queue is not running, so its table does not exist.
     ArgumentError -> false
   end
 
@@ -54,15 +54,15 @@ defmodule StarweaveImage.Queue.Crew do
   @spec get(t, index) :: Fleet.Seat.t() | nil
   def get(crew, index), do: Fleet.get(crew.fleet, index)
 
-  @doc "News of a sidecar, as of `Fleet.update/3`."
+  @doc "Updates a sidecar, as `Fleet.update/3`."
   @spec update(t, index, map | keyword) :: t
   def update(crew, index, news), do: put(crew, Fleet.update(crew.fleet, index, news))
 
-  @doc "A sidecar says something of itself, as of `Fleet.heard/3`."
+  @doc "A sidecar reports its own state, as in `Fleet.heard/3`."
   @spec heard(t, index, Fleet.news()) :: t
   def heard(crew, index, news), do: put(crew, Fleet.heard(crew.fleet, index, news))
 
-  @doc "What `Schedule.sidecar/3` is to know of it."
+  @doc "The options of a sidecar for `Schedule.sidecar/3`."
   @spec slots(t, index) :: keyword
   def slots(crew, index) do
     seat = get(crew, index)
@@ -79,9 +79,9 @@ defmodule StarweaveImage.Queue.Crew do
     Sidecar.send_message(seat.pid, seat.generation, message)
   end
 
-  ## Who there is
+  ## Members
 
-  @doc "One more sidecar, with options of its own; its owner is started by whoever asks for it."
+  @doc "Adds a sidecar with options of its own. The caller starts its owner."
   @spec add(t, keyword) :: {index, t}
   def add(crew, options) do
     {index, fleet} = Fleet.add(crew.fleet, options)
@@ -91,15 +91,15 @@ defmodule StarweaveImage.Queue.Crew do
   @spec remove(t, index) :: t
   def remove(crew, index), do: put(crew, Fleet.remove(crew.fleet, index))
 
-  @doc "A new owner of a sidecar is heard; the one before it must be off."
+  @doc "Registers a sidecar's new owner; its predecessor must have been signed off."
   @spec sign_on(t, index, {birth :: integer, pid}) :: t
   def sign_on(crew, index, {birth, pid}) do
-    # It was started with the role of its predecessor's first day.
+    # The owner was started with the role that the seat had at first, which may have changed since.
     Sidecar.set_role(pid, get(crew, index).role)
     update(crew, index, pid: pid, birth: birth, monitor: Process.monitor(pid))
   end
 
-  @doc "The owner of a sidecar is gone, or another one takes its place; `:off` where there was none."
+  @doc "Removes the owner of a sidecar, which is gone or being replaced; `:off` if there is none."
   @spec sign_off(t, index) :: {:ok, t} | :off
   def sign_off(crew, index) do
     case get(crew, index) do
@@ -112,12 +112,12 @@ defmodule StarweaveImage.Queue.Crew do
     end
   end
 
-  @doc "The Python process of a sidecar is no more, or not yet."
+  @doc "The Python process of a sidecar has ended, or could not be started."
   @spec ended(t, index, atom, String.t()) :: t
   def ended(crew, index, phase, sentence),
     do: put(crew, Fleet.ended(crew.fleet, index, phase, sentence))
 
-  @doc "Spares take over from active sidecars that are gone. Gives the indexes of all of them."
+  @doc "Lets spares take over from active sidecars that are gone. Returns the indexes of all that changed."
   @spec relieve(t) :: {[index], t}
   def relieve(crew) do
     case Fleet.relieve(crew.fleet) do
@@ -127,7 +127,7 @@ defmodule StarweaveImage.Queue.Crew do
         if gone_pid = Fleet.get(fleet, gone).pid, do: Sidecar.set_role(gone_pid, :standby)
         Sidecar.set_role(pid, :active)
 
-        # Nobody is told when it is loaded: a request that needs the model waits for the same load.
+        # No caller waits for this operation: a request that needs the model waits for the same load.
         for model <- crew.preload do
           id = "preload-#{String.replace(model, "/", ":")}"
           send_to_seat(seat, %{t: "load_model", id: id, model: model})
@@ -141,14 +141,14 @@ defmodule StarweaveImage.Queue.Crew do
     end
   end
 
-  ## Who waits for them
+  ## Waiting callers
 
-  @doc "Answers `from` when there is an outcome of the start, `:ok` or an error."
+  @doc "Answers `from` with `:ok` or an error once the start has succeeded or failed."
   @spec await_start(t, GenServer.from(), taken) :: t
   def await_start(crew, from, taken),
     do: settle(%{crew | awaiting_start: [from | crew.awaiting_start]}, taken)
 
-  @doc "Answers those who wait for the outcome of the start, once there is one."
+  @doc "Answers the callers that wait for the start, once its outcome is known."
   @spec settle(t, taken) :: t
   def settle(%{awaiting_start: []} = crew, _taken), do: crew
 
@@ -165,14 +165,14 @@ defmodule StarweaveImage.Queue.Crew do
     end
   end
 
-  @doc "The sidecar takes no more work; answers `from` when it has none left, of that which it has `taken`."
+  @doc "Stops sending work to the sidecar; answers `from` when the requests it has `taken` are done."
   @spec drain(t, index, GenServer.from(), [String.t()]) :: t
   def drain(crew, index, from, taken) do
     drains = Map.update(crew.drains, index, [from], &[from | &1])
     %{crew | drains: drains} |> update(index, draining?: true) |> drained(index, taken)
   end
 
-  @doc "Answers those who wait for the sidecar to have no work left, where that is so."
+  @doc "Answers the callers that wait for the sidecar to drain, if it has no work left."
   @spec drained(t, index, [String.t()]) :: t
   def drained(crew, index, []) do
     {waiting, drains} = Map.pop(crew.drains, index, [])
@@ -182,7 +182,9 @@ defmodule StarweaveImage.Queue.Crew do
 
   def drained(crew, _index, _taken), do: crew
 
-  @doc "Asks all sidecars at work, or the first that will be, for something; answers `from` when all have done it."
+  @doc """
+  Starts an operation on all sidecars at work, or on the first that will be; answers `from` when all have done it.
+  """
   @spec operate(t, String.t(), String.t(), GenServer.from()) :: t
   def operate(crew, type, model, from) do
     id = "#{type}-#{System.unique_integer([:positive])}"
@@ -190,7 +192,7 @@ defmodule StarweaveImage.Queue.Crew do
     begin_operations(%{crew | operations: Operations.add(crew.operations, id, message, from)})
   end
 
-  @doc "Begins the operations for which nobody was at work yet."
+  @doc "Begins the operations that waited for a sidecar to be at work."
   @spec begin_operations(t) :: t
   def begin_operations(crew) do
     at_work = Fleet.at_work(crew.fleet)
@@ -199,16 +201,16 @@ defmodule StarweaveImage.Queue.Crew do
     %{crew | operations: operations}
   end
 
-  @doc "Whether an answer of a sidecar is to an operation."
+  @doc "Whether this id of a sidecar's answer belongs to an operation."
   @spec operation?(t, String.t()) :: boolean
   def operation?(crew, id), do: Operations.known?(crew.operations, id)
 
-  @doc "One of the sidecars has done its part of an operation, or has not for an error."
+  @doc "One of the sidecars has done its part of an operation, or has failed with an error."
   @spec operated(t, String.t(), index, Error.t() | nil) :: t
   def operated(crew, id, index, error),
     do: crew.operations |> Operations.done(id, index, error) |> answer(crew)
 
-  @doc "A sidecar does not do its part of any operation: it has ended."
+  @doc "A sidecar has ended, so no operation waits for it any more."
   @spec operations_lost(t, index, String.t()) :: t
   def operations_lost(crew, index, sentence) do
     error = Error.new(:unavailable, sentence)
@@ -221,7 +223,7 @@ defmodule StarweaveImage.Queue.Crew do
   end
 
   @doc """
-  Whether a sidecar works on what none of the requests with these models waits for: an operation, or another load.
+  Whether a sidecar does work that no request for one of these models waits for: an operation, or another load.
   """
   @spec other_work?(t, index, [String.t()]) :: boolean
   def other_work?(crew, index, models) do

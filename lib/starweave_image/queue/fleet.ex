@@ -1,10 +1,10 @@
 defmodule StarweaveImage.Queue.Fleet do
   @moduledoc false
-  # What the queue knows of its sidecars: which there are, who is active and who stands by, and how each is.
-  # Pure; the messages to and from them are the queue's.
+  # What the queue knows of its sidecars: which exist, which are active or on standby, and the state of each.
+  # Pure; the queue sends and receives the messages.
   #
-  # A seat is a sidecar's number, with what its owner process said last. Seats of one kind have the same
-  # options, so that a spare of a kind can take over from any active one of it.
+  # A seat is the numbered place of a sidecar, with the last report of its owner process. Seats of one kind have the
+  # same options, so that a spare can take over from any active sidecar of its kind.
 
   alias StarweaveImage.Error
 
@@ -21,7 +21,7 @@ defmodule StarweaveImage.Queue.Fleet do
       :catalog,
       :heartbeat,
       :error,
-      # Of its present owner process, or of the last one.
+      # Of the present owner process, or of the last one if there is none.
       birth: nil,
       role: :active,
       draining?: false,
@@ -33,7 +33,7 @@ defmodule StarweaveImage.Queue.Fleet do
     ]
   end
 
-  # `last`: the highest index that ever was, for none is given twice.
+  # `last`: the highest index used so far. Indexes are never reused.
   defstruct [:enabled?, :last, seats: %{}]
 
   @type index :: pos_integer
@@ -59,9 +59,9 @@ defmodule StarweaveImage.Queue.Fleet do
   def get(fleet, index), do: fleet.seats[index]
 
   @doc """
-  Whose news these are. Each owner process is born with a larger number than those before it, so that a former one is
-  known as such however late it is heard: its keeper may have been killed, and the next owner is heard while it still
-  ends its Python process.
+  Which owner sent a message. Each owner process has a larger birth number than those before it, so messages of a former
+  owner are recognised however late they arrive. After a keeper is killed, for example, the next owner can report while
+  the former one is still ending its Python process.
   """
   @spec owner(t, index, {birth :: integer, pid}) :: :present | :new | :former | :of_no_seat
   def owner(fleet, index, {birth, _pid}) do
@@ -83,16 +83,16 @@ defmodule StarweaveImage.Queue.Fleet do
   @spec update(t, index, map | keyword) :: t
   def update(fleet, index, news), do: put(fleet, struct!(fleet.seats[index], news))
 
-  @typedoc "What a sidecar says of itself: how it is, that it is ready, that it stops in order, and which models it knows."
+  @typedoc "A sidecar's report: its state, that it is ready, that it is being stopped on purpose, or its models."
   @type news ::
           {:state, map} | {:ready, map} | :stopping | {:message, %{t: :models, models: [map]}}
 
-  @doc "A sidecar says something of itself."
+  @doc "A sidecar reports its own state."
   @spec heard(t, index, news) :: t
   def heard(fleet, index, {:state, seen}) do
     capacity = seen.heartbeat && seen.heartbeat.capacity
     ready? = fleet.seats[index].ready != nil
-    # Before it is ready, its heartbeats tell a capacity that it does not know yet.
+    # Before the sidecar is ready, the capacity in its heartbeats is not yet meaningful.
     seen = if ready? and capacity, do: Map.put(seen, :capacity, capacity), else: seen
     update(fleet, index, seen)
   end
@@ -107,13 +107,13 @@ defmodule StarweaveImage.Queue.Fleet do
     )
   end
 
-  # What it does not finish then has cost no life.
+  # Requests that it leaves unfinished are not blamed for its end.
   def heard(fleet, index, :stopping), do: update(fleet, index, stopping?: true)
 
   def heard(fleet, index, {:message, %{t: :models, models: models}}),
     do: update(fleet, index, catalog: models)
 
-  @doc "The process of a sidecar is no more, or not yet."
+  @doc "The process of a sidecar has ended, or could not be started."
   @spec ended(t, index, atom, String.t()) :: t
   def ended(fleet, index, state, why) do
     update(fleet, index,
@@ -132,13 +132,12 @@ defmodule StarweaveImage.Queue.Fleet do
   def open?(seat),
     do: seat.ready != nil and seat.role == :active and not seat.draining? and not seat.stopping?
 
-  @doc "Who is ready to work: the active ones, in order."
+  @doc "The active seats that are ready to work, in order."
   @spec at_work(t) :: [Seat.t()]
   def at_work(fleet), do: for(%{ready: ready} = seat <- active(fleet), ready != nil, do: seat)
 
   @doc """
-  Puts a spare that is ready in the place of an active sidecar of its kind that had worked and is gone, if there are
-  both.
+  Lets a ready spare take over from an active sidecar of its kind that had worked and is gone, if both exist.
   """
   @spec relieve(t) :: {:ok, gone :: index, spare :: index, t} | :none
   def relieve(fleet) do
@@ -161,24 +160,24 @@ defmodule StarweaveImage.Queue.Fleet do
   defp sorted(fleet), do: fleet.seats |> Map.values() |> Enum.sort_by(& &1.index)
   defp active(fleet), do: fleet |> sorted() |> Enum.filter(&(&1.role == :active))
 
-  ## What is to be told
+  ## What callers see
 
-  @doc "Of the whole fleet, with the ids that each one works on."
+  @doc "The state of the whole fleet, given the ids of the requests that each sidecar works on."
   @spec state(t, %{index => [String.t()]}) :: atom
   def state(%{enabled?: false}, _taken), do: :disabled
 
   def state(fleet, taken) do
-    # What was never heard of is as good as starting.
+    # A sidecar that has not reported yet counts as starting.
     phases = Enum.map(active(fleet), &phase(&1, taken))
 
     Enum.find([:loading, :busy, :ready, :stalled, :starting, :down], :starting, &(&1 in phases))
   end
 
-  @doc "Whether no sidecar works and none is about to."
+  @doc "Whether no sidecar works or is starting."
   @spec down?(t) :: boolean
   def down?(fleet), do: state(fleet, %{}) == :down
 
-  @doc "The error with which nothing is taken in at all; nil where work is, or may soon be, possible."
+  @doc "The error with which every request is refused; nil if work is possible, or may soon be."
   @spec closed(t) :: Error.t() | nil
   def closed(fleet) do
     case state(fleet, %{}) do
@@ -193,7 +192,7 @@ defmodule StarweaveImage.Queue.Fleet do
     end
   end
 
-  @doc "The error where nothing can be done, for a reason that is no sentence of its own."
+  @doc "The error for an instance that cannot work. `reason` is part of a sentence."
   @spec unavailable(String.t()) :: Error.t()
   def unavailable(reason),
     do: Error.new(:unavailable, "image generation is not available: #{reason}")
@@ -205,7 +204,7 @@ defmodule StarweaveImage.Queue.Fleet do
   @spec error(t) :: String.t() | nil
   def error(fleet), do: Enum.find_value(active(fleet), & &1.error)
 
-  # Between two heartbeats our own count knows better.
+  # Between two heartbeats the queue's own count of requests is more recent.
   defp phase(%{state: :draining}, _taken), do: :busy
 
   defp phase(%{state: :ready, index: index}, taken),
@@ -213,12 +212,11 @@ defmodule StarweaveImage.Queue.Fleet do
 
   defp phase(%{state: state}, _taken), do: state
 
-  # Of what several sidecars say of the same model, what is of most use to a request.
+  # Where sidecars report different states of a model, the one most useful to a request wins: the first in this list.
   @states ~w(loaded loading available remote failed absent)a
 
   @doc """
-  The models of the sidecars that are up, or else what is left of the last word of one that was: nothing is loaded
-  there any more.
+  The models of the sidecars that are up. If none is, the last report of one that was, with no model loaded any more.
   """
   @spec models(t) :: [map]
   def models(fleet) do
@@ -237,7 +235,7 @@ defmodule StarweaveImage.Queue.Fleet do
     end
   end
 
-  @doc "The id of a model by that or an alias; as it is where no card has it."
+  @doc "The model's id, given its id or an alias; unchanged if no card has it."
   @spec canonical(t, String.t()) :: String.t()
   def canonical(fleet, model) do
     case card(fleet, model) do
@@ -246,7 +244,7 @@ defmodule StarweaveImage.Queue.Fleet do
     end
   end
 
-  @doc "The models that may draw in the place of one that cannot be used."
+  @doc "The models that may replace one that cannot be used."
   @spec fallbacks(t, String.t()) :: [String.t()]
   def fallbacks(fleet, model) do
     card = card(fleet, model)

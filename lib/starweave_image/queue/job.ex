@@ -1,15 +1,15 @@
 defmodule StarweaveImage.Queue.Job do
   @moduledoc false
-  # What the queue knows of one accepted request: who waits for it, how far it has come, and what its sidecar has
-  # sent of it. Where it waits or runs, `Schedule` knows.
+  # The queue's state of one accepted request: who waits for it, its progress, and what its sidecar has sent so far. Its
+  # place in the queue or at a sidecar is in `Schedule`.
 
   alias StarweaveImage.{Error, Image, Result, Schema, Text}
   alias StarweaveImage.Queue.Verdict
 
-  # `serial` tells it from an earlier one of the same id. `owners` are the processes that wait for it; when all are gone
-  # it is cancelled, unless it was also submitted. `status`: `:journaling` until it is on disk, `:open`, `:ending` until
-  # its end is on disk, `:finished`. `told` is the place that its watchers were told last. `ends`: lives of the
-  # application that ended while it ran.
+  # `serial` distinguishes the job from an earlier one with the same id. `owners` are the processes that wait for it;
+  # when all are gone it is cancelled, unless it was also submitted. `status`: `:journaling` until it is on disk,
+  # `:open`, `:ending` until its end is on disk, `:finished`. `told` is the last place in the queue that subscribers
+  # were told. `ends`: how many times the application ended while the request ran.
   defstruct [
     :request,
     :serial,
@@ -41,14 +41,14 @@ defmodule StarweaveImage.Queue.Job do
 
   @type t :: %__MODULE__{}
   @type result :: {:ok, [Result.any_kind()]} | {:error, Error.t()}
-  # A process, or a stream by its alias, which is also told when no more comes.
+  # A process, or the alias of a stream. A stream is also told when there are no further events.
   @type subscriber :: {:process, pid} | {:alias, reference}
 
   @timings ~w(queue load denoise decode encode total)a
 
   ## Clocks
 
-  @doc "Has `{:timer, kind, id, serial}` sent to the calling process in `ms`; none where that is nil."
+  @doc "Starts a timer that sends `{:timer, kind, id, serial}` to the calling process in `ms`; none if that is nil."
   @spec start_timer(t, atom, non_neg_integer | nil) :: t
   def start_timer(job, _kind, nil), do: job
 
@@ -57,7 +57,7 @@ defmodule StarweaveImage.Queue.Job do
     put_in(job.timers[kind], Process.send_after(self(), message, ms))
   end
 
-  @doc "Its timer of this kind fires no more, also where its message is already in the mailbox."
+  @doc "Stops the job's timer of this kind, and removes its message if that is already in the mailbox."
   @spec stop_timer(t, atom) :: t
   def stop_timer(job, kind) do
     {timer, timers} = Map.pop(job.timers, kind)
@@ -65,7 +65,7 @@ defmodule StarweaveImage.Queue.Job do
     %{job | timers: timers}
   end
 
-  # It has fired already, and its message would be taken for that of a later timer of the same kind.
+  # The timer has fired already, and its message would be taken for that of a later timer of the same kind.
   defp forget_timer(kind, %{serial: serial, request: %{id: id}}) do
     receive do
       {:timer, ^kind, ^id, ^serial} -> :ok
@@ -77,14 +77,14 @@ defmodule StarweaveImage.Queue.Job do
   @spec stop_timers(t) :: t
   def stop_timers(job), do: Enum.reduce(Map.keys(job.timers), job, &stop_timer(&2, &1))
 
-  @doc "Whether it has ended in a way that lets the same be asked for again."
+  @doc "Whether the request has failed, so that the same id may be requested again."
   @spec failed?(t) :: boolean
   def failed?(%{status: :finished, result: {kind, outcome}}),
     do: kind == :error or {kind, outcome} == {:stored, :error}
 
   def failed?(_job), do: false
 
-  @doc "It has its result, and is kept for that alone. Who asks for the same again is known by the digest of it."
+  @doc "The job reduced to its result. The digest that remains recognises the same request when it is made again."
   @spec ended(t) :: t
   def ended(job) do
     request = %{job.request | image: nil, images: nil, mask: nil}
@@ -94,7 +94,7 @@ defmodule StarweaveImage.Queue.Job do
 
   ## Attempts
 
-  @doc "An attempt begins at `now`, or is over: of an earlier one nothing counts."
+  @doc "An attempt begins at `now`; discards what earlier ones have produced."
   @spec begin(t, integer) :: t
   def begin(job, now) do
     job = %{job | dispatched_at: now, accepted: nil, first_step: nil, loaded_at: nil}
@@ -104,11 +104,11 @@ defmodule StarweaveImage.Queue.Job do
   @spec reset(t) :: t
   def reset(job), do: %{job | images: [], progress: %{}, previews: %{}}
 
-  @doc "It is tried again after a failure that may pass."
+  @doc "Counts another retry, after a temporary failure."
   @spec retry(t) :: t
   def retry(job), do: %{job | retries: job.retries + 1}
 
-  @doc "Another model is to draw it, because of the error; and then the `rest` may."
+  @doc "Replaces the job's model because of an error; `rest` are the fallbacks after that one."
   @spec replace_model(t, String.t(), [String.t()], Error.t()) :: t
   def replace_model(job, model, rest, error) do
     named = if job.model, do: "Model #{job.model}", else: "The default model"
@@ -117,8 +117,8 @@ defmodule StarweaveImage.Queue.Job do
   end
 
   @doc """
-  The error of a job whose timer of this kind has fired; nil where that does not end it. `deaths`: of sidecars under
-  it.
+  The error of a job whose timer of this kind has fired; nil if that does not end the job. `deaths` counts the sidecars
+  that died while running it.
   """
   @spec timed_out(t, atom, non_neg_integer) :: Error.t() | nil
   def timed_out(%{request: request} = job, kind, deaths) do
@@ -150,9 +150,9 @@ defmodule StarweaveImage.Queue.Job do
   defp died(n),
     do: "; the Python process ended under it #{n} times, which is not shown to be its own doing"
 
-  ## What its sidecar sends
+  ## Messages from its sidecar
 
-  @doc "What a message of the wire says of it while it runs, and the event that tells of that, where one does."
+  @doc "Takes a message of the wire about the running job; returns the event for its subscribers, or nil."
   @spec heard(t, map, pos_integer, integer) :: {t, {:progress | :preview, map} | nil}
   def heard(job, message, attempt, now) do
     case message.t do
@@ -163,7 +163,7 @@ defmodule StarweaveImage.Queue.Job do
     end
   end
 
-  # With the ms that are left, by what went before.
+  # Adds the remaining ms, estimated from the progress so far.
   defp progress(job, progress, attempt, now) do
     num_images = job.request.num_images
     done = progress.image * progress.steps + progress.step
@@ -190,18 +190,18 @@ defmodule StarweaveImage.Queue.Job do
     {%{job | progress: Map.put(job.progress, event.image, event)}, {:progress, event}}
   end
 
-  @doc "How far an attempt has come at `now`, for `Verdict`."
+  @doc "How far the attempt has come at `now`, for `Verdict`."
   @spec point(t, integer) :: Verdict.point()
   def point(%{dispatched_at: sent, loaded_at: nil}, now), do: {now - sent, {:load, now - sent}}
   def point(job, now), do: {now - job.dispatched_at, {:work, now - job.loaded_at}}
 
   defp preview(job, preview) do
-    # A copy, or whoever keeps it would keep all that was read from the port with it.
+    # Copied, since the data is a part of a larger binary from the port, which would stay in memory with it.
     event = %{Map.drop(preview, [:t, :g]) | data: :binary.copy(preview.data)}
     {%{job | previews: Map.put(job.previews, event.image, event)}, {:preview, event}}
   end
 
-  @doc "Its results, with the `done` message of the wire."
+  @doc "The job's result, from the parts received and the `done` message of the wire."
   @spec result(t, map, pos_integer) :: result
   def result(%{accepted: nil}, _done, _attempts), do: incomplete("the answer was not complete")
 
@@ -255,7 +255,7 @@ defmodule StarweaveImage.Queue.Job do
     struct!(Result, Map.merge(common, own))
   end
 
-  # `done` has those of the first image, and the seeds of all; each file has its own.
+  # `done` has the parameters of the first image and the seeds of all; each file gets its own seed.
   defp own_parameters(%{"variation_seed" => _} = parameters, seed),
     do: parameters |> Map.delete("seeds") |> Map.put("variation_seed", seed)
 
@@ -263,7 +263,7 @@ defmodule StarweaveImage.Queue.Job do
     do: parameters |> Map.delete("seeds") |> Map.replace("seed", seed)
 
   @doc """
-  The error of an `error` message of the wire. Kinds and fields that are not known here are those of a later version.
+  The error of an `error` message of the wire. Unknown kinds and fields are taken to be from a later version.
 
       iex> message = %{kind: "invalid_request", message: "no", field: "images[1]", retryable: nil}
       iex> StarweaveImage.Queue.Job.error(message).details
@@ -273,30 +273,30 @@ defmodule StarweaveImage.Queue.Job do
   def error(message) do
     kind = Enum.find(Error.kinds(), :internal, &(Atom.to_string(&1) == message.kind))
 
-    # Of a list it names the place, such as "images[1]".
+    # For a list, the field includes the position, as in "images[1]".
     field = message.field && Schema.name(message.field |> String.split("[") |> hd())
     error = Error.new(kind, message.message, if(field, do: %{field: field}, else: %{}))
     if message.retryable == nil, do: error, else: %{error | retryable?: message.retryable}
   end
 
-  @doc "Bytes of its results."
+  @doc "The size of the job's results in bytes."
   @spec bytes(t) :: non_neg_integer
   def bytes(%{result: {:ok, images}}), do: Enum.sum(Enum.map(images, &byte_size(Result.data(&1))))
   def bytes(_job), do: 0
 
-  ## Who waits for it
+  ## Waiters and subscribers
 
   @spec tell(t, {atom, term}) :: :ok
   def tell(job, event), do: Enum.each(job.subscribers, &send_event(&1, job.request.id, event))
 
-  @doc "The events that say how one that runs stands."
+  @doc "The latest progress and previews of a running job, as events."
   @spec so_far(t) :: [{:progress | :preview, map}]
   def so_far(job) do
     for({_, event} <- Enum.sort(job.previews), do: {:preview, event}) ++
       for {_, event} <- Enum.sort(job.progress), do: {:progress, event}
   end
 
-  @doc "Gives everybody who waits the result. Whoever cancelled it is answered too."
+  @doc "Sends the result to everyone who waits, and answers those who cancelled the job."
   @spec deliver(t, result) :: :ok
   def deliver(job, result) do
     Enum.each(job.waiters, &GenServer.reply(&1, result))

@@ -1,15 +1,14 @@
 defmodule StarweaveImage.Queue.Operations do
   @moduledoc false
-  # What is asked of all sidecars at once, such as loading a model: each operation is for every one that is at work
-  # when it begins, and is answered when all of these have answered or are gone. Pure; messages and replies are the
-  # queue's.
+  # Operations on all sidecars, such as loading a model: each goes to every sidecar that is at work when it begins, and
+  # is answered when all of these have answered or are gone. Pure; the queue sends messages and replies.
 
   alias StarweaveImage.Error
 
-  # id → `%{from, message, left, error}`; `left` is nil while nobody was at work yet.
+  # id → `%{from, message, left, error}`; `left` is nil until a sidecar is at work.
   @opaque t :: %{String.t() => map}
   @type index :: pos_integer
-  @typedoc "Who is to be answered, and with what."
+  @typedoc "A caller to answer, and the answer."
   @type answer :: {from :: term, :ok | {:error, Error.t()}}
 
   @spec new() :: t
@@ -22,12 +21,12 @@ defmodule StarweaveImage.Queue.Operations do
   @spec known?(t, String.t()) :: boolean
   def known?(operations, id), do: is_map_key(operations, id)
 
-  @doc "Whether the sidecar has one to do."
+  @doc "Whether the sidecar still has an operation to do."
   @spec busy?(t, index) :: boolean
   def busy?(operations, index),
     do: Enum.any?(operations, fn {_, %{left: left}} -> left != nil and index in left end)
 
-  @doc "Begins those that have not begun, with the sidecars that are at work: gives the messages for each of these."
+  @doc "Begins pending operations on the sidecars at work; returns the messages to send to each of them."
   @spec begin(t, [index]) :: {[map], t}
   def begin(operations, []), do: {[], operations}
 
@@ -42,7 +41,7 @@ defmodule StarweaveImage.Queue.Operations do
     end)
   end
 
-  @doc "One of the sidecars has done it, or has not for an error."
+  @doc "One of the sidecars has done the operation, or has failed with an error."
   @spec done(t, String.t(), index, Error.t() | nil) :: {[answer], t}
   def done(operations, id, index, error) do
     operation = operations[id]
@@ -56,7 +55,7 @@ defmodule StarweaveImage.Queue.Operations do
       else: {[], Map.put(operations, id, %{operation | left: left, error: error})}
   end
 
-  @doc "A sidecar is gone; `down?` says that no other will be at work either."
+  @doc "A sidecar is gone; with `down?`, no other one will be at work either."
   @spec lost(t, index, boolean, Error.t()) :: {[answer], t}
   def lost(operations, index, down?, error) do
     concerned =

@@ -1,13 +1,13 @@
 defmodule StarweaveImage.Queue.Places do
   @moduledoc false
-  # What those who watch a request are told of its place in the queue, and when that is news to them. Pure; the events are
-  # sent by the queue.
+  # What subscribers of a request are told about its place in the queue, and when that has changed. Pure; the queue
+  # sends the events.
 
   alias StarweaveImage.Queue.{Job, Schedule}
 
   @type event :: {:queued, map}
 
-  @doc "The event that tells where a request that waits stands, and about when it will be its turn."
+  @doc "The event with a waiting request's position and its estimated wait."
   @spec event(Schedule.t(), String.t()) :: event
   def event(schedule, id) do
     position = Schedule.position(schedule, id)
@@ -20,7 +20,7 @@ defmodule StarweaveImage.Queue.Places do
      }}
   end
 
-  @doc "What a subscriber who comes late is told, so that a page that was loaded again goes on where it was."
+  @doc "The events for a late subscriber, so that a page that is reloaded shows the present state."
   @spec late(Schedule.t(), Job.t()) :: [{atom, map}]
   def late(_schedule, %{status: :ending}), do: []
 
@@ -31,8 +31,7 @@ defmodule StarweaveImage.Queue.Places do
   end
 
   @doc """
-  Which of the jobs that are watched have come closer since their watchers were told; and whether any that waits is
-  watched.
+  The watched jobs that have moved up since their subscribers were last told; and whether any waiting job is watched.
   """
   @spec news(Schedule.t(), %{String.t() => Job.t()}) :: {[Job.t()], watched? :: boolean}
   def news(schedule, jobs) do

@@ -45,7 +45,7 @@ defmodule StarweaveImage.Queue.RankedSet do
     end
   end
 
-  @doc "How many elements are not after `element`: its place from 1, where it is in the set."
+  @doc "How many elements are not after `element`: its position from 1, if it is in the set."
   @spec rank(t, term) :: non_neg_integer
   def rank(nil, _element), do: 0
 

@@ -1,12 +1,12 @@
 defmodule StarweaveImage.Queue.RateLimit do
   @moduledoc false
-  # Token buckets, one for all callers together and one for each user. A bucket holds as many tokens as
-  # its limit allows in one period, so that a burst of that size is free, and fills evenly.
+  # Token buckets, one for all callers together and one for each user. A bucket holds as many tokens as its limit allows
+  # in one period, so a burst of that size is allowed, and refills evenly.
 
   @type limit :: {requests :: pos_integer, period_ms :: pos_integer} | nil
   @type t :: %__MODULE__{}
 
-  # With more than `prune_at` buckets, those that are full again are dropped: a missing bucket counts as full.
+  # Above `prune_at` buckets, those that are full again are dropped: a missing bucket counts as full.
   @few 1_000
   defstruct [:all, :user, buckets: %{}, prune_at: @few]
 
@@ -14,8 +14,8 @@ defmodule StarweaveImage.Queue.RateLimit do
   def new(all, user), do: %__MODULE__{all: all, user: user}
 
   @doc """
-  Takes a token of each bucket that counts for `user` at `now` (ms), or none and says in how many ms there will be
-  one.
+  Takes a token from each bucket that applies to `user` at `now` (ms); or takes none, and returns in how many ms there
+  will be one.
   """
   @spec take(t, String.t() | nil, integer) :: {:ok, t} | {:wait, pos_integer}
   def take(%__MODULE__{} = limits, user, now) do
@@ -36,8 +36,7 @@ defmodule StarweaveImage.Queue.RateLimit do
     end
   end
 
-  # Counted in parts of a token, of which each has as many as the period has ms; then each ms brings as many parts as
-  # there are requests in a period, and there are no fractions.
+  # The unit is 1 / `period` of a token, so that each ms adds exactly `requests` units and no fractions arise.
   defp level(nil, {requests, period}, _now), do: requests * period
 
   defp level({level, at}, {requests, period}, now),

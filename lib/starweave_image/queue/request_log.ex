@@ -1,8 +1,7 @@
 defmodule StarweaveImage.Queue.RequestLog do
   @moduledoc false
-  # What the application is told of requests: telemetry events, and one line in its log for each request that ends, well
-  # or not, with `request_id` in its metadata. What was asked for is not in it: logs are kept long, and read by others
-  # than the user.
+  # What the application is told about requests: telemetry events, and one log line for each request that ends, with
+  # `request_id` in its metadata. Prompts are left out: logs are kept long, and read by others than the user.
   #
   # A module of its own so that it has a level of its own:
   # `Logger.put_module_level(StarweaveImage.Queue.RequestLog, :warning)` silences the lines.
@@ -12,7 +11,7 @@ defmodule StarweaveImage.Queue.RequestLog do
   alias StarweaveImage.{Error, Request, Result, Telemetry}
   alias StarweaveImage.Queue.Job
 
-  @doc "A request was taken in."
+  @doc "A request was accepted."
   @spec began(atom, Request.t()) :: :ok
   def began(instance, request) do
     Telemetry.execute([:request, :start], %{system_time: System.system_time()}, %{
@@ -24,21 +23,21 @@ defmodule StarweaveImage.Queue.RequestLog do
     })
   end
 
-  @doc "One was refused, with so many requests and bytes in the queue."
+  @doc "A request was refused, with so many requests and bytes in the queue."
   @spec rejected(atom, Request.t(), Error.t(), map) :: :ok
   def rejected(instance, request, error, held) do
     facts = %{instance: instance, id: request.id, kind: error.kind}
     Telemetry.execute([:queue, :rejected], held, facts)
   end
 
-  @doc "One that runs has come so far."
+  @doc "A running request made progress."
   @spec progressed(atom, String.t(), map) :: :ok
   def progressed(instance, id, event) do
     facts = %{instance: instance, id: id, phase: event.phase, image: event.image}
     Telemetry.execute([:request, :progress], Map.take(event, [:step, :steps]), facts)
   end
 
-  @doc "One is to run again, after so many attempts, for a reason of `Schedule.return/4`."
+  @doc "A request will run again, after so many attempts, for a reason of `Schedule.return/4`."
   @spec again(atom, String.t(), non_neg_integer, atom) :: :ok
   def again(instance, id, attempts, reason) do
     facts = %{instance: instance, id: id, reason: reason}
@@ -46,8 +45,8 @@ defmodule StarweaveImage.Queue.RequestLog do
   end
 
   @doc """
-  One has ended at `now`, after so many attempts. `model` is the one that it would have been drawn by, where none was
-  named yet; `memory` is the last heartbeat of the sidecar that worked on it, where one did.
+  A request has ended at `now`, after so many attempts. `model` is the one that would have run it, if none was named
+  yet; `memory` is the last heartbeat of the sidecar that worked on it, if one did.
   """
   @spec ended(atom, Job.t(), Job.result(), map) :: :ok
   def ended(instance, %Job{request: request} = job, result, facts) do

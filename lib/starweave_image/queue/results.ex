@@ -1,13 +1,14 @@
 defmodule StarweaveImage.Queue.Results do
   @moduledoc false
-  # Which results of submitted requests are kept, for whoever comes to ask: each for its time, and together no more than
-  # so many and so many bytes, for which those go first whose time ends first. A result of an earlier life of the
-  # application is on disk only; of these it is known who reads them, and for whom. Pure: clocks, readers and answers are
-  # the queue's.
+  # Which results of submitted requests are kept, to be asked for later. Each is kept for a time. Together they are
+  # limited in number and in bytes; above that, the result that would expire first is dropped first. Results from
+  # earlier runs of the application are on disk only; for these, the reader of each and its waiting callers are tracked.
+  # Pure: the queue has the clocks and readers, and sends the answers.
 
   alias StarweaveImage.Queue.Job
 
-  # `order`: `{until, number, id}` of each; a later one has a larger number. `readers`: who reads a result from the disk, by whatever the queue knows him by.
+  # `order`: `{until, number, id}` of each result; later ones have larger numbers. `readers`: reader → the id whose
+  # result it reads from the disk.
   @enforce_keys [:max, :max_bytes]
   defstruct [
     :max,
@@ -19,7 +20,7 @@ defmodule StarweaveImage.Queue.Results do
     readers: %{}
   ]
 
-  @typedoc "A job that has ended, and its place in the order."
+  @typedoc "A job that has ended, and its key in the order."
   @type kept :: {Job.t(), {until :: integer, number :: non_neg_integer}}
   @type reader :: term
   @type asker :: {:waiter, GenServer.from()} | {:subscriber, Job.subscriber()}
@@ -33,12 +34,12 @@ defmodule StarweaveImage.Queue.Results do
             readers: %{reader => String.t()}
           }
 
-  @doc "Of the options of an instance, `:max_results` and `:max_result_bytes` count."
+  @doc "Uses `:max_results` and `:max_result_bytes` of the instance's options."
   @spec new(keyword) :: t
   def new(config),
     do: %__MODULE__{max: config[:max_results], max_bytes: config[:max_result_bytes]}
 
-  @doc "Keeps a job that has ended until a time. Gives those that have to go for it, of which it may be one itself."
+  @doc "Keeps an ended job until a time. Returns the jobs that were dropped to make room, possibly this one itself."
   @spec keep(t, Job.t(), integer) :: {[Job.t()], t}
   def keep(results, job, until) do
     {_earlier, results} = drop(results, job.request.id)
@@ -70,7 +71,7 @@ defmodule StarweaveImage.Queue.Results do
     drop(results, id)
   end
 
-  @doc "Gives those whose time is over at `now`."
+  @doc "Drops the jobs that have expired at `now`, and returns them."
   @spec expire(t, integer) :: {[Job.t()], t}
   def expire(results, now) do
     case next_expiry(results) do
@@ -84,7 +85,7 @@ defmodule StarweaveImage.Queue.Results do
     end
   end
 
-  @doc "When the time of the first one is over; nil where there is none."
+  @doc "When the next job expires; nil if none is kept."
   @spec next_expiry(t) :: integer | nil
   def next_expiry(%{kept: kept}) when kept == %{}, do: nil
   def next_expiry(results), do: results.order |> :gb_sets.smallest() |> elem(0)
@@ -97,7 +98,7 @@ defmodule StarweaveImage.Queue.Results do
     end
   end
 
-  @doc "Gives the job, which is kept no more and read by nobody."
+  @doc "Drops a job and its reader, and returns the job, or nil."
   @spec drop(t, String.t()) :: {Job.t() | nil, t}
   def drop(results, id) do
     case Map.pop(results.kept, id) do
@@ -117,8 +118,8 @@ defmodule StarweaveImage.Queue.Results do
   end
 
   @doc """
-  Somebody asks for one that is kept: it can be delivered to him, who is the only one in the job that is given; or he
-  waits until it has been read from the disk, which somebody must begin to do (`:read`) or does already (`:wait`).
+  Asks for a kept result. It is either delivered at once, by a job that has only the asker in it; or the asker waits
+  until the result has been read from the disk, which the queue must begin (`:read`) or has begun already (`:wait`).
   """
   @spec ask(t, String.t(), asker) :: {:deliver, Job.t()} | {:read, t} | {:wait, t}
   def ask(results, id, asker) do
@@ -141,7 +142,7 @@ defmodule StarweaveImage.Queue.Results do
   defp asked(job, {:subscriber, subscriber}),
     do: %{job | subscribers: Enum.uniq([subscriber | job.subscribers])}
 
-  @doc "A subscriber does not wait any more."
+  @doc "A subscriber no longer waits."
   @spec leave(t, String.t(), Job.subscriber()) :: t
   def leave(results, id, subscriber) do
     case results.kept do
@@ -154,11 +155,11 @@ defmodule StarweaveImage.Queue.Results do
     end
   end
 
-  @doc "The reader begins to read the result from the disk."
+  @doc "A reader begins to read the result from the disk."
   @spec begin_reading(t, String.t(), reader) :: t
   def begin_reading(results, id, reader), do: put_in(results.readers[reader], id)
 
-  @doc "The reader has read. Gives the job with those who wait for it; nil where nobody needs it any more."
+  @doc "A reader has finished. Returns the job with those who wait for it; nil if it is no longer needed."
   @spec end_reading(t, reader) :: {Job.t() | nil, t}
   def end_reading(results, reader) do
     with {id, readers} when id != nil <- Map.pop(results.readers, reader) do
@@ -170,14 +171,14 @@ defmodule StarweaveImage.Queue.Results do
     end
   end
 
-  @doc "The reader is gone. Gives the id of what he did not read to the end, which somebody else must begin; or nil."
+  @doc "A reader is gone. Returns the id of the result it had not finished, which needs a new reader; or nil."
   @spec lose_reader(t, reader) :: {String.t() | nil, t}
   def lose_reader(results, reader) do
     {id, readers} = Map.pop(results.readers, reader)
     {id, %{results | readers: readers}}
   end
 
-  @doc "Those that are being read, with those who wait for them."
+  @doc "The jobs whose results are being read, with those who wait for them."
   @spec being_read(t) :: [Job.t()]
   def being_read(results), do: for({_reader, id} <- results.readers, do: get(results, id))
 end

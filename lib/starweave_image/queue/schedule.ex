@@ -1,29 +1,29 @@
 defmodule StarweaveImage.Queue.Schedule do
   @moduledoc false
-  # Every decision of the queue, without its processes, clocks and messages: who is taken in, who goes
-  # next and where, and who has to step back.
+  # The order of the queue, without its processes, clocks and messages: whether there is room for a request, which
+  # request runs next and where, and which has to make room for another.
   #
-  # Waiting requests are ordered by priority, then by turn, then by age. Turns are what makes it fair: a
-  # user's next request gets the turn after that of the one before it, and nobody gets a turn that is over,
-  # so that users of a priority are served one by one, however many requests each has (start-time fair
-  # queueing with requests of equal cost: Goyal, Vin, Cheng 1996). Requests without a user are one user's.
+  # Waiting requests are ordered by priority, then by turn, then by age. Turns make the order fair: each request of a
+  # user gets the turn after that of the user's previous one, and no request gets a turn that is over. So users of equal
+  # priority are served in rotation, however many requests each has (start-time fair queueing with requests of equal
+  # cost: Goyal, Vin, Cheng 1996). Requests without a user count as those of one user.
   #
-  # A request keeps its place in the order until it ends: what comes back from a sidecar that died goes to
-  # the head. The slot of a request at a sidecar is taken from its dispatch until the sidecar says that it is free,
-  # also when the request itself has ended or waits again meanwhile.
+  # A request keeps its place in the order until it ends, so one that returns from a dead sidecar is at the head again.
+  # A request's slot at a sidecar is taken from dispatch until the sidecar says that it is free, even if the request
+  # itself has ended or waits again meanwhile.
   #
-  # A request that must run alone reserves a sidecar, which takes no other until it has run there. Then comes a full
-  # load of the others, if any wait, then the next that must run alone: neither kind keeps the other waiting for ever.
-  # Of those that must run alone, whoever has done so less often goes first.
+  # A request that must run alone reserves a sidecar, which takes no other until the request has run there. Then a full
+  # load of other requests follows, if any wait, then the next one that must run alone: neither kind starves the other.
+  # Among those that must run alone, the one with the fewest reservations so far goes first.
 
   alias StarweaveImage.Queue.RankedSet
 
   defmodule Entry do
     @moduledoc false
-    # `place`: `:waiting`, `:aside` (must not go yet), the index of its sidecar, or nil once it has ended. `attempts`
-    # counts dispatches that ended with the sidecar's death, or may yet. `company`: with whom it may run, `:any`,
-    # `:alone`, or on `:trial`: alone at a sidecar that has rested, while the others of the device rest too. `home`:
-    # the sidecar that it has reserved.
+    # `place`: `:waiting`, `:aside` (must not run yet), the index of its sidecar, or nil once it has ended. `attempts`
+    # counts dispatches that ended with the sidecar's death, or that may still end so. `company`: `:any`, `:alone`, or
+    # `:trial` (alone at a sidecar that has rested, while the other sidecars of the device rest too). `home`: the
+    # sidecar that it has reserved.
     defstruct [
       :id,
       :key,
@@ -42,10 +42,9 @@ defmodule StarweaveImage.Queue.Schedule do
 
   defmodule Slots do
     @moduledoc false
-    # A sidecar as seen from here. `open?`: it is ready, active and not draining. `taken`: id → whether
-    # that request must be alone. `sick`: grows with each death of the sidecar and shrinks with each request done.
-    # `shared`: how many requests in company it has taken since the last one that ran alone there; `:any` where it need
-    # not let others go first.
+    # The slots of one sidecar. `open?`: it is ready, active and not draining. `taken`: id → whether that request must
+    # run alone. `sick`: grows with each death of the sidecar and shrinks with each request done. `shared`: how many
+    # requests in company it has taken since the last one that ran alone there; `:any` if none has to go first.
     defstruct open?: false,
               capacity: 0,
               device: nil,
@@ -74,17 +73,18 @@ defmodule StarweaveImage.Queue.Schedule do
     load_ms: 5_000
   ]
 
-  # `waiting` holds those that may run in company, `loners` the others that wait; `reserved` is index → id.
+  # `waiting` holds the waiting requests that may run in company, `loners` the other waiting ones; `reserved` is
+  # index → id.
   @type id :: String.t()
   @type company :: :any | :alone | :trial
   @type index :: pos_integer
   @type t :: %__MODULE__{}
 
   @classes %{interactive: 0, normal: 1, background: 2}
-  # A background request that has stepped back this many times is not asked to again.
+  # A background request that has made room this many times is not asked to do so again.
   @most_yields 3
   @most_sick 5
-  # How many of those that wait are in the status.
+  # How many waiting requests the status lists.
   @next 20
 
   @spec new(keyword) :: t
@@ -93,7 +93,7 @@ defmodule StarweaveImage.Queue.Schedule do
 
   ## Requests
 
-  @doc "Whether there is room for a request of so many bytes; else in how many ms it would have been its turn."
+  @doc "Whether there is room for a request of so many bytes; if not, about how many ms its wait would have been."
   @spec admit(t, non_neg_integer) :: :ok | {:overloaded, pos_integer}
   def admit(schedule, bytes) do
     if schedule.held < schedule.max_queue and schedule.bytes + bytes <= schedule.max_queue_bytes,
@@ -101,7 +101,7 @@ defmodule StarweaveImage.Queue.Schedule do
       else: {:overloaded, max(wait_ms(schedule, schedule.held + 1) || schedule.run_ms, 100)}
   end
 
-  @doc "Takes a request in, `:waiting` or `:aside`. Options: `:priority :user :model :bytes :company`."
+  @doc "Adds a request, `:waiting` or `:aside`. Options: `:priority :user :model :bytes :company`."
   @spec push(t, id, :waiting | :aside, keyword) :: t
   def push(schedule, id, place, options) do
     {priority, options} = Keyword.pop(options, :priority, :normal)
@@ -122,27 +122,28 @@ defmodule StarweaveImage.Queue.Schedule do
     )
   end
 
-  # `turns` holds the last turn given to a user of a class, for as long as it is not over.
+  # `turns` holds the last turn given to each user of a class, until that turn is over.
   defp turn(schedule, {class, _} = user) do
     served = Map.get(schedule.served, class, 0)
     turn = max(Map.get(schedule.turns, user, -1) + 1, served)
     {turn, put_in(schedule.turns[user], turn)}
   end
 
-  @doc "Whether the request is waiting, aside, or at which sidecar it runs; nil when it is not known."
+  @doc "Whether the request is waiting or aside, or the index of the sidecar where it runs; nil if it is not known."
   @spec place(t, id) :: :waiting | :aside | index | nil
   def place(schedule, id), do: with(%{place: place} <- schedule.entries[id], do: place)
 
   @spec attempts(t, id) :: non_neg_integer
   def attempts(schedule, id), do: with(%{attempts: n} <- schedule.entries[id] || 0, do: n)
 
-  @doc "Lets a request that is aside wait again."
+  @doc "Returns a request that is aside to the waiting ones."
   @spec resume(t, id) :: t
   def resume(schedule, id), do: move(schedule, id, :waiting)
 
   @doc """
-  Back to its place in the order, or aside, with a reason: the sidecar `:died`, it `:yielded`, the attempt `:failed`,
-  or the sidecar was `:stopped` otherwise. Only a death counts as an attempt. The slot is another matter: `free/3`.
+  Returns a request to its place in the order, or puts it aside, for a reason: the sidecar `:died`, the request
+  `:yielded`, the attempt `:failed`, or the sidecar was `:stopped` otherwise. Only a death counts as an attempt. The
+  slot stays taken until `free/3`.
   """
   @spec return(t, id, :waiting | :aside, :died | :yielded | :failed | :stopped) :: t
   def return(schedule, id, place, reason) do
@@ -158,7 +159,7 @@ defmodule StarweaveImage.Queue.Schedule do
     schedule |> settled(entry) |> release(id) |> move(id, place)
   end
 
-  @doc "With whom the request may run from its next attempt on."
+  @doc "Sets which company the request may have from its next attempt on."
   @spec company(t, id, company) :: t
   def company(schedule, id, company) do
     %{place: place} = entry = schedule.entries[id]
@@ -166,7 +167,7 @@ defmodule StarweaveImage.Queue.Schedule do
     put(schedule, %{entry | company: company}, place)
   end
 
-  @doc "The model that the request needs is another one now."
+  @doc "Changes the model that the request needs."
   @spec use_model(t, id, String.t()) :: t
   def use_model(schedule, id, model), do: put_in(schedule.entries[id].model, model)
 
@@ -188,7 +189,7 @@ defmodule StarweaveImage.Queue.Schedule do
     end
   end
 
-  # No longer about to step back.
+  # Clears the mark of a request that was asked to make room.
   defp settled(schedule, entry) do
     yielding = if entry.yielding?, do: schedule.yielding - 1, else: schedule.yielding
     entries = Map.put(schedule.entries, entry.id, %{entry | yielding?: false})
@@ -221,7 +222,7 @@ defmodule StarweaveImage.Queue.Schedule do
 
   ## Sidecars
 
-  @doc "What is new of a sidecar: `:open? :capacity :device :resident`."
+  @doc "Updates a sidecar. Options: `:open? :capacity :device :resident`."
   @spec sidecar(t, index, keyword) :: t
   def sidecar(schedule, index, news) do
     slots = struct!(Map.get(schedule.slots, index, %Slots{}), news)
@@ -229,7 +230,7 @@ defmodule StarweaveImage.Queue.Schedule do
     if slots.open?, do: schedule, else: disappoint(schedule, index)
   end
 
-  # A request that has reserved the sidecar and does not run yet looks for another one.
+  # Cancels the reservation of a request that stands aside for this sidecar: it waits for another one.
   defp disappoint(schedule, index) do
     case schedule.reserved do
       %{^index => id} ->
@@ -243,7 +244,7 @@ defmodule StarweaveImage.Queue.Schedule do
     end
   end
 
-  @doc "The request for which the sidecar rests, if it does for one."
+  @doc "The request for which the sidecar rests, or nil."
   @spec resting(t, index) :: id | nil
   def resting(schedule, index) do
     with id when id != nil <- schedule.reserved[index],
@@ -253,13 +254,13 @@ defmodule StarweaveImage.Queue.Schedule do
   end
 
   @doc """
-  The sidecar's process is gone: gives the requests that ran there, the oldest first. They are still placed there.
+  The sidecar's process is gone. Returns the requests that ran there, oldest first; their places are not changed yet.
   """
   @spec lost(t, index) :: {[id], t}
   def lost(schedule, index) do
     case schedule.slots do
       %{^index => slots} ->
-        # A process that was never ready died of its start, which says nothing of how it works.
+        # A process that died before it was ready failed to start, which says nothing about how it works.
         sick = if slots.open?, do: min(slots.sick + 1, @most_sick), else: slots.sick
 
         running =
@@ -268,7 +269,8 @@ defmodule StarweaveImage.Queue.Schedule do
               do: entry
 
         ids = running |> Enum.sort_by(& &1.key) |> Enum.map(& &1.id)
-        # The requests in company that it owed a turn died with it: that was their turn.
+
+        # The requests in company that were to go first here ran on this process, so they have had their turn.
         shared = if is_map_key(schedule.reserved, index), do: slots.shared, else: :any
         gone = %{slots | open?: false, capacity: 0, taken: %{}, resident: [], sick: sick}
         gone = %{gone | shared: shared}
@@ -286,7 +288,7 @@ defmodule StarweaveImage.Queue.Schedule do
     %{schedule | slots: Map.delete(schedule.slots, index), reserved: reserved}
   end
 
-  @doc "The sidecar has nothing to do with the request any more."
+  @doc "Frees the slot of a request: the sidecar no longer works on it."
   @spec free(t, index, id) :: t
   def free(schedule, index, id) do
     case schedule.slots do
@@ -301,12 +303,12 @@ defmodule StarweaveImage.Queue.Schedule do
   @spec taken(t, index) :: [id]
   def taken(schedule, index), do: Map.keys(Map.get(schedule.slots, index, %Slots{}).taken)
 
-  @doc "The same of all sidecars."
+  @doc "As `taken/2`, of all sidecars."
   @spec taken(t) :: %{index => [id]}
   def taken(schedule),
     do: Map.new(schedule.slots, fn {index, slots} -> {index, Map.keys(slots.taken)} end)
 
-  @doc "A request was done by this sidecar within `run_ms` ms, of which a model's load took `load_ms`."
+  @doc "A request took `run_ms` at this sidecar, of which loading a model took `load_ms`."
   @spec measure(t, index, non_neg_integer, non_neg_integer) :: t
   def measure(schedule, index, run_ms, load_ms) do
     run_ms = max(run_ms - load_ms, 0)
@@ -333,9 +335,8 @@ defmodule StarweaveImage.Queue.Schedule do
   ## Decisions
 
   @doc """
-  What to do now: run a request at a sidecar, where its slot is taken and an attempt counted with this answer; let the
-  sidecar rest until `rested/2`, for one that is on trial there; make a background request step back for an
-  interactive one that finds no room; or nothing.
+  The next action: run a request at a sidecar (its slot is then taken and the attempt counted); let a sidecar rest until
+  `rested/2`, for a request on trial there; ask a background request to make room for an interactive one; or nothing.
   """
   @spec next(t) ::
           {:run, id, index, t} | {:rest, id, index, t} | {:yield, id, index, t} | :nothing
@@ -370,7 +371,7 @@ defmodule StarweaveImage.Queue.Schedule do
     end
   end
 
-  # The request whose reserved sidecars have all become empty.
+  # A request whose reserved sidecars are all empty now.
   defp prepared(schedule) do
     Enum.find_value(schedule.reserved, fn {index, id} ->
       case schedule.entries[id] do
@@ -408,13 +409,13 @@ defmodule StarweaveImage.Queue.Schedule do
 
   defp mark(reserved, indices, id), do: for(index <- indices, into: reserved, do: {index, id})
 
-  # Those that share its device, and its memory, with it.
+  # The sidecars that share the device of `home`, and so its memory.
   defp peers(schedule, home) do
     %{device: device} = schedule.slots[home]
     for {index, %{open?: true, device: ^device}} <- schedule.slots, do: index
   end
 
-  # What it had reserved is free again, and those in company go next there.
+  # Frees the request's reservations; requests in company go next there.
   defp release(schedule, id) do
     case schedule.entries[id] do
       %{home: nil} ->
@@ -432,7 +433,7 @@ defmodule StarweaveImage.Queue.Schedule do
     end
   end
 
-  @doc "The sidecar has rested for the request: it is the next to run there."
+  @doc "The sidecar has rested for the request, which is the next to run there."
   @spec rested(t, id) :: t
   def rested(schedule, id) do
     case schedule.entries do
@@ -461,8 +462,8 @@ defmodule StarweaveImage.Queue.Schedule do
     %{slots | taken: Map.put(slots.taken, id, alone?), shared: shared}
   end
 
-  # The next request of a user gets the turn after his last one, or the one that is served now if that is later. So a
-  # last turn before the one that is served now makes no difference any more, and is forgotten.
+  # A user's next request gets the turn after the user's last one, or the turn served now if that is later. So a last
+  # turn before the one served now no longer matters, and is forgotten.
   defp turn_over(schedule, class, turn) do
     if turn > Map.get(schedule.served, class, 0) do
       turns = Map.reject(schedule.turns, fn {{of, _}, last} -> of == class and last < turn end)
@@ -481,7 +482,7 @@ defmodule StarweaveImage.Queue.Schedule do
     |> then(&(&1 && elem(&1, 0)))
   end
 
-  # The slot of an id that was cancelled is not free for the same id before the sidecar says so.
+  # A new request with the id of a cancelled one must not use this sidecar until the sidecar has freed that slot.
   defp room?(schedule, index, slots, entry) do
     slots.open? and map_size(slots.taken) < slots.capacity and
       not is_map_key(schedule.reserved, index) and not is_map_key(slots.taken, entry.id) and
@@ -490,24 +491,24 @@ defmodule StarweaveImage.Queue.Schedule do
 
   defp lone?(slots), do: Enum.any?(slots.taken, fn {_, alone?} -> alone? end)
 
-  # When it would be done there: by how long requests take at that sidecar and how many it has, plus a load where the
-  # model is not in its memory; doubled for each point of `sick`.
+  # When the request would be done there: from the usual run time at that sidecar and the number of its requests, plus a
+  # load if the model is not in its memory; doubled for each point of `sick`.
   defp expected_ms(schedule, slots, entry) do
     run = (slots.run_ms || schedule.run_ms) * (map_size(slots.taken) + 1) / slots.capacity
     load = if entry.model in slots.resident, do: 0, else: schedule.load_ms
     (run + load) * Integer.pow(2, slots.sick)
   end
 
-  # As many step back as there are interactive requests without room, the youngest of the background first: they have
-  # the least work to lose.
+  # As many background requests make room as there are interactive ones waiting, the youngest first: they have the least
+  # work to lose.
   defp step_back(schedule, waiting) do
     wanted = RankedSet.rank(schedule.waiting, {0, {:infinity, 0}, 0, ""})
 
     candidates =
       for {index, %{open?: true} = slots} <- schedule.slots,
-          # Nobody else could use the room there.
+          # A reserved sidecar takes no other request, so room there would not help.
           not is_map_key(schedule.reserved, index),
-          # Alone somewhere, a request is not asked to make room: it has waited for that.
+          # A request that runs alone had to wait for an empty sidecar, and is not asked to make room.
           {id, false} <- slots.taken,
           id != waiting.id,
           %{key: {2, _, _, _}, place: ^index, yielding?: false} = entry <- [schedule.entries[id]],
@@ -526,11 +527,11 @@ defmodule StarweaveImage.Queue.Schedule do
     end
   end
 
-  @doc "Whether the request was asked to step back and has not yet."
+  @doc "Whether the request was asked to make room and has not done so yet."
   @spec yielding?(t, id) :: boolean
   def yielding?(schedule, id), do: match?(%{yielding?: true}, schedule.entries[id])
 
-  ## What is to be told
+  ## What callers see
 
   @spec waiting(t) :: non_neg_integer
   def waiting(schedule), do: schedule.held
@@ -538,7 +539,7 @@ defmodule StarweaveImage.Queue.Schedule do
   @spec bytes(t) :: non_neg_integer
   def bytes(schedule), do: schedule.bytes
 
-  @doc "The queue as `StarweaveImage.status/1` tells of it."
+  @doc "The queue, for `StarweaveImage.status/1`."
   @spec status(t) :: map
   def status(schedule) do
     next =
@@ -552,12 +553,12 @@ defmodule StarweaveImage.Queue.Schedule do
       bytes: schedule.bytes,
       max_bytes: schedule.max_queue_bytes,
       estimated_start_ms: wait_ms(schedule, schedule.held + 1),
-      # More would be no status any more: who watches a request is told by its events.
+      # A short list is enough for a status: subscribers learn the place of a request by its events.
       next: next
     }
   end
 
-  @doc "Waiting requests in the order in which they will go, all or the first few."
+  @doc "Waiting requests in the order in which they will run, all or the first few."
   @spec order(t, non_neg_integer | :all) :: [id]
   def order(schedule, count \\ :all)
 
@@ -571,7 +572,7 @@ defmodule StarweaveImage.Queue.Schedule do
     for {_, _, _, id} <- keys, do: id
   end
 
-  @doc "The place of a request among those that wait, from 1; of one that is aside, as if it waited."
+  @doc "The position of a request among the waiting ones, from 1; for one that is aside, as if it waited."
   @spec position(t, id) :: pos_integer
   def position(schedule, id) do
     %{key: key, place: place} = schedule.entries[id]
@@ -580,8 +581,8 @@ defmodule StarweaveImage.Queue.Schedule do
   end
 
   @doc """
-  In about how many ms the request at this position will begin, by the mean duration of those done lately; nil while
-  no sidecar is open.
+  About how many ms until the request at this position begins, by the mean duration of recent requests; nil while no
+  sidecar is open.
   """
   @spec wait_ms(t, pos_integer) :: non_neg_integer | nil
   def wait_ms(schedule, position) do
@@ -595,7 +596,7 @@ defmodule StarweaveImage.Queue.Schedule do
 
       capacity ->
         free = Enum.sum(for slots <- open, do: max(slots.capacity - map_size(slots.taken), 0))
-        # Each slot is free again once in the time of a run.
+        # Each slot becomes free once per mean run time.
         div(max(position - free, 0) * schedule.run_ms, capacity)
     end
   end

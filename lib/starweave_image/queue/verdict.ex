@@ -1,27 +1,27 @@
 defmodule StarweaveImage.Queue.Verdict do
   @moduledoc false
-  # What follows from the end of an attempt: the request goes on in company, alone or on trial; it is tried again
-  # later; another model draws it; or it is given up, and its like refused for a while. No process and no clock; random
-  # numbers are those of `:rand`.
+  # What follows from the end of an attempt: the request runs again in company, alone or on trial; it is retried after a
+  # pause; another model runs it; or it is given up, and requests of the same content are refused for a while. No
+  # process and no clock; random numbers are those of `:rand`.
   #
-  # Who is to blame for the death of a sidecar cannot be seen, so blame is bet on. A request that died alone is put on
-  # trial: its sidecar rests for a pause drawn from 0 to `span` ms, then the request runs there alone, and the bet is
-  # that the sidecar will die at the point of the run at which it died the time before. Whoever kills from outside, by
-  # whatever clock, does not know of the draw: he hits a window of w ms with a chance of at most w / `span`. A won bet
-  # multiplies the request's odds by what is fair against that chance, a lost one takes most of them. So a request
-  # that does nothing wrong reaches odds of n with a chance of at most 1 / n, however many trials it sees (the odds
-  # are a test martingale; Ville's inequality). Deaths while the sidecar rests lose the bet; those while it starts,
-  # and those in company, are no bets.
+  # The cause of a sidecar's death cannot be observed, so it is tested by bets. A request whose sidecar died while it
+  # ran alone is put on trial: the sidecar rests for a random pause of 0 to `span` ms, then the request runs there
+  # alone, and the bet is that the sidecar dies at the same point of the run as before. An external cause does not
+  # depend on the pause, so it hits a window of w ms with a probability of at most w / `span`. A won bet multiplies the
+  # request's odds by the fair factor for that probability; a lost one takes most of them. So a harmless request reaches
+  # odds of n with a probability of at most 1 / n, however many trials it has (the odds are a test martingale; Ville's
+  # inequality). A death while the sidecar rests loses the bet; deaths during its start, and in company, are not bets.
   #
-  # The bet says nothing about a device on which all work dies. That is seen by the others: where their runs
-  # end in the same time as badly as those of the request, nobody is given up.
+  # The bet cannot detect a device on which all work dies. The other requests show that: if their runs fail as often in
+  # the same period as those of the request, no request is given up.
 
   alias StarweaveImage.{Backoff, Error, Request}
 
   defmodule Case do
     @moduledoc false
-    # Of a request under which a sidecar has died. `deaths` in all, and `alone`. `point`: where the last death alone came.
-    # `stake`: the bet that is on, `{span, point}`. `since`: what `{done, fallen}` were when the case was opened.
+    # A request that was running when a sidecar died. `deaths`: all of them; `alone`: those while it ran alone. `point`:
+    # where in the run the last death alone happened. `stake`: the current bet, `{span, point}`. `since`: the values of
+    # `{done, fallen}` when the case was opened.
     defstruct company: :any,
               deaths: 0,
               alone: 0,
@@ -31,10 +31,10 @@ defmodule StarweaveImage.Queue.Verdict do
               since: {0, 0}
   end
 
-  # `done`: requests that ended well. `fallen`: deaths of sidecars that speak against the device: all that came before
-  # a request ended well, alone; one of a request that did not, since further ones may be its own doing; those under
-  # no request. `well`: contents that came to an end, `refused`: those that are not taken in, with the seed of the one
-  # that was given up; both until a time.
+  # `done`: requests that succeeded. `fallen`: deaths of sidecars that are evidence against the device: for a request
+  # that later succeeded, all its deaths alone; for any other request only one, since it may have caused further ones
+  # itself; and deaths with no request running. `well`: contents that succeeded. `refused`: contents in quarantine, with
+  # the seed of the request that was given up. Both are kept until a time.
   defstruct [
     :max_attempts,
     :max_retries,
@@ -49,12 +49,12 @@ defmodule StarweaveImage.Queue.Verdict do
   @type id :: String.t()
   @type company :: :any | :alone | :trial
   @typedoc """
-  Where a death came: ms since the request was sent, and ms in its load or, when that was over, in its work.
+  Where in a run a death happened: ms since the request was sent, and ms into its load or, after that, into its work.
   """
   @type point :: {non_neg_integer, {:load | :work, non_neg_integer}}
   @typedoc """
-  The death of a sidecar: who ran there and at which point, whether the one request there was all that it worked on,
-  who was about to be tried there, and whether it was at work at all.
+  The death of a sidecar: the requests that ran there and their points, whether a single request was its only work, the
+  request for whose trial it rested, and whether it was at work at all.
   """
   @type death :: %{
           ran: [{id, point}],
@@ -64,24 +64,25 @@ defmodule StarweaveImage.Queue.Verdict do
         }
   @type t :: %__MODULE__{}
 
-  # Deaths in company, or the first of all, after which the cause is looked for.
+  # After this many deaths, the cause is looked for.
   @patience 2
-  # A pause is drawn from 0 to this and the time that the request takes to die.
+  # A pause is drawn from 0 to the sum of this and the time until the request's last death.
   @rest_ms 10_000
-  # The shares of the odds that are bet on windows of a part of the span, and the one that is kept.
+  # The bets `{parts, share}`: `share` of the odds is bet on a window of span / `parts`. `@kept` is not bet.
   @bets [{50, 0.45}, {16, 0.3}, {6, 0.15}]
   @kept 0.1
-  # So rarely is a request given up that does nothing wrong: 1 in so many of those that come to trial.
+  # At most 1 in this many harmless requests that are put on trial is given up.
   @enough 500
-  # The device is in doubt as long as the others' runs might go like this with more than this chance.
+  # The device is in doubt while the other requests' runs explain such a series of deaths with more than this
+  # probability.
   @doubt 0.01
-  # How many lives of the application a request may end, for each of `max_attempts`.
+  # How often the application may end while a request runs, for each of `max_attempts`.
   @lives 10
   @most_remembered 1_000
 
   @retryable ~w(model_load_failed out_of_memory unavailable overloaded)a
   @replaceable ~w(model_load_failed model_not_found out_of_memory)a
-  # Between two tries of a request that failed in a way that may pass, in ms.
+  # The pause between two attempts of a request that failed for a temporary reason, in ms.
   @retry_pause {500, 30_000}
 
   @spec new(keyword) :: t
@@ -90,7 +91,7 @@ defmodule StarweaveImage.Queue.Verdict do
 
   ## Deaths
 
-  @doc "Takes the death of a sidecar into account, for those who ran there and for all others."
+  @doc "Takes the death of a sidecar into account, for the requests that ran there and for all others."
   @spec died(t, death) :: t
   def died(verdict, death) do
     ran = for {id, point} <- death.ran, do: {id, died(opened(verdict, id), point, death)}
@@ -110,7 +111,7 @@ defmodule StarweaveImage.Queue.Verdict do
 
     cond do
       a_case.deaths < @patience and a_case.company == :any -> a_case
-      # A pause that was of no use delays it: the next try is without one.
+      # The bet was lost: the next attempt is without a pause, so as not to delay the request further.
       factor < 1 -> %{a_case | company: :alone}
       true -> %{a_case | company: :trial}
     end
@@ -127,8 +128,8 @@ defmodule StarweaveImage.Queue.Verdict do
   defp lost(a_case),
     do: %{a_case | stake: nil, odds: a_case.odds * @kept, company: :alone}
 
-  # Half is bet on the time since the request was sent, half on that since its load was over, which may take
-  # longer at one sidecar than at another.
+  # Half is bet on the time since the request was sent, half on the time within the phase, since a load may take longer
+  # at one sidecar than at another.
   defp payout({span, {sent, {phase, ms}}}, {sent_now, {phase_now, ms_now}}) do
     second = if phase_now == phase, do: payout(span, ms, ms_now), else: @kept
     (payout(span, sent, sent_now) + second) / 2
@@ -145,8 +146,8 @@ defmodule StarweaveImage.Queue.Verdict do
   end
 
   @doc """
-  What becomes of a request whose sidecar died for `reason`: it goes on, or it is given up and its like refused from
-  `now` on.
+  Decides about a request whose sidecar died for `reason`: it goes on, or it is given up, and requests of the same
+  content are refused from `now` on.
   """
   @spec judge(t, Request.t(), String.t(), integer) ::
           {:again, company} | {:give_up, Error.t(), t}
@@ -159,8 +160,8 @@ defmodule StarweaveImage.Queue.Verdict do
        else: {:again, a_case.company}
   end
 
-  # The chance that as many runs in a row end by a death, by Laplace's rule of succession over those of others. Where
-  # no sidecar died under others alone, nothing speaks against the device.
+  # The probability that as many runs in a row end by a death, by Laplace's rule of succession over the runs of other
+  # requests. Without deaths that count in `fallen`, there is no evidence against the device.
   defp device_in_doubt?(verdict, id, %{since: {done, fallen}} = a_case) do
     others = Enum.count(verdict.cases, fn {other, %{alone: n}} -> other != id and n > 0 end)
     fallen = verdict.fallen - fallen + others
@@ -180,22 +181,22 @@ defmodule StarweaveImage.Queue.Verdict do
     )
   end
 
-  @doc "In which company the next attempt of a request is to run."
+  @doc "The company in which the next attempt of a request runs."
   @spec company(t, id) :: company
   def company(verdict, id), do: Map.get(verdict.cases, id, %Case{}).company
 
-  @doc "How often a sidecar has died under the request."
+  @doc "How often a sidecar has died while it ran the request."
   @spec deaths(t, id) :: non_neg_integer
   def deaths(verdict, id), do: Map.get(verdict.cases, id, %Case{}).deaths
 
-  @doc "The request runs alone from now on, though no sidecar has died under it."
+  @doc "Makes the request run alone from now on, though no sidecar has died while it ran."
   @spec suspect(t, id) :: t
   def suspect(verdict, id),
     do: put_in(verdict.cases[id], %{opened(verdict, id) | company: :alone})
 
   @doc """
-  For how many ms the sidecar of a request that is on trial rests before it begins. None, and no bet, where that is
-  not well within the `left` ms until its deadline.
+  Draws the ms for which a sidecar rests before a request on trial begins, and places the bet. 0, and no bet, if the
+  pause is not well within the `left` ms until the deadline.
   """
   @spec stake(t, id, integer) :: {non_neg_integer, t}
   def stake(verdict, id, left) do
@@ -207,7 +208,7 @@ defmodule StarweaveImage.Queue.Verdict do
       else: {0, call_off(verdict, id)}
   end
 
-  @doc "The attempt or the pause before it ended in another way: the bet is off."
+  @doc "The attempt, or the pause before it, ended otherwise: cancels the bet."
   @spec call_off(t, id) :: t
   def call_off(verdict, id) do
     case verdict.cases do
@@ -225,11 +226,11 @@ defmodule StarweaveImage.Queue.Verdict do
     %{verdict | cases: cases, fallen: verdict.fallen + count.(a_case.alone)}
   end
 
-  ## Lives of the application
+  ## Ends of the application
 
   @doc """
-  What becomes of a request of the journal under which the application ended `ends` times. That is no evidence, for
-  whatever ends an application ends all that runs in it; but it must not be done for ever.
+  Decides about a request from the journal that was running `ends` times when the application ended. That is no evidence
+  against the request, since all running requests end with the application; but it must not be repeated for ever.
   """
   @spec recovered(t, id, non_neg_integer) :: {:go_on, t} | {:give_up, Error.t()}
   def recovered(verdict, id, ends) do
@@ -238,7 +239,7 @@ defmodule StarweaveImage.Queue.Verdict do
         {:give_up,
          Error.new(:sidecar_crashed, "the application ended #{ends} times while this request ran")}
 
-      # Alone it takes at least no other's work with it.
+      # Run alone, it can at least not take other work down with it.
       ends >= @patience ->
         {:go_on, suspect(verdict, id)}
 
@@ -250,9 +251,9 @@ defmodule StarweaveImage.Queue.Verdict do
   ## Failures
 
   @doc """
-  What becomes of an attempt that ended with an error: it is made again after a pause in ms, another model draws it,
-  or the error is the request's. `retries` so far, `left` ms until its deadline, and the models that may take its
-  place.
+  Decides about an attempt that ended with an error: the request is retried after a pause in ms, another model runs it,
+  or it fails with the error. The facts are the `retries` so far, the `left` ms until its deadline, and the fallback
+  models.
   """
   @spec failed(t, Error.t(), %{
           retries: non_neg_integer,
@@ -262,7 +263,7 @@ defmodule StarweaveImage.Queue.Verdict do
   def failed(verdict, error, %{retries: retries, left: left, fallbacks: fallbacks}) do
     pause = Backoff.pause(retries + 1, @retry_pause)
     again? = error.kind in @retryable and error.retryable? and retries < verdict.max_retries
-    # It could be loaded, and what it computes is NaN.
+    # The model could be loaded, but computes NaN or infinity.
     no_numbers? = error.kind == :internal and error.details[:field] == :model
 
     case fallbacks do
@@ -275,7 +276,7 @@ defmodule StarweaveImage.Queue.Verdict do
 
   ## Quarantine
 
-  @doc "A request came to its end: whatever was given up of the same content, the content is not to blame."
+  @doc "A request succeeded, so its content is not to blame where earlier requests with that content were given up."
   @spec done(t, Request.t(), integer) :: t
   def done(verdict, %{content: content} = request, now) do
     refused =
@@ -289,7 +290,7 @@ defmodule StarweaveImage.Queue.Verdict do
     close(verdict, request.id, & &1)
   end
 
-  # By content, under any id and seed; but with its seed alone where others of the content were drawn well.
+  # Refuses the content under any id and seed; or only with this seed, if requests with the same content have succeeded.
   defp refuse(verdict, %{content: content, seed: seed}, now) do
     well? = Map.get(verdict.well, content, now) > now
     key = if well?, do: {content, seed}, else: content
@@ -310,7 +311,7 @@ defmodule StarweaveImage.Queue.Verdict do
   defp until({until, _seed}), do: until
   defp until(until), do: until
 
-  @doc "Whether the request may be taken in, as far as what became of its like is concerned."
+  @doc "Whether the request may be accepted, that is, whether its content is not in quarantine."
   @spec admit(t, Request.t(), integer) :: :ok | {:error, Error.t()}
   def admit(verdict, %{content: content, seed: seed}, now) do
     case for key <- [content, {content, seed}],

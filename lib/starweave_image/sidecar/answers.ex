@@ -1,18 +1,18 @@
 defmodule StarweaveImage.Sidecar.Answers do
   @moduledoc false
-  # What one Python process has answered so far to what it was asked, and whether what it says next may
-  # be said (docs/protocol.md, "Order"). Pure; images and other results are put together here.
+  # What one Python process has answered so far, and whether its next message is allowed (docs/protocol.md, "Order").
+  # Assembles images and other results from their parts. Pure.
 
   alias StarweaveImage.Sidecar.Answers.Draft
 
   defmodule Draft do
     @moduledoc false
-    # A `generate` that is being answered. `seeds` are those that its results must have; `index` is the
-    # result that comes next, and `parts` what there is of it, the last first.
+    # A `generate` that is being answered. `seeds` are the required seeds of its results; `index` is the next result,
+    # and `parts` its parts so far, last first.
     defstruct [:seeds, :format, :preview?, :accepted, :first, index: 0, parts: [], have: 0]
   end
 
-  # So many of those that ended are remembered, to tell who speaks of them again from who speaks of none.
+  # This many ended ids are remembered, to tell a message about an ended request from one about an unknown id.
   @remembered 1_000
 
   defstruct open: %{}, ended: {MapSet.new(), :queue.new()}
@@ -22,7 +22,7 @@ defmodule StarweaveImage.Sidecar.Answers do
   @spec new() :: t
   def new, do: %__MODULE__{}
 
-  @doc "What was just asked, as a message of the protocol."
+  @doc "Records a message that was sent to the process."
   @spec asked(t, map) :: t
   def asked(answers, %{t: type, id: id} = message) when type in [:generate, "generate"] do
     first = Map.get(message, :variation_seed) || message.seed
@@ -41,8 +41,8 @@ defmodule StarweaveImage.Sidecar.Answers do
   def asked(answers, _message), do: answers
 
   @doc """
-  What was heard: to be told, with the whole result in place of its last part, or to be kept, or of
-  nobody, or an error that says what is wrong with it.
+  Takes a message from the process. Tells whether to pass it on (`:tell`, with the whole result in place of its last
+  part) or only store it (`:keep`), whether it belongs to no open request (`:of_nobody`), or what is wrong with it.
   """
   @spec heard(t, map) :: {:tell, map, t} | {:keep, t} | :of_nobody | {:error, String.t()}
   def heard(_answers, %{t: :error, terminal: false}), do: :of_nobody

@@ -1,17 +1,17 @@
 defmodule StarweaveImage.Sidecar.Health do
   @moduledoc false
-  # Whether a Python process that is alive gets on with its work, judged by its heartbeats. Pure.
+  # Whether a live Python process makes progress, judged by its heartbeats. Pure.
 
   alias StarweaveImage.Sidecar.Life
 
-  # Work that takes this many times as long as usual is taken for a hang.
+  # Work that takes this many times as long as usual counts as a hang.
   @patience_times 10
 
   @doc """
   Why a heartbeat shows a process that is alive but stuck, or nil.
 
-  Judged is what works: the device on its pass, each load, and each request that waits for neither. A request that
-  waits may have to wait for long, and is stuck only when nothing else works.
+  Each active part is checked: the device's current pass, each load, and each request that waits for neither. A request
+  that waits may legitimately wait for long, and counts as stuck only if nothing else is active.
   """
   @spec stuck(map, keyword) :: String.t() | nil
   def stuck(%{running: running} = beat, config) do
@@ -39,9 +39,9 @@ defmodule StarweaveImage.Sidecar.Health do
   end
 
   @doc """
-  Why a process whose life is in `state` has been silent for too long, and whether it hangs (`:stalls`) or has missed
-  its start (`:fails`); or nil. `clocks`, all in ms: `:now`, when it was last `:heard_at`, until when it must be ready
-  (`:start_by`), and since when each of its requests should be in its heartbeats (`:asked_at`).
+  Why a process whose life is in `state` has been silent for too long, and whether it hangs (`:stalls`) or did not start
+  in time (`:fails`); or nil. `clocks`, all in ms: `:now`, the last sign of life (`:heard_at`), the time by which it
+  must be ready (`:start_by`), and since when each of its requests should be in its heartbeats (`:asked_at`).
   """
   @spec overdue(Life.state(), map, keyword) :: {:stalls | :fails, String.t()} | nil
   def overdue(state, %{now: now} = clocks, config) do
@@ -64,17 +64,17 @@ defmodule StarweaveImage.Sidecar.Health do
   end
 
   @doc """
-  Why a process is to be ended for the sake of requests that were told to stop and go on, or nil.
+  Why a process must be ended because requests that were told to stop still run, or nil.
 
-  `told` has since when, by their ids. A decoder, an encoder, a tokenizer or a scheduler that does not come back is
-  beyond the reach of a cancel; the device and loads have limits of their own, and whoever waits for them is not to
-  blame.
+  `told` maps the ids of these requests to when they were told. A cancel cannot interrupt a decoder, an encoder, a
+  tokenizer or a scheduler that does not return. The device and loads have limits of their own, so requests that wait
+  for those do not count.
   """
   @spec outstays(map, %{String.t() => integer}, integer, keyword) :: String.t() | nil
   def outstays(%{running: running}, told, now, config) do
     limit = config[:cancel_timeout]
 
-    # A request that was inside a pass when it was told to stop could not react before the end of that pass.
+    # A request that was in a pass when it was told to stop could not react before that pass ended.
     overdue? = fn request, since -> min(now - since, request.step_age_ms) > limit end
     late = &(is_map_key(told, &1.id) and not (&1[:waits] || false) and overdue?.(&1, told[&1.id]))
 

@@ -1,15 +1,15 @@
 defmodule StarweaveImage.Sidecar.Life do
   @moduledoc false
-  # The life of a sidecar, from one Python process to the next: its state, what each event makes of it, and what the
-  # owner has to do then. The whole table is in docs/architecture.md, and a test holds this module to it. No process and
-  # no clock; the random numbers of the pauses are those of `:rand`.
+  # The state machine of a sidecar across its Python processes: the state, the transition for each event, and the
+  # actions that the owner must take. The full table is in docs/architecture.md; a test compares this module with it. No
+  # process and no clock; the pauses use random numbers from `:rand`.
 
   alias StarweaveImage.Backoff
 
-  # `patience`: what starts may still cost before callers are told that it is down; spent while nothing was ever ready.
-  # `failures`: ends in a row, for the pause before the next start. `ready?`: whether the present process got ready.
-  # `words`: what that process says is wrong with it. `sentence`: why it is condemned, and `stalled?` whether for hanging.
-  # `logged`: the sentence with which the last start failed, which is no news a second time.
+  # `patience`: the budget for failed starts before callers are told that the sidecar is down; until a process was
+  # ready, one failed start spends it. `failures`: consecutive ends, which determine the pause before the next start.
+  # `ready?`: whether the present process became ready. `words`: its own complaint. `sentence`: why it is condemned;
+  # `stalled?`: whether for hanging. `logged`: the reason of the last failed start, which is not logged twice.
   @enforce_keys [:backoff]
   defstruct [
     :backoff,
@@ -24,18 +24,18 @@ defmodule StarweaveImage.Sidecar.Life do
   ]
 
   @typedoc """
-  - `:resting`: there is no process, and the next start comes after a pause
-  - `:started`: there is a process, and nothing was heard of it
-  - `:greeted`: it has spoken and was told its configuration; it may be busy with imports
-  - `:ready`: it takes work
-  - `:condemned`: it is to be killed and is not listened to; it is still there where even the kill was not possible
+  - `:resting`: there is no process; the next start follows after a pause
+  - `:started`: the process is started and has sent nothing yet
+  - `:greeted`: it has sent a sign of life and was sent its configuration; it may be busy with imports
+  - `:ready`: it accepts work
+  - `:condemned`: it must be killed and its messages are ignored; it still runs if the kill has not been possible yet
   """
   @type state :: :resting | :started | :greeted | :ready | :condemned
 
   @typedoc """
-  What happens: a process was started; it sent a heartbeat; it said `ready`, or what is wrong with it; it is found to
-  hang (`:stalls`) or to break the protocol (`:fails`); there is no process any more, or none could be started, killed
-  from outside or otherwise; it has been ready for long enough to be called stable.
+  What happened: a process was started; it sent a heartbeat; it sent `ready`, or a complaint; it was found to hang
+  (`:stalls`) or to break the protocol (`:fails`); it ended, killed from outside or otherwise, or could not be started;
+  it has been ready long enough to count as stable.
   """
   @type event ::
           :started
@@ -48,9 +48,8 @@ defmodule StarweaveImage.Sidecar.Life do
           | :stable
 
   @typedoc """
-  What is to be done: send it its configuration; tell that it is ready; log its complaint; kill it; or close what is
-  left of it, tell that it has ended, and start the next one after a pause in ms. `news?` says whether the log should
-  show the sentence.
+  What the owner must do: send the configuration; report that the process is ready; log its complaint; kill it; or clean
+  up after it, report its end, and start the next one after a pause in ms. `news?` says whether to log the sentence.
   """
   @type action ::
           :greet
@@ -61,8 +60,8 @@ defmodule StarweaveImage.Sidecar.Life do
 
   @type t :: %__MODULE__{}
 
-  # What starts may cost, once a sidecar has worked, before the accepted requests fail; what each failed start costs,
-  # and one that somebody else killed, which says little of whether a start can succeed.
+  # The budget for failed starts once a sidecar has worked; when it is spent, the accepted requests fail. A failed start
+  # costs `@failed`. A start killed from outside costs less, since it says little about whether a start can succeed.
   @patience 9
   @failed 3
   @killed 1
@@ -72,7 +71,8 @@ defmodule StarweaveImage.Sidecar.Life do
   def new(backoff), do: %__MODULE__{backoff: backoff}
 
   @doc """
-  What an event makes of a life, and what is to be done. An event that means nothing in a state changes nothing.
+  The actions to take and the next state after an event. An event without a meaning in the present state changes
+  nothing.
   """
   @spec next(t, event) :: {[action], t}
   def next(%{state: :resting} = life, :started),
@@ -85,7 +85,7 @@ defmodule StarweaveImage.Sidecar.Life do
       {[{:announce, message}],
        %{life | state: :ready, ready?: true, patience: @patience, logged: nil}}
 
-  # Before `ready`, this is why it cannot start.
+  # Before `ready`, a complaint is the reason why the process cannot start.
   def next(%{state: state} = life, {:complaint, words}) when state in [:started, :greeted],
     do: {[{:complain, words, news?(life, words)}], %{life | words: words}}
 
@@ -101,7 +101,7 @@ defmodule StarweaveImage.Sidecar.Life do
   def next(%{state: :ready} = life, :stable), do: {[], %{life | failures: 0}}
   def next(life, _meaningless), do: {[], life}
 
-  # The pause is none after the first end of a process that had worked, and grows with each further end.
+  # There is no pause after the first end of a process that had worked; it grows with each further end.
   defp ended(%{ready?: true} = life, sentence, _how) do
     sentence = life.sentence || sentence
     pause = Backoff.pause(life.failures, life.backoff)
@@ -127,11 +127,11 @@ defmodule StarweaveImage.Sidecar.Life do
     )
   end
 
-  @doc "Whether the log does not have the sentence yet as the reason for which starts fail."
+  @doc "Whether the sentence has not been logged yet as the reason of failing starts."
   @spec news?(t, String.t()) :: boolean
   def news?(life, sentence), do: life.logged != sentence
 
-  @doc "What is told of it. Once down, it is down until it is ready: callers get their answer at once meanwhile."
+  @doc "The phase to report. A sidecar that is down stays down until it is ready; meanwhile callers get errors at once."
   @spec phase(t) :: :starting | :ready | :stalled | :down
   def phase(%{stalled?: true}), do: :stalled
   def phase(%{ready?: true}), do: :ready

@@ -1,10 +1,10 @@
 defmodule StarweaveImage.Sidecar.Log do
   @moduledoc false
-  # What a sidecar and everything it started write to fds 1 and 2, as lines in Logger. A unix socket,
-  # since a port that uses fds 3 and 4 leaves 1 and 2 as they were: the terminal of the application.
+  # Passes the output of a sidecar and all its children on fds 1 and 2 to Logger, as lines. It comes by a unix socket: a
+  # port that uses fds 3 and 4 would leave 1 and 2 on the application's terminal.
   #
-  # Its loop is GenServer's, and nothing in it waits: a process that waits in code of ours is ended when that code is
-  # loaded anew for the second time, as happens all day in development.
+  # The receive loop is GenServer's, and no function here blocks: a process that waits inside a module is killed when
+  # that module is reloaded for the second time, which happens all day in development.
 
   use GenServer
   use StarweaveImage.CrashLog
@@ -20,20 +20,20 @@ defmodule StarweaveImage.Sidecar.Log do
   @lines_per_second 500
   @accept_ms 50
   @longest_line 65_536
-  # The reason of its end when it has read everything: its owner takes any other reason for a fault.
+  # The exit reason of a reader that has read everything; the owner treats any other reason as a fault.
   @over {:shutdown, :nobody_writes}
 
-  @doc "The reason of a reader that ends because nobody can write to it any more."
+  @doc "The exit reason of a reader that has no writer any more."
   @spec over() :: term
   def over, do: @over
 
-  @doc "Listens at `socket`, which the sidecar connects to; it is gone once that has happened."
+  @doc "Listens at `socket` for the sidecar's connection; the socket's file is removed once that is made."
   @spec start_link(atom, non_neg_integer) :: {:ok, t} | {:error, String.t()}
   def start_link(instance, index) do
     with {:ok, folder} <- Scratch.create() do
       socket = Path.join(folder, "log")
 
-      # Linked, but not started by `start_link`: a gen_server ends with its parent, and this one has more to read then.
+      # Linked, but not by `start_link`: a gen_server ends with its parent, and this one must still read what is left.
       case GenServer.start(__MODULE__, {self(), instance, index, folder, socket}) do
         {:ok, reader} ->
           {:ok, %__MODULE__{reader: reader, folder: folder, socket: socket}}
@@ -47,10 +47,10 @@ defmodule StarweaveImage.Sidecar.Log do
     end
   end
 
-  @doc "Ends a reader that nobody connected to; one that reads goes on to the last line."
+  @doc "Ends a reader without a connection; one that is connected reads to the last line."
   @spec stop(t) :: :ok
   def stop(log) do
-    # By the caller, who may be the last to run.
+    # Removed by the caller: the reader may not get to run again.
     Scratch.remove(log.folder)
     GenServer.cast(log.reader, :stop)
   end
@@ -121,7 +121,7 @@ defmodule StarweaveImage.Sidecar.Log do
   def handle_info({:tcp_error, socket, _reason}, %{socket: socket} = state),
     do: {:stop, @over, tell_dropped(state)}
 
-  # Of the owner, while nobody has connected; whoever has connected is read to the end.
+  # The owner has ended. Stop only if there is no connection yet; a connection is read to the end.
   def handle_info({:EXIT, pid, _reason}, %{socket: nil} = state) when is_pid(pid),
     do: handle_cast(:stop, state)
 
@@ -129,7 +129,7 @@ defmodule StarweaveImage.Sidecar.Log do
 
   @impl true
   def handle_cast(:stop, %{socket: nil} = state) do
-    # It may have connected, and ended, since we last looked.
+    # The sidecar may have connected, and ended, since the last check.
     with {:error, :timeout} <- accept(state), do: {:stop, @over, state}
   end
 
@@ -154,8 +154,8 @@ defmodule StarweaveImage.Sidecar.Log do
   @impl true
   def terminate(_reason, state), do: Scratch.remove(state.folder)
 
-  # Bounded in lines a second: a library that floods stderr must cost neither the disk nor Logger, and
-  # must not be blocked on its write either, so what is too much is read and counted.
+  # Limits the lines per second: a library that floods stderr must not fill the disk or overload Logger. It must not
+  # block on its writes either, so excess lines are read and counted.
   defp count(state) do
     now = second()
 
@@ -170,14 +170,14 @@ defmodule StarweaveImage.Sidecar.Log do
     state
   end
 
-  @doc "The same for a text of several lines, which stay lines and cannot be taken for messages of their own."
+  @doc "As `printable/1`, for a text of several lines, which cannot be mistaken for separate log messages."
   @spec printable_lines(binary) :: String.t()
   def printable_lines(text),
     do: text |> String.split("\n") |> Enum.map_join("\n  | ", &printable/1)
 
   @doc """
-  A line from outside as one that only shows text: whatever moves a terminal's cursor, colours it, ends the line or turns the
-  direction of writing is escaped, and so is what is no UTF-8.
+  A line from outside, made safe to show: characters that move a terminal's cursor, change its colours, end the line or
+  change the writing direction are escaped, and so is invalid UTF-8.
 
       iex> StarweaveImage.Sidecar.Log.printable("\\e[31mred\\tpear\\r\\n")
       "\\\\e[31mred\\tpear"

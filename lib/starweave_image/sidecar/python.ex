@@ -1,16 +1,16 @@
 defmodule StarweaveImage.Sidecar.Python do
   @moduledoc false
-  # The Python process of a sidecar, as the operating system knows it: how it is started, signalled, and why it ended.
-  # Nothing here raises: whatever goes wrong is a sentence, and the application stays up.
+  # The Python process of a sidecar as an operating system process: starts it, signals it, and tells why it ended.
+  # Nothing here raises: errors are returned as sentences, and the application stays up.
 
   alias StarweaveImage.Environment.Program
 
-  # Between the kill of a process group and its exit status: the kernel needs moments, unless the
-  # child sits in uninterruptible sleep, and then waiting longer helps nobody.
+  # How long to wait for the exit status after the kill of a process group. The kernel needs moments, unless the child
+  # is in uninterruptible sleep, and then waiting longer does not help.
   @reap_ms 3_000
 
-  # What of the application's environment a sidecar sees. Everything else stays out: a host's secrets
-  # are in its environment more often than not. HF_TOKEN and the proxies are what downloads need.
+  # The variables of the application's environment that a sidecar sees. All others are withheld, since the environment
+  # often contains secrets. Downloads need HF_TOKEN and the proxies.
   @allowed_env ~w(PATH HOME USER LOGNAME SHELL LANG LANGUAGE TZ TMPDIR TEMP TMP XDG_CACHE_HOME XDG_DATA_HOME
     LD_LIBRARY_PATH DYLD_LIBRARY_PATH SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE CURL_CA_BUNDLE
     HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY http_proxy https_proxy no_proxy all_proxy
@@ -25,7 +25,7 @@ defmodule StarweaveImage.Sidecar.Python do
 
   @type t :: %__MODULE__{port: port, os_pid: pos_integer, interpreter: Path.t()}
 
-  @doc "Starts one that connects its log to `log_socket` and sees, beside what all may see, the variables named in `extra`."
+  @doc "Starts a process that connects its log to `log_socket`; it also sees the variables named in `extra`."
   @spec start(Path.t(), Path.t(), [String.t()]) :: {:ok, t} | {:error, String.t()}
   def start(interpreter, log_socket, extra) do
     {arguments, env} = Program.command(["port", "--log-socket", log_socket])
@@ -46,7 +46,7 @@ defmodule StarweaveImage.Sidecar.Python do
       {:os_pid, os_pid} ->
         {:ok, %__MODULE__{port: port, os_pid: os_pid, interpreter: interpreter}}
 
-      # It has ended already, and its status came before the port was closed.
+      # The process has ended already; its exit status is in the mailbox.
       nil ->
         receive do
           {^port, {:exit_status, status}} -> {:error, exit_reason(status)}
@@ -69,7 +69,7 @@ defmodule StarweaveImage.Sidecar.Python do
     do:
       "Python cannot be started (#{if is_atom(reason), do: inspect(reason), else: reason}): run `mix image.setup`"
 
-  # As bytes: a name or value in the host's environment need not be text.
+  # As bytes: names and values in the host's environment need not be valid text.
   defp env(extra, ours) do
     present = for {name, _value} <- :os.env(), do: name
     allowed = present |> Enum.map(&to_bytes/1) |> allowed_env(extra) |> MapSet.new()
@@ -89,7 +89,7 @@ defmodule StarweaveImage.Sidecar.Python do
     end
   end
 
-  @doc "Which variables of `environment` a sidecar may see."
+  @doc "The variables of `environment` that a sidecar may see."
   @spec allowed_env([String.t()], [String.t()]) :: [String.t()]
   def allowed_env(names, extra) do
     Enum.filter(names, fn name ->
@@ -98,7 +98,7 @@ defmodule StarweaveImage.Sidecar.Python do
     end)
   end
 
-  @doc "Kills it and all that it started, and waits for its end; an error if not even that can be done now."
+  @doc "Kills the process and all that it started, and waits for its end; an error if that is not possible now."
   @spec kill(t) :: :ok | :error
   def kill(python) do
     with :ok <- signal(python, "KILL") do
@@ -108,9 +108,9 @@ defmodule StarweaveImage.Sidecar.Python do
   end
 
   @doc """
-  Signals its process group, which it leads, so all that it started.
+  Signals the process group that the process leads, and so all that it started.
 
-  `kill` is no BIF. Where there is no shell, the interpreter that we know of can do it too.
+  Erlang has no function for this. Without a shell, the Python interpreter sends the signal instead.
   """
   @spec signal(t, String.t()) :: :ok | :error
   def signal(%{os_pid: os_pid, interpreter: interpreter}, name) do
@@ -120,7 +120,7 @@ defmodule StarweaveImage.Sidecar.Python do
          do: run(interpreter, ["-I", "-S", "-c", code])
   end
 
-  # Whether it could be run: that there is nobody left to signal is none of our concern.
+  # Whether the command could be run. It does not matter if no process was left to signal.
   defp run(program, arguments) do
     _ = System.cmd(program, arguments, stderr_to_stdout: true)
     :ok
@@ -128,7 +128,7 @@ defmodule StarweaveImage.Sidecar.Python do
     ErlangError -> :error
   end
 
-  @doc "Waits for its end."
+  @doc "Waits for the end of the process."
   @spec ended?(t, non_neg_integer) :: boolean
   def ended?(%{port: port}, timeout) do
     receive do
@@ -139,7 +139,7 @@ defmodule StarweaveImage.Sidecar.Python do
     end
   end
 
-  @doc "Closes the port of one that has ended, with whoever it started and left behind."
+  @doc "Closes the port of a process that has ended, and kills the children it left behind."
   @spec close(t) :: :ok
   def close(%{port: port} = python) do
     _ = signal(python, "KILL")
@@ -162,7 +162,7 @@ defmodule StarweaveImage.Sidecar.Python do
     end
   end
 
-  @doc "What an exit status says."
+  @doc "The meaning of an exit status, as a sentence."
   @spec exit_reason(non_neg_integer) :: String.t()
   def exit_reason(69),
     do: "a Python package is missing or cannot be imported: run `mix image.setup` and see the log"

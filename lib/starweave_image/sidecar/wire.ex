@@ -7,17 +7,17 @@ defmodule StarweaveImage.Sidecar.Wire do
   @version 1
   @max_frame 33_554_432
   @max_part 4_194_304
-  # A picture of 4096 pixels a side in PNG, and room for its text.
+  # Enough for a PNG of 4096 × 4096 pixels and its text.
   @max_image 134_217_728
 
-  # Of an image among those of a request.
+  # The index of an image within its request.
   @index {:integer, 0, 15}
   @seed {:integer, 0, 0x7FFFFFFFFFFFFFFF}
-  # As many as a frame has room for.
+  # The most list items that fit in a frame.
   @many 131_072
 
-  # What the sidecar may say. Keys that are not named here are left, so that nothing from outside becomes an atom or
-  # reaches the rest of the code.
+  # The messages that a sidecar may send. Keys not listed here are dropped, so that nothing from outside becomes an atom
+  # or reaches the rest of the code.
   @running [
     id: :text,
     phase: :text,
@@ -183,12 +183,12 @@ defmodule StarweaveImage.Sidecar.Wire do
   def new, do: {[], 0, 0}
 
   @doc """
-  Takes the bytes that came and gives the bodies of the frames that are whole now.
+  Takes received bytes and returns the bodies of the frames that are complete now.
 
-  A length of 0 or above 32 MiB is an error before anything of it is kept: framing is lost then.
+  A length of 0 or above 32 MiB is an error, before any byte of that frame is kept: the framing is lost then.
   """
   @spec feed(buffer, binary) :: {:ok, [binary], buffer} | {:error, String.t()}
-  # Chunks of a large frame are only joined when it is whole: joining at each would be quadratic.
+  # The chunks of a large frame are joined only when it is complete: joining at each chunk would be quadratic.
   def feed({chunks, held, wanted}, bytes) when held + byte_size(bytes) < wanted,
     do: {:ok, [], {[bytes | chunks], held + byte_size(bytes), wanted}}
 
@@ -203,13 +203,13 @@ defmodule StarweaveImage.Sidecar.Wire do
 
   defp cut(<<>>, bodies), do: {:ok, Enum.reverse(bodies), new()}
 
-  # The length of a frame as soon as it is there, else that of a length.
+  # How many bytes are needed next: those of the frame if its length is known, else those of the length itself.
   defp cut(<<size::32, _::binary>> = rest, bodies),
     do: {:ok, Enum.reverse(bodies), {[rest], byte_size(rest), size + 4}}
 
   defp cut(rest, bodies), do: {:ok, Enum.reverse(bodies), {[rest], byte_size(rest), 4}}
 
-  @doc "One frame's body as a message with atom keys, or why it is none. Unknown types are `:unknown`."
+  @doc "Decodes a frame's body to a message with atom keys, or says why it is invalid. Unknown types are `:unknown`."
   @spec decode(binary) :: {:ok, message} | {:error, String.t()}
   def decode(body) do
     case Msgpack.decode(body) do
