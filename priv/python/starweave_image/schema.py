@@ -1,8 +1,8 @@
-"""What is asked of the engine and what it tells: requests, configurations, cards, events.
+"""The engine's input and output: requests, configurations, cards, events.
 
-Each field of a request and of a configuration stands once, below: its type, range and default, what it is for, and
-where a type does not say it, the words that a person reads when a value is refused. `fields` gives them to whoever
-derives something: the command line, docs/protocol.md, tests/contract/schema.json.
+Each field of a request and of a configuration is defined once, below: its type, range, default and help text, and,
+where the type does not give it, the text of the error for a refused value. The command line, docs/protocol.md and
+tests/contract/schema.json are derived from what `fields` returns.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _IMAGE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
 class Refused(Exception):
-    """Raised by a struct for what its types cannot say; without a message the field's own words are used."""
+    """Raised by a struct for rules that its types cannot express; without a message, the field's own text is used."""
 
     def __init__(self, field: str, message: str | None = None) -> None:
         super().__init__(field)
@@ -61,7 +61,7 @@ def _is_text(value: str, limit: int) -> bool:
 
 
 def _has_ink(value: str) -> bool:
-    # str.isspace() takes U+001C–U+001F for white space; Unicode's White_Space, and so the Elixir side, does not.
+    # str.isspace() counts U+001C–U+001F as white space; Unicode's White_Space, and so the Elixir side, does not.
     return any(not char.isspace() or "\x1c" <= char <= "\x1f" for char in value)
 
 
@@ -69,8 +69,8 @@ def _is_image(data: bytes) -> bool:
     return data.startswith(_IMAGE_MAGIC) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
 
 
-# Types of fields. A title names a type of text; a description completes the sentence "<field> must be …" where the
-# bounds alone do not say it.
+# Types of fields. A title names a type of text; a description completes the sentence "<field> must be …" if the bounds
+# are not enough for that.
 
 Id = Annotated[
     str,
@@ -142,13 +142,13 @@ ModelIds = Annotated[list[ModelId], Meta(max_length=256, description="a list of 
 
 
 def says(help: str) -> Meta:
-    """What a field is for, in one short sentence of Markdown."""
+    """The help text of a field, one short sentence of Markdown."""
     return Meta(extra={"help": help})
 
 
 class ModelEntry(Struct, kw_only=True):
-    """A model that may be loaded: a local folder where `path` is given, else a hub id. `fallbacks` take the place of those
-    in the catalog. `sha256` pins weight files, by their names within the model."""
+    """A model that may be loaded: a local folder if `path` is given, else a hub id. `fallbacks` replace those in the
+    catalog. `sha256` pins weight files, by their names within the model."""
 
     id: ModelId
     path: Path | None = None
@@ -164,7 +164,7 @@ class ModelEntry(Struct, kw_only=True):
 
 
 class Config(Struct, kw_only=True):
-    """How an engine works."""
+    """The configuration of an engine."""
 
     models: Annotated[
         list[ModelEntry],
@@ -222,7 +222,7 @@ class Config(Struct, kw_only=True):
 
 
 class Request(Struct, kw_only=True):
-    """What is asked for. Bounds of the model's card, which are narrower, are seen to later."""
+    """A request. The narrower limits of the model's card are checked later."""
 
     id: Annotated[Id, says("the name of the request; not one in use")]
     prompt: Annotated[Prompt, says("what the image shows")]
@@ -302,7 +302,7 @@ class Request(Struct, kw_only=True):
             raise Refused("negative_prompt")
         if not _is_text(self.style, _MAX_STYLE):
             raise Refused("style")
-        # Minus zero is within the bounds, and no zero to whoever reads it later.
+        # Normalises -0.0, which is within the bounds, to 0.0, for later readers of the value.
         self.strength += 0.0
         for field in ("guidance_scale", "variation_strength"):
             if (number := getattr(self, field)) is not None:
@@ -326,7 +326,7 @@ class Request(Struct, kw_only=True):
 
     @property
     def pictures(self) -> list[bytes]:
-        """The files to start from: `images`, or `image` alone."""
+        """The input pictures' files: `images`, or `image` alone."""
         return self.images or [] if self.image is None else [self.image]
 
     def _files(self) -> list[tuple[str, bytes]]:
@@ -335,7 +335,7 @@ class Request(Struct, kw_only=True):
         return [(field, data) for field, data in named if data is not None]
 
 
-# What the engine tells of itself and its models.
+# Facts about the engine and its models.
 
 
 class Defaults(Struct, kw_only=True):
@@ -423,7 +423,7 @@ class Snapshot(Struct, kw_only=True):
 
 
 class Facts(Struct, kw_only=True):
-    """What is known once the engine has started."""
+    """The facts that are known once the engine has started."""
 
     versions: dict[str, str]
     device: str
@@ -434,7 +434,7 @@ class Facts(Struct, kw_only=True):
     catalog: list[Card]
 
 
-# Events: what happens to a request, or to an operation on a model.
+# Events of a request, or of an operation on a model.
 
 
 class Accepted(Struct, kw_only=True):
@@ -482,7 +482,7 @@ class ImagePart(Struct, kw_only=True):
 
 
 class ResultPart(Struct, kw_only=True):
-    """A part of a result that is no picture. `facts` are what besides the file is known of it, as JSON has it."""
+    """A part of a result that is not a picture. `facts` are further facts about the result, as JSON values."""
 
     id: str
     index: int
@@ -510,28 +510,28 @@ class Done(Struct, kw_only=True):
 
 
 class Failed(Struct, kw_only=True):
-    """The end of a request or an operation; without `id` it is about neither."""
+    """The failure of a request or an operation; without `id`, of the sidecar itself or of an unreadable message."""
 
     id: str | None
     kind: Kind
     message: str
     field: str | None = None
     retryable: bool = False
-    # False: what was refused is a message, and whatever runs by its id goes on.
+    # False: only a message was refused, and a request that runs under its id goes on.
     terminal: bool = True
 
 
 Event: TypeAlias = Accepted | Progress | Preview | ImagePart | ResultPart | Models | Done | Failed
 
 
-# Reading values, and what is said of those that are refused.
+# Reading values, and the errors for those that are refused.
 
 Asked = TypeVar("Asked", bound=Struct)
 
 
 def read(kind: type[Asked], values: Mapping[str, Any]) -> Asked:
-    """A value of `kind` from a map without nulls, whose unknown keys are ignored; raises `invalid_request`, with the first
-    field at fault, such as "models[0].id"."""
+    """A value of `kind` from a map without nulls, whose unknown keys are ignored; raises `invalid_request` with the
+    first invalid field, such as "models[0].id"."""
     try:
         return msgspec.convert(values, kind, builtin_types=(bytes,))
     except Refused as refused:
@@ -548,7 +548,7 @@ def _field_at_fault(error: str) -> str:
 
 
 def _sentence(kind: type[Struct], path: str, value: Any) -> str:
-    """The sentence about what stands at `path`, from the words of its type."""
+    """The error for the value at `path`, from the text of its type."""
     hint: Any = kind
     for part in re.findall(r"\w+", path):
         if part.isdecimal():
@@ -564,7 +564,7 @@ def refusal(field: str, allowed: str, value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A refused value in a few words: text of users is not repeated at length."""
+    """A refused value, for a message; long text from users is shortened."""
     if isinstance(value, (bool, int, float)):
         return str(value).lower()
     if isinstance(value, str):
@@ -588,7 +588,7 @@ class Field(NamedTuple):
     help: str
     required: bool
     default: Any
-    # Those of min, max, multiple_of, min_bytes, max_bytes, max_items and values that bound it.
+    # Those of min, max, multiple_of, min_bytes, max_bytes, max_items and values that apply to the field.
     bounds: dict[str, Any]
 
 
@@ -636,7 +636,8 @@ _SAID = ("ge", "le", "multiple_of", "min_length", "max_length", "title", "descri
 
 
 def _bare(hint: Any) -> tuple[Any, dict[str, Any]]:
-    """A type without null and without what is said of it, and that: bounds, title, description, help."""
+    """Split a hint into the type, without null and annotations, and the annotations: bounds, title, description,
+    help."""
     said: dict[str, Any] = {}
     while True:
         if get_origin(hint) is Annotated:
@@ -650,7 +651,7 @@ def _bare(hint: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _must_be(hint: Any, said: Mapping[str, Any]) -> str:
-    """What completes the sentence "<field> must be …"."""
+    """The end of the sentence "<field> must be …"."""
     if "description" in said:
         return str(said["description"])
     if hint is str:

@@ -1,1 +1,1 @@
-"""What computes: which device, what runs on it together, how long it takes and how much fits."""
+"""Computation: the choice of the device, batching, the durations of passes and the limits of memory."""

@@ -1,10 +1,10 @@
 """Which calls go into the next forward pass: the policy alone, without threads, tensors or a clock of its own.
 
-Calls with an equal key can share one forward pass. A key is served when each of its members is back from its last
-pass, so that batches stay full, or when those who are not have had their time. Keys take turns by surplus round robin
-(Adiseshu, Parulkar, Varghese, SIGCOMM 1996): each turn earns a key time in proportion to its waiting members, what a
-pass took is taken off, and a key in debt is passed over. So the device's time is shared evenly among requests
-whatever their models cost, and between two services of a key the others get no more than `wait_bound` says.
+Calls with equal keys can share one forward pass. A key is served once all its members have returned from their last
+pass, so that batches stay full, or once the time to wait for the missing ones is over. Keys take turns by surplus round
+robin (Adiseshu, Parulkar, Varghese, SIGCOMM 1996): each turn credits a key with time in proportion to its waiting
+members, each pass is deducted, and a key in debt is skipped. So requests share the device's time evenly, whatever their
+models cost, and between two services of a key the other keys get at most the time that `wait_bound` gives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ QUANTUM_S = 0.05
 """Device time in seconds that one member earns its key in one round."""
 
 GUARD_S = 0.05
-"""How long, in seconds, a key waits at least for members that are not back yet; half of a pass where that is more."""
+"""How long, in seconds, a key waits at least for missing members; half the duration of a pass if that is more."""
 
 Member = TypeVar("Member", bound=Hashable)
 
@@ -42,7 +42,7 @@ class Batch(Generic[Member]):
 
 @dataclass
 class _KeyQueue(Generic[Member]):
-    """What stands before the device with one key."""
+    """The members and waiting calls of one key."""
 
     waiting: deque[Call[Member]] = field(default_factory=deque)
     away: set[Member] = field(default_factory=set)
@@ -53,9 +53,10 @@ class _KeyQueue(Generic[Member]):
 
 
 class Batcher(Generic[Member]):
-    """The calls that wait. `limit` gives the most rows that one pass of a key may have.
+    """The waiting calls. `limit` gives the most rows that one pass of a key may have.
 
-    The caller says what happens, in order: `add`, `leave`, `begin` and `ran`; and asks `next`. Not thread-safe.
+    The caller reports events in order by `add`, `leave`, `begin` and `ran`, and asks `next` what to run. Not
+    thread-safe.
     """
 
     def __init__(self, limit: Callable[[Hashable], int]) -> None:
@@ -83,14 +84,14 @@ class Batcher(Generic[Member]):
             self._drop_empty(call.key)
 
     def next(self, now: float) -> Batch[Member] | float | None:
-        """The batch to run; or for how many seconds to wait for news; or None, until there is any."""
+        """The batch to run; or for how many seconds to wait for events; or None, to wait until the next event."""
         if not any(queue.waiting for queue in self._queues.values()):
             return None
         while True:
             key = self._ring[0]
             queue = self._queues[key]
             if queue.credit_s <= 0:
-                # Nobody else has anything to do: the debt is owed to nobody.
+                # If no other key has calls, this loop just pays the debt off.
                 queue.credit_s += QUANTUM_S * max(1, len(queue.waiting) + len(queue.away))
                 self._ring.rotate(-1)
                 continue
@@ -123,7 +124,7 @@ class Batcher(Generic[Member]):
         self._drop_empty(batch.key)
 
     def forget(self, key: Hashable) -> None:
-        """No call of this key comes any more, and nobody can be asked for what it owes."""
+        """No more calls of this key will come; its debt is dropped."""
         self._debts.pop(key, None)
 
     def active(self) -> dict[Hashable, int]:
@@ -162,8 +163,7 @@ class Batcher(Generic[Member]):
         if not queue.waiting and not queue.away:
             del self._queues[key]
             self._ring.remove(key)
-            # Members that go back and forth between keys must not lose their debts on the way; once all are gone,
-            # nobody is owed anything.
+            # Members that switch between keys must not lose their debts by that; once all are gone, no debts remain.
             if not self._queues:
                 self._debts.clear()
             elif queue.credit_s < 0:

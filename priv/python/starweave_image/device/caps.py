@@ -1,8 +1,8 @@
 """How many rows one forward pass may have: measured for each network, shape and device, and kept between runs.
 
-A cap starts small and at most doubles with each size that has been seen to work, as long as the memory model says
-that the next one fits and no pass gets too long. The model is a line, bytes = base + slope * rows, through the peaks
-that were measured; with one size alone, through zero.
+A cap starts small and at most doubles with each size that has worked, as long as the memory model predicts that the
+next size fits and no pass gets too long. The model is a line, bytes = base + slope * rows, through the measured peaks;
+with only one measured size, the line goes through zero.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _logger = logging.getLogger(__name__)
 FIRST_ROWS = 4
 MOST_ROWS = 64
 ENOUGH = 3
-"""So many measurements of one size are enough."""
+"""How many measurements of one size are enough."""
 LONGEST_S = 5.0
-"""No pass is made longer than this by adding to it: a cancel waits for it to end."""
+"""No calls are added to a pass beyond this duration, since a cancel waits for the pass to end."""
 _MARGIN = 0.9
 _SAVE_S = 5.0
 _REFRESH_S = 1.0
 
 
 class Size(msgspec.Struct):
-    """What was measured of passes with one number of rows: the shortest time and the highest peak."""
+    """The measurements of passes with one number of rows: the shortest time and the highest peak."""
 
     seconds: float
     bytes: int = 0
@@ -38,7 +38,7 @@ class Size(msgspec.Struct):
 
 
 class Profile(msgspec.Struct):
-    """What is known of one key. `overflow` is (rows, bytes that were free) of the last pass that ran out of memory."""
+    """The measurements of one key. `overflow` is (rows, free bytes) of the last pass that ran out of memory."""
 
     sizes: dict[int, Size] = {}
     overflow: tuple[int, int] | None = None
@@ -66,7 +66,7 @@ class Profile(msgspec.Struct):
             else 0.0
         )
         if slope <= 0:
-            # One size, or peaks that say nothing: the most that a row can have taken.
+            # One size, or peaks without a usable slope: assume the most that a row can have taken.
             return 0.0, max(bytes / rows for rows, bytes in points)
         return mean_bytes - slope * mean_rows, slope
 
@@ -91,8 +91,8 @@ class Profile(msgspec.Struct):
 
 
 class Caps:
-    """The profiles of this machine, kept in the file `path`; `free` gives the bytes free on the device. From any thread, but
-    for `refresh`, which asks the device."""
+    """The profiles of this machine, kept in the file `path`; `free` gives the bytes free on the device. All methods may
+    be called from any thread, except `refresh`, which queries the device."""
 
     def __init__(self, path: Path | None, free: Callable[[], int]) -> None:
         self._path = path
@@ -106,7 +106,7 @@ class Caps:
         self._saved = time.monotonic()
 
     def refresh(self) -> None:
-        """Look again how much is free, at most once a second."""
+        """Update the number of free bytes, at most once a second."""
         now = time.monotonic()
         if now - self._asked >= _REFRESH_S:
             self._free, self._asked = self._ask(), now
@@ -117,7 +117,7 @@ class Caps:
             return self._profiles.get(key, Profile()).most(self._free)
 
     def ceiling(self, key: str) -> int:
-        """The most rows that fit, whether so many were tried yet or not."""
+        """The most rows that should fit, whether that many were tried yet or not."""
         with self._lock:
             return self._profiles.get(key, Profile()).ceiling(self._free)
 
@@ -148,7 +148,7 @@ class Caps:
         with self._lock:
             if self._path is None or not self._changed or time.monotonic() - self._saved < at_least_s:
                 return
-            # Other sidecars write the same file: only what was measured here is put over theirs.
+            # Other sidecars write the same file: only the profiles measured here replace theirs.
             profiles = _read(self._path) | {key: self._profiles[key] for key in self._changed}
             self._saved = time.monotonic()
             self._changed.clear()
@@ -158,7 +158,7 @@ class Caps:
                 fresh.write_bytes(msgspec.json.encode(profiles))
                 fresh.replace(self._path)
             except OSError:
-                # Said once, not at each try.
+                # Warn once, not at each try.
                 level = logging.DEBUG if self._refused else logging.WARNING
                 _logger.log(level, "the measured caps could not be kept", exc_info=True)
                 self._refused = True

@@ -1,7 +1,7 @@
 """Which device computes, and in which number format.
 
-The libraries read `CUDA_VISIBLE_DEVICES`, `HSA_OVERRIDE_GFX_VERSION`, `HCC_AMDGPU_TARGET` and `HF_HOME`
-themselves; none is set here. `TORCH_DTYPE` is ours to read, and wins over the configuration.
+The libraries read `CUDA_VISIBLE_DEVICES`, `HSA_OVERRIDE_GFX_VERSION`, `HCC_AMDGPU_TARGET` and `HF_HOME` themselves;
+none is set here. This module reads `TORCH_DTYPE`, which overrides the configuration.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Device:
-    """A device of this machine. `auto_dtype` is the format when none is asked for, `why` its reason."""
+    """A device of this machine. `auto_dtype` is the format used when none is requested, `why` the reason for it."""
 
     id: str
     name: str
@@ -54,10 +54,10 @@ class Choice:
     backend: str = "torch"
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that it was asked for."""
+        """Wait until the device has finished all submitted work."""
         import torch
 
-        # Without a number it would be the first one of several.
+        # Without an index it would be the first of several devices.
         if self.device.kind in ("cuda", "xpu"):
             getattr(torch, self.device.kind).synchronize(self.device.id)
         elif self.device.kind == "mps":
@@ -79,8 +79,8 @@ class Choice:
 
     @contextmanager
     def measured(self) -> Iterator[Callable[[], int]]:
-        """What runs inside is timed to its end on the device; the function gives the most memory that it took on top of
-        what was there before, in bytes, and 0 where that cannot be told."""
+        """A context that measures the work inside, including its end on the device; the function gives the peak of
+        memory in bytes on top of what was in use before, or 0 if that cannot be measured."""
         import torch
 
         taken = 0
@@ -92,7 +92,7 @@ class Choice:
             self.synchronize()
             taken = backend.max_memory_allocated(self.device.id) - before
         elif self.device.kind == "cpu":
-            # Allocations one by one: what the process holds says little, for much of it was freed and not given back.
+            # Count single allocations: the size of the process says little, since much freed memory is not returned.
             with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
                 yield lambda: taken
             taken = _highest(profile.kineto_results.events())
@@ -101,7 +101,7 @@ class Choice:
             self.synchronize()
 
     def memory(self) -> schema.DeviceMemory | None:
-        """Bytes that this process holds on the device, by its allocator, never the driver; None on a CPU."""
+        """Bytes that this process holds on the device, as its allocator counts them, not the driver; None on a CPU."""
         import torch
 
         if self.device.kind == "cuda":
@@ -116,29 +116,29 @@ class Choice:
 
 
 def placement(wanted: str, weights: int, largest: int, free: int) -> str:
-    """How a model of `weights` bytes, its largest network `largest` of them, is kept with `free` bytes on the device:
-    `none`, all of it there; `model`, the network at work there; `sequential`, layer by layer. What is not `auto` is as
-    it was wanted. A fifth of what is free is left for the work itself."""
+    """The offload mode of a model of `weights` bytes, `largest` of them in its largest network, with `free` bytes on
+    the device: `none`, all of it on the device; `model`, only the active network; `sequential`, layer by layer. A
+    `wanted` mode other than `auto` is returned as it is. A fifth of the free memory is reserved for the work itself."""
     if wanted != "auto":
         return wanted
     room = 0.8 * free
     return "none" if weights <= room else "model" if largest <= room else "sequential"
 
 
-# diffusers recommends slices on the GPUs of Macs with less than 64 GB, of which Metal gives out three quarters at most.
+# diffusers recommends slices on Macs with less than 64 GB, of which Metal makes at most three quarters available.
 _ROOMY_MAC = 48 * 2**30
 
 
 def division(attention: str, vae: str, device: Device, weights: int, decode: int) -> tuple[bool, bool]:
     """Whether attention is computed in slices and pictures are decoded in tiles, for a model of `weights` bytes whose
-    largest picture takes `decode` bytes to decode whole. What is not `auto` is as it was wanted.
+    largest picture takes `decode` bytes to decode whole. A setting other than `auto` is kept.
 
-    All that counts is how large the device is, and not what is free at the moment: a reproducible picture must not
+    This depends only on the size of the device, not on what is free at the moment: a reproducible picture must not
     change with the next load.
     """
     sliced = attention == "sliced"
     if attention == "auto":
-        # Elsewhere torch's attention never holds all scores at once, and slices would only cost time.
+        # On other devices torch's attention never holds all scores at once, so slices would only cost time.
         sliced = device.kind == "mps" and device.total_bytes < _ROOMY_MAC
     tiled = vae == "tiled" or (vae == "auto" and decode > 0.8 * device.total_bytes - weights)
     return sliced, tiled
@@ -150,7 +150,7 @@ def choose(config: schema.Config) -> Choice:
     if config.backend == "openvino":
         choice = _with_openvino(choice, config.compile)
     if choice.device.kind == "cpu":
-        # The profiler wants to be used first in the thread that has imported torch, and complains in the log if it is not.
+        # The profiler must first be used in the thread that imported torch, else it writes warnings to the log.
         with choice.measured():
             pass
     _logger.info(
@@ -172,7 +172,7 @@ def _with_openvino(choice: Choice, compile: str) -> Choice:
 
 
 def decide(device: str, dtype: str, found: Sequence[Device], environment: Mapping[str, str]) -> Choice:
-    """Choose among `found`, fastest first. The dtype follows from the device that was chosen."""
+    """Choose among `found`, fastest first. The dtype follows from the chosen device."""
     chosen = _device(device, found)
     wanted, asker = dtype, "configured"
     if named := environment.get("TORCH_DTYPE", "").strip().lower().removeprefix("torch."):
@@ -201,11 +201,11 @@ def _device(wanted: str, found: Sequence[Device]) -> Device:
 
 
 def present() -> list[Device]:
-    """The devices of this machine, the one to prefer first; the CPU is always there and last."""
+    """The devices of this machine, the preferred one first; the CPU is always included, last."""
     import torch
 
     devices = []
-    # Without the first the count may be of cards that the driver knows and this build of torch cannot use.
+    # Check `is_available` first: `device_count` may include cards that this build of torch cannot use.
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         try:
             devices.append(_cuda(torch, index))
@@ -238,7 +238,7 @@ def _cuda(torch: Any, index: int) -> Device:
 
 
 def _cpu(torch: Any) -> Device:
-    # Emulated bfloat16 is many times slower than float32, so only instructions for it decide.
+    # Emulated bfloat16 is many times slower than float32, so it is used only if the CPU has instructions for it.
     if torch.cpu._is_amx_tile_supported():
         dtype, why = "bfloat16", "the CPU has AMX"
     elif torch.cpu._is_avx512_bf16_supported():
@@ -250,7 +250,7 @@ def _cpu(torch: Any) -> Device:
 
 
 def _available_ram() -> int:
-    """Bytes that are available without swapping; 0 if the system does not tell."""
+    """Bytes of memory available without swapping; 0 if the system does not report it."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -261,7 +261,7 @@ def _available_ram() -> int:
 
 
 def _highest(events: Any) -> int:
-    """The most bytes held at once, from a profile's allocations and releases."""
+    """The most bytes allocated at one time, from a profile's allocations and releases."""
     changes: list[tuple[int, int]] = sorted(
         (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
     )

@@ -1,4 +1,4 @@
-"""How long the device takes for its passes: what tells one that hangs from one that is long."""
+"""How long the device takes for its passes, to tell a hanging pass from a long one."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 _KINDS = 256
-# A first pass is often slow, as where kernels are compiled for it: what it took must not count for ever.
+# A first pass is often slow, for example while kernels are compiled, so its duration must not count for ever.
 _FADING = 0.9
 
 
 class Kind(NamedTuple):
-    """Passes that should take the same time: `work` is the network and what it is asked to do, `shape` that of its inputs,
+    """Passes that should take the same time: `work` is the network and its method, `shape` the shapes of the inputs,
     and `size` how many numbers these have."""
 
     work: Hashable
@@ -22,8 +22,8 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Current:
-    """What the device works on since `begun`. Such work took `usual_s` at the longest lately: where `known`, that is of
-    passes of the same kind, else it is an estimate from others, 0 without any."""
+    """The device's current work, begun at `begun`. `usual_s` is the longest time that such work took recently: measured
+    from passes of the same kind if `known`, else estimated from other kinds, or 0 without any."""
 
     begun: float
     usual_s: float = 0.0
@@ -31,7 +31,7 @@ class Current:
 
 
 class Durations:
-    """One thread says what the device does; any may read `current`, None while it does nothing."""
+    """One thread reports the device's work; any thread may read `current`, which is None while the device is idle."""
 
     def __init__(self) -> None:
         self.current: Current | None = None
@@ -39,7 +39,7 @@ class Durations:
         self._longest: dict[Kind, float] = {}
 
     def begin(self, now: float, kind: Kind | None = None) -> None:
-        """The device begins a pass, or without a `kind` something else, such as to make room."""
+        """The device begins a pass or, without a `kind`, other work, such as freeing memory."""
         self._kind = kind
         if kind is None:
             self.current = Current(now, max(self._longest.values(), default=0.0))
@@ -50,9 +50,9 @@ class Durations:
             self.current = Current(now, max(estimates, default=0.0))
 
     def end(self, now: float) -> None:
-        """The pass has ended, and well."""
+        """The pass has succeeded."""
         assert self.current is not None and self._kind is not None
-        # Put in anew, so that the first is the one not seen for longest.
+        # Reinserted, so that the first entry is always the least recently seen.
         before = self._longest.pop(self._kind, 0.0)
         self._longest[self._kind] = max(now - self.current.begun, _FADING * before)
         if len(self._longest) > _KINDS:
@@ -64,5 +64,5 @@ class Durations:
 
 
 def _scaled(seconds: float, other: Kind, kind: Kind) -> float:
-    """An upper estimate from what another kind took: attention takes the square of what it looks at."""
+    """An upper estimate from the duration of another kind: the cost of attention grows with the square of the size."""
     return seconds * max(1.0, kind.size / other.size) ** 2 if kind.work == other.work else seconds

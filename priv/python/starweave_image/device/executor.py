@@ -1,7 +1,7 @@
 """The one thread that computes: it runs the networks of all pictures, several calls in one pass where they stack.
 
-A pipeline that draws is given networks that look like its own, but whose forward waits here for its turn
-(`Executor.drawing`). So the pipelines stay as diffusers ships them, and the device sees one caller.
+A running pipeline gets stand-ins for its networks, whose forward waits here for its turn (`Executor.drawing`). So the
+pipelines stay as diffusers ships them, and only one thread uses the device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .lanes import Lane
 _logger = logging.getLogger(__name__)
 
 _REMEMBERED_BYTES = 64 * 1024 * 1024
-# A small encoder's answers are few bytes: the budget alone would keep thousands that nobody asks for again.
+# A small encoder's answers have few bytes: the budget alone would keep thousands that are never used again.
 _REMEMBERED_ANSWERS = 256
 _IN_HALVES = "Drawn in smaller passes, because memory was short: it took longer, and may differ by rounding."
 _IN_TILES = "Drawn in tiles, because memory was short: slight differences are possible."
@@ -42,8 +42,8 @@ _BROKEN = 70
 
 
 class Network:
-    """A network of a loaded model. `role` is its name in the pipeline, `name` is unique on this machine. With `remembers`
-    its answers are kept, so that the same inputs are computed once."""
+    """A network of a loaded model. `role` is its name in the pipeline, `name` is unique on this machine. With
+    `remembers` its answers are cached, so that equal inputs are computed only once."""
 
     def __init__(self, name: str, role: str, module: Any, remembers: bool) -> None:
         self.name = name
@@ -55,7 +55,7 @@ class Network:
         self._wide: Any = None
 
     def tiled(self) -> Callable[..., Any] | None:
-        """Its decoder, working tile by tile: less memory, and seams that hardly show. None where it cannot do that."""
+        """Its decoder, working tile by tile: uses less memory, with hardly visible seams. None if it cannot do that."""
         if not hasattr(self.module, "enable_tiling"):
             return None
         twin = copy.copy(self.module)
@@ -67,8 +67,8 @@ class Network:
         return decode
 
     def widened(self) -> Callable[..., Any] | None:
-        """Its decoder in float32, by a copy that is made once. None where the format has that range already, or where the
-        weights are offloaded."""
+        """Its decoder in float32, by a copy that is made once. None if the format has the range of float32 already, or
+        if the weights are offloaded."""
         if self.module.dtype != torch.float16 or hasattr(self.module, "_hf_hook"):
             return None
         if self._wide is None:
@@ -90,8 +90,8 @@ def networks_of(pipeline: Any, where: str) -> dict[str, Network]:
 
 
 class Memory:
-    """The latest answers of a network, within a number of bytes and of answers. For text encoders: all pictures of a
-    request ask the same, and nearly all requests ask for the empty negative prompt."""
+    """A cache of a network's latest answers, limited in bytes and in number. For text encoders: all pictures of a
+    request have the same prompt, and nearly all requests have the empty negative prompt."""
 
     def __init__(self, budget: int, most: int) -> None:
         self._budget = budget
@@ -123,7 +123,7 @@ class Memory:
 
 @dataclass(eq=False)
 class _Ticket(Call[Lane]):
-    """A call that waits for the device, and what became of it."""
+    """A call that waits for the device, and its outcome."""
 
     network: Network
     run: Callable[..., Any]
@@ -141,7 +141,7 @@ class _Ticket(Call[Lane]):
 
 
 class Gate:
-    """Many may be inside together, or one alone. While somebody waits to be alone, nobody else is let in."""
+    """A lock that many threads can share, or one can hold alone. While one waits to be alone, no other may enter."""
 
     def __init__(self) -> None:
         self._news = threading.Condition()
@@ -175,8 +175,8 @@ class Gate:
 
 
 class Executor:
-    """Runs what the pipelines ask of their networks. `evict` lets idle models go and tells whether there were any,
-    `release` gives back to the device what nothing refers to."""
+    """Runs the networks' calls for the pipelines. `evict` unloads idle models and tells whether there were any;
+    `release` returns unused memory to the device."""
 
     def __init__(
         self, choice: devices.Choice, caps: Caps, evict: Callable[[], bool], release: Callable[[], None]
@@ -193,11 +193,11 @@ class Executor:
 
     @property
     def alone(self) -> Callable[[], Any]:
-        """A context in which nothing computes: neither a pipeline nor a network."""
+        """A context in which no pipeline and no network computes."""
         return self._gate.alone
 
     def at_work(self) -> schema.DeviceWork | None:
-        """What the device works on, and for how long; None while it has nothing to do."""
+        """The device's current work, and since how long; None while it is idle."""
         current = self._durations.current
         if current is None:
             return None
@@ -206,8 +206,8 @@ class Executor:
 
     @contextmanager
     def drawing(self, lane: Lane, pipeline: Any, networks: dict[str, Network], alone: bool) -> Iterator[None]:
-        """A context for one call of `pipeline` in the thread of `lane`, in which its networks wait for the device here. With
-        `alone` its calls share no pass with others."""
+        """A context for one call of `pipeline` in the thread of `lane`, in which its networks wait for the device here.
+        With `alone`, its calls share no pass with other calls."""
         for name, network in networks.items():
             if vars(pipeline).get(name) is network.module:
                 vars(pipeline)[name] = self._twin(lane, network, alone)
@@ -223,19 +223,19 @@ class Executor:
                 self._news.notify_all()
 
     def room(self) -> int | None:
-        """How many pictures of the kinds that are drawn now fit on the device at once, one pass for each kind; None while
-        nothing was measured."""
+        """How many pictures of the kinds now being drawn fit on the device at once, with one pass for each kind; None
+        before the first measurement."""
         with self._news:
             active = {label: rows for key, rows in self._batcher.active().items() if (label := _label(key))}
         fit = [max(1, self._caps.ceiling(label) // rows) for label, rows in active.items()]
         return sum(fit) or None
 
     def _twin(self, lane: Lane, network: Network, alone: bool) -> Any:
-        """A copy of the network's surface over the same weights, whose forward waits for the device."""
+        """A shallow copy of the network over the same weights, whose forward waits for the device."""
         module = network.module
         twin = copy.copy(module)
         surface = vars(twin)
-        # Only the network itself runs its hooks, or they would run twice.
+        # The hooks run in the network itself; with copies in the twin they would run twice.
         surface |= {name: OrderedDict() for name in surface if name.endswith("_hooks")}
 
         def waits_for(run: Callable[..., Any], alone: bool = alone) -> Callable[..., Any]:
@@ -247,7 +247,8 @@ class Executor:
         decode, encode = waits_for(module.decode), waits_for(module.encode, alone=True)
         surface["decode"] = lambda latents, *args, **kwargs: decode(latents.to(module.dtype), *args, **kwargs)
         surface["encode"] = lambda image, *args, **kwargs: encode(image.to(module.dtype), *args, **kwargs)
-        # Some pipelines call `to` to widen the decoder for one picture. The weights are shared, so nothing happens.
+        # Some pipelines call `to` to widen the decoder for one picture. The weights are shared, so this must do
+        # nothing.
         surface["to"] = lambda *_, **__: twin
         return twin
 
@@ -310,8 +311,8 @@ class Executor:
                 if not ticket.begun:
                     self._batcher.leave(ticket.member, ticket)
                     self._news.notify_all()
-                # A pass that has begun cannot be cut short. Wait for its end: until then its model is in use, and leaving
-                # earlier would let the cache evict it.
+                # A pass that has begun cannot be cut short. Wait for its end: until then its model is in use, and
+                # leaving earlier would let the cache evict it.
                 self._news.wait_for(lambda: ticket.done or not ticket.begun)
             ticket.result = ticket.error = None
             raise
@@ -322,8 +323,8 @@ class Executor:
         try:
             self._serve()
         except BaseException:
-            # Without this thread no request would ever be answered. The end of the process is noticed, and its
-            # requests run again in the next one.
+            # Without this thread no request would ever be answered. So end the process: the application notices that,
+            # and its requests run again in the next process.
             _logger.critical("the executor failed", exc_info=True)
             os._exit(_BROKEN)
 
@@ -355,20 +356,21 @@ class Executor:
             del batch, tickets, ticket
 
     def _compute(self, tickets: Sequence[_Ticket]) -> None:
-        """Run the tickets in one pass, or as memory and their errors allow; each gets its result or its own error."""
+        """Run the tickets in one pass, or in several if memory or errors require it; each gets its result or its
+        error."""
         error = self._attempt(tickets)
         if error is None:
             error = self._widen(tickets[0])
         if error is None:
             return
         if is_device_lost(error):
-            # Every later call in this process would fail too; a new process can do them all.
+            # Every later call in this process would fail too; a new process can run them.
             raise error
         if not is_out_of_memory(error):
             if len(tickets) == 1:
                 tickets[0].error = error
                 return
-            # One of them is at fault: run each by itself, so that only that one fails.
+            # One of them caused the error: run each by itself, so that only that one fails.
             for ticket in tickets:
                 self._compute([ticket])
             return
@@ -398,8 +400,8 @@ class Executor:
         first.error = error
 
     def _widen(self, ticket: _Ticket) -> Exception | None:
-        """Decode a picture again in float32 if it left the range of float16. The next picture starts in float16 again: its
-        bytes must not depend on the pictures before it."""
+        """Decode a picture again in float32 if it left the range of float16. The next picture starts in float16 again:
+        its bytes must not depend on the pictures before it."""
         network = ticket.network
         if not isinstance(ticket.error, ImageError) or not network.is_autoencoder:
             return None
@@ -448,8 +450,8 @@ class Executor:
                     self._durations.end(clock.now())
                     if memory and question:
                         memory.put(question, first.result)
-                # Some text encoders hold infinities in layers that nobody reads: whether they matter shows in the
-                # denoiser's result.
+                # Some text encoders have infinities in layers that are never read. If they matter, the denoiser's
+                # result is not finite either.
                 if memory is None and not finite.is_finite(first.result):
                     first.result, first.error = None, _not_finite(first)
                 return None
@@ -466,7 +468,7 @@ class Executor:
             results = [result] if len(calls) == 1 else stacking.split(result, rows)
             sound = finite.is_finite(result)
         except Exception as error:
-            # The time from here on is spent on recovery, and must not count as that of a pass.
+            # From here on the time is spent on recovery, and must not count as part of a pass.
             self._durations.begin(clock.now())
             return error
         for ticket, part in zip(tickets, results, strict=True):
@@ -481,7 +483,7 @@ class Executor:
 
 
 def _not_finite(ticket: _Ticket) -> ImageError:
-    """The error of a result that is NaN or infinite: it names this network, or the one whose output it was given."""
+    """The error for a result that is NaN or infinite: it names this network, or the one whose output was its input."""
     network = ticket.network
     named: dict[Any, Any] = ticket.kwargs | dict(enumerate(ticket.args))
     if ticket.stackable is not None:
@@ -494,7 +496,7 @@ def _not_finite(ticket: _Ticket) -> ImageError:
 
 
 def _label(key: Any) -> str | None:
-    """The name under which the caps of a key are kept; None for what runs alone."""
+    """The name under which the caps of a key are kept; None for calls that run alone."""
     return key[1] if isinstance(key[1], str) else None
 
 
@@ -509,7 +511,7 @@ def _kind(tickets: Sequence[_Ticket]) -> Kind:
 
 
 def _size(tensors: Sequence[torch.Tensor]) -> int:
-    """The number of elements of the first input, which the network works on: a measure of its work."""
+    """The number of elements of the first input, as a measure of the network's work."""
     return tensors[0].numel() if tensors else 1
 
 
@@ -525,7 +527,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _question(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """A digest of the arguments; None where one of them is neither a tensor nor a plain value."""
+    """A digest of the arguments; None if one of them is neither a tensor nor a plain value."""
     digest = hashlib.sha256()
     for name, value in [*enumerate(args), *sorted(kwargs.items())]:
         if isinstance(value, torch.Tensor):

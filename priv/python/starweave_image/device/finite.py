@@ -1,7 +1,7 @@
-"""Numbers that are none: what damaged weights give, or a format that is too narrow for a network.
+"""Results that are NaN or infinite: from damaged weights, or from a format that is too narrow for a network.
 
-Each answer of a denoiser and of an autoencoder is looked at when its pass is over. Whatever text encoders or schedulers
-spoil is seen in the next of these; which of them it was is only looked for then.
+Each result of a denoiser or an autoencoder is checked after its pass. Bad numbers from a text encoder or a scheduler
+show in the next of these results; only then is their source looked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FORMATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def is_finite(value: Any) -> bool:
-    """Whether no number in `value`, tensors and what holds them, is NaN or infinite. Waits for the device."""
+    """Whether all numbers in `value`, a tensor or a container of tensors, are finite. Waits for the device."""
     return all(
         _all_finite(tensor) for tensor in _tensors(value) if tensor.dtype in _FORMATS and tensor.numel()
     )
@@ -26,7 +26,7 @@ def is_finite(value: Any) -> bool:
 def _all_finite(tensor: torch.Tensor) -> bool:
     if tensor.device.type not in ("cpu", "cuda"):
         return bool(torch.isfinite(tensor).all())
-    # Twenty times faster, and without a copy of the tensor: NaN comes through in both.
+    # Twenty times faster than `isfinite().all()`, and without a copy of the tensor; a NaN appears in both results.
     least, most = torch.aminmax(tensor)
     return bool(torch.isfinite(least) & torch.isfinite(most))
 
@@ -40,14 +40,14 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-    # The distribution that an autoencoder encodes to: all else in it is made of these.
+    # The distribution that an autoencoder encodes to; everything in it is computed from its parameters.
     elif isinstance(parameters := getattr(value, "parameters", None), torch.Tensor):
         yield parameters
 
 
 def error(role: str, kind: str, dtype: str, sample: bool, others: Sequence[bool]) -> ImageError:
-    """The end of a request for which the network `role` of class `kind` gave numbers that are none, in the format `dtype`.
-    Says whose they are, given whether the `sample` it worked on and its other inputs were finite."""
+    """The error for a request whose network `role`, of class `kind`, gave NaN or infinity in the format `dtype`. Names
+    the source, given whether the network's `sample` and its other inputs were finite."""
     if not sample:
         whose = f"what the scheduler made of the denoiser's answers, before {role} ({kind}) worked on it,"
     elif not all(others):

@@ -1,4 +1,4 @@
-"""One request among others: whether it may go on, and where each of its pictures stands."""
+"""The state of one request: whether it may go on, and the progress of each of its pictures."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
 class Job:
-    """A request or an operation that is worked on, and its lanes: the first loads the model, and each makes one result in
-    a thread of its own. Of a silent one nothing is told."""
+    """A running request or operation, and its lanes: the first one loads the model, and each makes one result in a
+    thread of its own. A silent job emits no events."""
 
     def __init__(self, id: str, timeout_ms: int | None, silent: bool = False) -> None:
         self.id = id
         self.silent = silent
         self.ended = False
-        # Held while something is said of it, so that nothing is after its end.
+        # Held while an event of the job is sent, so that no event follows its end.
         self.speaking = threading.RLock()
         self.begun = time.monotonic()
         self._deadline = None if timeout_ms is None else self.begun + timeout_ms / 1000
@@ -48,18 +48,18 @@ class Job:
         self.wake()
 
     def abandon(self) -> None:
-        """One of its pictures failed: the others need not be drawn."""
+        """One of its pictures failed, so the others need not be drawn."""
         self.cancel("another picture of the request failed")
 
     def wake(self) -> None:
-        """Let all who wait look again."""
+        """Make all waiting threads check their conditions again."""
         for lane in self._lanes:
             lane.wake.set()
 
     def check(self) -> None:
         """Raise `cancelled` or `timeout` if the request must not go on."""
         if (known := self._cancelled) is not None:
-            # A fresh one for each thread that comes here.
+            # A new exception for each thread that gets here.
             raise ImageError(known.kind, known.message, retryable=known.retryable)
         if self._deadline is not None and time.monotonic() >= self._deadline:
             raise ImageError("timeout", "the request did not end within its timeout", retryable=True)
@@ -69,13 +69,13 @@ class Job:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def stand(self) -> schema.Running:
-        """Where the picture stands that is least far of those in work; between two of them, the latest."""
+        """The progress of the least advanced picture in work; if none is in work, of the one that advanced last."""
         latest = max(self._lanes, key=lambda lane: lane.advanced)
         at_work = [lane for lane in self._lanes if lane.at_work] or [latest]
         return min(at_work, key=lambda lane: (_ORDER[lane.phase], lane.step)).stand()
 
     def timings(self) -> dict[str, int]:
-        """Milliseconds by phase, those of all pictures added up; `total` is by the clock."""
+        """Milliseconds by phase, summed over all pictures; `total` is elapsed time."""
         spent: dict[str, float] = dict.fromkeys(("queue", *_TIMED.values()), 0.0)
         for lane in self._lanes:
             lane.account()
@@ -96,7 +96,7 @@ _TIMED: dict[Phase, str] = {
 
 
 class Lane:
-    """Where one picture stands. Its thread waits on one event, which a cancel, a load and the device all set."""
+    """The progress of one picture. Its thread waits on one event, which a cancel, a load and the device all set."""
 
     def __init__(self, job: Job, image: int) -> None:
         self.job = job
@@ -116,9 +116,9 @@ class Lane:
         self._waits = False
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        """Block until `ready`, which whoever makes it true announces by `wake`; raises as `Job.check` does."""
+        """Block until `ready` is true; the thread that makes it true must call `wake`. Raises as `Job.check` does."""
         while True:
-            # Cleared before looking, so that an event between the look and the wait is not lost.
+            # Cleared before the check, so that an event between the check and the wait is not lost.
             self.wake.clear()
             self.job.check()
             if ready():
@@ -127,7 +127,7 @@ class Lane:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What is done inside is to wait for the device or for a model, which others work on."""
+        """A context in which the lane waits for the device or for a model."""
         self.advanced, self._waits = clock.now(), True
         try:
             yield
@@ -147,7 +147,7 @@ class Lane:
         self.advanced, self._step_begun = clock.now(), time.monotonic()
 
     def finish(self) -> None:
-        """The picture is done: what follows is no time of its own."""
+        """The picture is done: time after this does not count as its own."""
         self.account()
         self.at_work = False
         self.advanced = clock.now()
@@ -159,7 +159,7 @@ class Lane:
         self.step, self.steps = self.step + 1, steps
 
     def queued(self, seconds: float) -> None:
-        """Account for a wait for the device: it is no part of the phase, nor of the step."""
+        """Account for a wait for the device, which counts neither for the phase nor for the step."""
         self.queued_s += seconds
         self._entered += seconds
         self._step_begun += seconds

@@ -1,7 +1,7 @@
 """`backend: openvino`: on a CPU, the denoiser of a loaded model computes through OpenVINO.
 
-Only its forward is replaced, by one over a model that OpenVINO converted from the loaded network; all else is stock. A
-call that the converted model was not made for goes to PyTorch, as do networks of other classes. The package is optional.
+Only its forward is replaced, by one that runs a model converted from the loaded network; all else is stock. Calls that
+the converted model does not support run in PyTorch, and so do networks of other classes. The package is optional.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _logger = logging.getLogger(__name__)
 _OTHERWISE = "OpenVINO cannot compute all of what this model was asked for: PyTorch did."
 _HINTS = {torch.bfloat16: "bf16", torch.float32: "f32"}
 _FILE = "model.xml"
-# By the added conditions of a UNet: what of them is passed beside the captions.
+# By a UNet's type of added conditions: the names of those that are passed beside the captions.
 _ADDED: dict[str | None, tuple[str, ...]] = {None: (), "text": (), "text_time": ("text_embeds", "time_ids")}
 
 
 def require() -> None:
     """Raise `unavailable` where the package is missing or cannot be imported."""
-    # It would tell its maker's servers that it was imported, and what it converts.
+    # OpenVINO's telemetry would report the import and each conversion to its maker's servers.
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
         import openvino  # noqa: F401
@@ -49,11 +49,11 @@ def require() -> None:
 
 
 def attach(pipeline: Any, folder: Path, name: str, notice: Callable[[str], None]) -> int:
-    """Have the denoiser of a pipeline that was loaded from `folder` compute through OpenVINO; the bytes that this takes
-    besides. `name` tells its weights and their format from all others.
+    """Have the denoiser of a pipeline that was loaded from `folder` compute through OpenVINO; returns the bytes of
+    memory that this takes in addition. `name` identifies its weights and their format.
 
-    The first time takes minutes for a large network; the result is kept on the disk, about as large as the weights.
-    `notice` takes a sentence for people when PyTorch computes something after all, now or later.
+    The first time takes minutes for a large network; the converted model is kept on the disk, about as large as the
+    weights. `notice` is called with a sentence for people when PyTorch has to compute something instead, now or later.
     """
     unet: Any = getattr(pipeline, "unet", None)
     if not _converts(unet):
@@ -82,7 +82,7 @@ def _converts(network: Any) -> bool:
 
 
 class _Forward:
-    """In the place of a UNet's `forward`. One call at a time."""
+    """Replaces a UNet's `forward`. One call at a time."""
 
     def __init__(self, unet: Any, compiled: Any, notice: Callable[[str], None]) -> None:
         functools.update_wrapper(self, unet.forward)
@@ -104,7 +104,7 @@ class _Forward:
                 _logger.warning("OpenVINO does not take a call with %s: PyTorch computes it", given)
                 self._notice(_OTHERWISE)
             return self._stock(*args, **kwargs)
-        # The tensors' memory is lent, and must live until the end of the call.
+        # OpenVINO uses the tensors' memory directly, so they must live until the end of the call.
         for index, tensor in enumerate(inputs):
             self._request.set_input_tensor(index, _lent(tensor))
         self._request.infer()
@@ -124,7 +124,7 @@ class _Forward:
         return_dict: bool = True,
         **others: Any,
     ) -> list[torch.Tensor] | None:
-        """What the converted model takes; None for a call that it was not made for."""
+        """The inputs of the converted model; None for a call that it does not support."""
         added = {name: value for name, value in (added_cond_kwargs or {}).items() if value is not None}
         if any(value is not None for value in others.values()) or set(added) != set(self._added):
             return None
@@ -139,7 +139,7 @@ def _compiled(unet: Any, source: Path, name: str) -> Any:
     import diffusers
     import openvino
 
-    # One call after the other with all threads, which the system may move: the process is not alone.
+    # One call at a time with all threads, which are not pinned to cores, since other processes run too.
     settings = {
         "INFERENCE_PRECISION_HINT": _HINTS[unet.dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -152,7 +152,7 @@ def _compiled(unet: Any, source: Path, name: str) -> Any:
     folder = paths.converted() / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     core = openvino.Core()
-    # The sidecars of one machine convert one after the other, and the second finds what the first has made.
+    # The sidecars of one machine convert one after the other, so the second one finds the result of the first.
     with folder.with_suffix(".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for attempt in range(2):
@@ -168,13 +168,13 @@ def _compiled(unet: Any, source: Path, name: str) -> Any:
 
 
 def _convert_apart(source: Path, dtype: str, folder: Path) -> None:
-    """Convert in a process of its own, since that holds the interpreter for longer than a heartbeat may be late, and takes
-    memory that this one would not get rid of."""
+    """Convert in a process of its own, since conversion holds the interpreter for longer than a heartbeat may be late,
+    and takes memory that this process could not free again."""
     fresh = folder.with_suffix(".new")
     shutil.rmtree(fresh, ignore_errors=True)
     begun = time.monotonic()
     command = [sys.executable, "-B", "-m", __name__, str(source.absolute()), dtype, str(fresh.absolute())]
-    # `-m` imports from the working folder first, unless told not to: that must be ours and not the application's.
+    # `-m` imports from the working folder first, so that must be this package's folder and not the application's.
     ours = Path(__file__).parents[2]
     paths = [str(ours), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -206,14 +206,14 @@ def _convert(source: Path, dtype: str, folder: Path) -> None:
             result = self.unet(sample, timestep, captions, added_cond_kwargs=conditions, return_dict=False)
             return result[0]
 
-    # Sizes that do not halve evenly take the way through the network on which it asks for the size of everything.
+    # Sizes that do not halve evenly make the trace take the branch that passes explicit sizes to the upsamplers.
     odd = 2 * 2**unet.num_upsamplers + 1
     width = config.cross_attention_dim
     width = width if isinstance(width, int) else width[0]
     shapes = [[2, config.in_channels, odd, odd + 2], [2], [2, 5, width]]
     free = [[-1, config.in_channels, -1, -1], [-1], [-1, -1, width]]
     if names:
-        # In any division: the pooled captions fill up what six numbers about the size leave.
+        # Any division works: the pooled captions take the dimensions that the six size numbers leave.
         numbers = 6 * config.addition_time_embed_dim
         shapes += [[2, config.projection_class_embeddings_input_dim - numbers], [2, 6]]
         free += [[-1, -1], [-1, -1]]
@@ -222,7 +222,7 @@ def _convert(source: Path, dtype: str, folder: Path) -> None:
     )
     with torch.no_grad():
         traced = torch.jit.trace(Positional(), examples, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
-    # Shared weights would be freed under it with what was traced.
+    # Shared weights would be freed with the traced network while the converted model still uses them.
     model = openvino.convert_model(traced, example_input=examples, input=free, share_weights=False)
     openvino.save_model(model, folder / _FILE, compress_to_fp16=False)
 
@@ -245,7 +245,7 @@ def _copied(tensor: Any) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    # Of limits that do not depend on the size, or are far away.
+    # The tracer warns about limits that do not depend on the size, or are never reached.
     warnings.simplefilter("ignore")
     require()
     _convert(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

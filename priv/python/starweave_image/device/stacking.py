@@ -1,8 +1,7 @@
-"""How calls of one network become one call, and its result theirs again.
+"""How calls of one network are stacked into one call, and its result is split again.
 
-A call is what a pipeline passes to its denoiser. Its *rows* are the samples along the batch axis: two
-where one picture is drawn with guidance. Calls may be stacked when their `key` is equal; timesteps need not be, for
-each row gets its own.
+A call is what a pipeline passes to its denoiser. Its *rows* are the samples along the batch axis: two for one picture
+with guidance. Calls with equal `key`s may be stacked. Their timesteps may differ, since each row has its own.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-# Denoisers of which is known that their rows do not see each other, and what of their arguments belongs to the rows.
-# Decoders are left out: on a CPU they were slower by the row together, and they are a small part of the work.
+# Denoisers whose rows are known to be independent, and whose arguments are known to be per row or shared. Decoders are
+# left out: on a CPU they took longer per row when stacked, and they are a small part of the work.
 _KNOWN = frozenset(
     {
         "UNet2DConditionModel",
@@ -30,18 +29,18 @@ _KNOWN = frozenset(
     }
 )
 SAMPLES = ("sample", "hidden_states", "x")
-"""What denoisers call that which they work on."""
+"""The names that denoisers use for their main input."""
 _TIMES = ("timestep", "t")
 # Positions are the same for all rows; where they have a batch axis (Flux 2) only its first entry is read.
 _SHARED = ("txt_ids", "img_ids")
-# Captions of their own lengths: the mask that hides what fills them up, for each network that has one.
+# Networks whose captions differ in length: the argument with the captions, and the mask that hides their padding.
 _RAGGED = {"QwenImageTransformer2DModel": ("encoder_hidden_states", "encoder_hidden_states_mask")}
 _BUCKET = 32
 """Captions whose lengths in tokens round up to the same multiple of this are stacked."""
 
 
 class Stackable:
-    """One call with its arguments by name; raises `TypeError` for what is not known to stack."""
+    """One call with its arguments by name; raises `TypeError` for arguments that are not known to stack."""
 
     def __init__(self, kind: str, arguments: dict[str, Any]) -> None:
         self.kind = kind
@@ -57,7 +56,7 @@ class Stackable:
         return tuple((name, self._trait(name, arguments[name])) for name in sorted(arguments) if name != mask)
 
     def _trait(self, name: str, value: Any) -> str:
-        """What of an argument must be equal."""
+        """The part of an argument that must be equal in stacked calls."""
         if isinstance(value, torch.Tensor):
             if name in _TIMES:
                 return "time"
@@ -84,7 +83,7 @@ class Stackable:
         return name in _SHARED or value.ndim == 0 or value.shape[0] != self.rows
 
     def cut(self, start: int, stop: int) -> Stackable:
-        """The call of the rows from `start` to `stop`."""
+        """The call with the rows from `start` to `stop` only."""
 
         def part(name: str, value: Any) -> Any:
             if isinstance(value, dict):
@@ -101,7 +100,7 @@ class Stackable:
 def read(
     kind: str, forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Stackable | None:
-    """The call of `forward` of a network of class `kind`; None where it must run by itself."""
+    """The call of `forward` of a network of class `kind`; None if it must run by itself."""
     if kind not in _KNOWN:
         return None
     names = inspect.signature(forward).parameters
@@ -113,7 +112,7 @@ def read(
 
 
 def stack(calls: Sequence[Stackable]) -> dict[str, Any]:
-    """The arguments of one call with the rows of all, in order."""
+    """The arguments of one call with the rows of all calls, in order."""
     first = calls[0]
     if len(calls) == 1:
         return first.arguments
@@ -167,7 +166,7 @@ def _filled_up(
 
 
 def split(result: Any, rows: Sequence[int]) -> list[Any]:
-    """What a stacked call gave, for each of its calls by their numbers of rows."""
+    """Split the result of a stacked call into those of its calls, given their numbers of rows."""
     if isinstance(result, torch.Tensor):
         return list(torch.split(result, list(rows)))
     if isinstance(result, dict):
@@ -180,7 +179,7 @@ def split(result: Any, rows: Sequence[int]) -> list[Any]:
 
 
 def unite(results: Sequence[Any]) -> Any:
-    """The result of a call from those of its parts: what `split` undoes."""
+    """Join the results of a call's parts: the inverse of `split`."""
     first = results[0]
     if isinstance(first, torch.Tensor):
         return torch.cat(list(results))
@@ -195,7 +194,7 @@ _fingerprints: Any = WeakIdKeyDictionary()
 
 
 def _fingerprint(value: torch.Tensor) -> str:
-    """Tells contents apart. Kept, for the same tensor comes with each step; nobody changes it in between."""
+    """A digest of the contents. It is cached, since the same unchanged tensor is passed at each step."""
     known = _fingerprints.get(value)
     if known is None:
         data = value.detach().to("cpu").contiguous().flatten()

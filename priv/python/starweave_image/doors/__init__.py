@@ -1,1 +1,1 @@
-"""Ways in: the port of an Elixir application and the command line. Only these know frames and arguments."""
+"""The entry points: the port of an Elixir application and the command line. Only they handle frames and arguments."""

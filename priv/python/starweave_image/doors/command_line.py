@@ -17,7 +17,7 @@ from .. import schema
 from ..errors import ImageError
 from . import exits, output, switches
 
-# One byte more than a picture may have, so that a larger one is seen to be too large.
+# One byte above the limit for a picture, so that a larger file is recognised as too large.
 _MOST_READ = 12 * 1024 * 1024 + 1
 _REQUEST_ID = "command-line"
 
@@ -28,7 +28,7 @@ def generate(args: argparse.Namespace) -> int:
     try:
         config, request = _config(args), _request(args)
         plan = output.plan(path, request.num_images, bool(request.preview))
-        # What is printed would stand in the picture.
+        # Messages on stdout would end up in the picture.
         said = sys.stderr if output.is_stdout(path) else sys.stdout
         images, done = _run(request, config, plan.preview)
         assert done.parameters is not None
@@ -109,7 +109,7 @@ def _config(args: argparse.Namespace) -> schema.Config:
 
 
 def _local_id(folder: str) -> str:
-    # As `mix image.gen` names it: what is in no id, byte by byte, becomes a hyphen.
+    # The same name as in `mix image.gen`: each byte that is not allowed in an id becomes a hyphen.
     name = re.sub(rb"[^A-Za-z0-9._-]", b"-", os.fsencode(os.path.basename(os.path.abspath(folder))))
     return "local/" + (name.decode().lstrip(".")[:200] or "model")
 
@@ -124,7 +124,7 @@ def _run(request: schema.Request, config: schema.Config, preview: str) -> tuple[
     engine.generate(request)
     images: list[bytearray] = [bytearray() for _ in range(request.num_images)]
     previewed = False
-    # On a terminal alone, and gone at the end.
+    # Shown only on a terminal, and removed at the end.
     line = tqdm(disable=None, leave=False, bar_format="{desc} |{bar}| {elapsed}<{remaining}")
     try:
         while True:
@@ -132,7 +132,7 @@ def _run(request: schema.Request, config: schema.Config, preview: str) -> tuple[
                 case schema.Progress() as progress:
                     _show(line, progress)
                 case schema.Preview() as latest:
-                    # One that cannot be written is no reason to stop: the image may yet be.
+                    # Failing to write a preview must not end the request: the image may still be written.
                     with suppress(OSError):
                         output.write(preview, latest.data)
                     if not previewed:

@@ -1,4 +1,5 @@
-"""The command `doctor`: what is installed, what is missing. Standard library only until packages are known."""
+"""The command `doctor`: what is installed, what is missing. Imports only the standard library until the packages are
+checked."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ _EMBEDDED = "starweave/tiny"
 
 
 def examine(**config: str) -> dict[str, Any]:
-    """A report, as JSON has it, on an engine of this configuration; `problems` are sentences, and none means that images
-    can be made."""
+    """A report, as JSON values, on an engine with this configuration; `problems` is a list of sentences, empty if
+    images can be made."""
     packages = {name: _version(name) for name in _PACKAGES}
     report: dict[str, Any] = {
         "starweave_image": __version__,

@@ -1,4 +1,4 @@
-"""With which code a process ends, as docs/protocol.md and `starweave-image --help` say. Standard library only."""
+"""The exit codes of docs/protocol.md and `starweave-image --help`. Standard library only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COMMANDS = {
     UNAVAILABLE: "a Python package is missing or cannot be imported",
     INTERRUPTED: "interrupted",
 }
-"""Those of the commands that people call; the others are of the port alone."""
+"""The codes of the commands that people call; only the port uses the others."""
 
 _KINDS: dict[Kind, int] = {
     "invalid_request": USAGE,
@@ -33,5 +33,5 @@ _KINDS: dict[Kind, int] = {
 
 
 def code_of(kind: Kind) -> int:
-    """The code of a command that ends with an error of this kind."""
+    """The exit code of a command that fails with an error of this kind."""
     return _KINDS.get(kind, FAILED)

@@ -1,4 +1,4 @@
-"""The sidecar's sign of life, from a thread of its own."""
+"""The sidecar's heartbeats, sent by a thread of their own."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import psutil
 from .. import clock, schema
 from . import wire
 
-# A thread that sleeps wakes up so much too late only if the process was stopped, or the interpreter held.
+# A sleeping thread wakes up this late only if the process was stopped, or another thread held the interpreter.
 _LATE_S = 1.0
 _STARTED = time.monotonic()
 _SELF = psutil.Process()
 
 
 class Heartbeat:
-    """Sends a heartbeat each `interval` seconds, and at once when `beat` is called."""
+    """Sends a heartbeat every `interval` seconds, and at once when `beat` is called."""
 
     def __init__(
         self, snapshot: Callable[[], schema.Snapshot], send: Callable[[wire.Outgoing], None]

@@ -23,7 +23,7 @@ class FrameHandler(logging.Handler):
 
 
 def install(send: Callable[[wire.Outgoing], None]) -> None:
-    """Send what this package logs, from info up, through `send`."""
+    """Send this package's log messages of level info and above through `send`."""
     logger = logging.getLogger("starweave_image")
     logger.addHandler(FrameHandler(send))
     logger.setLevel(logging.INFO)

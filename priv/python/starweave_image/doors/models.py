@@ -1,4 +1,4 @@
-"""The commands of `starweave-image models`: what is on the disk; fetching, checking and deleting it."""
+"""The commands of `starweave-image models`: list, fetch, check and delete the models on the disk."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", 1)}
 
 def run(args: argparse.Namespace) -> int:
     """Run the command that `args.action` names; returns the exit code."""
-    # Before the hub's client is imported, which reads it once.
+    # Set before the hub's client is imported, which reads the variable only once.
     if getattr(args, "offline", False):
         os.environ["HF_HUB_OFFLINE"] = "1"
-    # What the log would say, the message does.
+    # Errors are printed as messages, so the log need not show them too.
     logging.getLogger("starweave_image").addHandler(logging.NullHandler())
     if args.attached:
         threading.Thread(target=_end_with_input, daemon=True).start()
@@ -148,7 +148,7 @@ def _pull(args: argparse.Namespace) -> int:
         return exits.CONSENT if plan.missing else exits.OK
     if plan.missing and not args.yes and not _agreed(plan):
         return exits.CONSENT
-    # Also where nothing is missing: what was asked for may mean another commit than before.
+    # Needed even if nothing is missing: a branch or tag may now name another commit.
     with _Progress(plan) as progress:
         folder = hub.fetch(plan, report=progress.report)
     print(f"{plan.repository} is here, revision {folder.name}")
@@ -192,7 +192,7 @@ def _agreed(plan: Plan) -> bool:
 
 
 class _Progress:
-    """One line that is drawn over on a terminal, a line for each tenth elsewhere."""
+    """On a terminal one line that is redrawn, elsewhere a new line for each tenth."""
 
     def __init__(self, plan: Plan) -> None:
         missing = plan.missing
@@ -240,7 +240,7 @@ def _verify(args: argparse.Namespace) -> int:
             plan = hub.plan(snapshot.repository, snapshot.revision)
             with _Progress(plan) as progress:
                 hub.fetch(plan, again=bad, report=progress.report)
-            # What other tools fetched and this library does not use.
+            # What remains are files that other tools fetched and this library does not use.
             bad -= {file.name for file in plan.files}
             print(f"{name}: repaired" + (f", except {', '.join(sorted(bad))}" if bad else ""))
         elif not snapshot.complete:
@@ -261,7 +261,7 @@ def _accept(args: argparse.Namespace) -> int:
 
 
 def _chosen(args: argparse.Namespace) -> list[Snapshot]:
-    """Those that the command line names; raises `model_not_found` where it names none that is here."""
+    """The snapshots that the command line names; raises `model_not_found` if the named one is not on the disk."""
     chosen = disk.snapshots(args.model, args.revision)
     if args.model and not chosen:
         revision = f" in revision {args.revision}" if args.revision else ""
@@ -296,7 +296,7 @@ def _prune(args: argparse.Namespace) -> int:
 
 
 def _size(text: str) -> int:
-    """Bytes of a size such as 500, 40GB, 1.5 TB or 8GiB."""
+    """The number of bytes in a size such as 500, 40GB, 1.5 TB or 8GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
     if match is None:
         raise ImageError(

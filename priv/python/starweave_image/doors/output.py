@@ -1,10 +1,9 @@
-"""Where an image goes. lib/starweave_image/output.ex has the same rules, and tests/contract/outputs.jsonl is what both are
-held to.
+"""Where images are written. lib/starweave_image/output.ex has the same rules; tests/contract/outputs.jsonl tests both.
 
-A regular file is replaced as a whole, with its mode and owner: a reader sees the old picture or the new one, and where there
-is no room the old one stays. Of a link that is so for the file that it leads to. Where that cannot be, since nothing
-may be created in the folder or the owner would be another, the file is overwritten. Anything else (a device, a pipe) is
-written into.
+A regular file is replaced atomically and keeps its mode and owner: a reader sees either the old picture or the new one,
+and if the disk is full the old one stays. For a link, this applies to its target. If no file can be created in the
+folder, or the owner could not be kept, the file is overwritten in place. Anything else (a device, a pipe) is opened and
+written to.
 """
 
 from __future__ import annotations
@@ -20,22 +19,22 @@ from ..errors import ImageError
 
 _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _LINKS = 40
-# What a full disk refuses before anything is drawn for it.
+# Written as a test, so that a full disk is noticed before anything is drawn.
 _PROBE = bytes(64 * 1024)
-# A folder in which nothing can be created, while a file in it may be writable.
+# The errors of a folder in which no file can be created, though a file in it may be writable.
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The files for the images, in their order, and for a preview."""
+    """The files for the images, in order, and for a preview."""
 
     paths: list[str]
     preview: str
 
 
 def format_of(out: str) -> str:
-    """The format that a name asks for, PNG where it has no ending; raises `invalid_request` for another one."""
+    """The format for a file name's ending, PNG without one; raises `invalid_request` for an unknown ending."""
     ending = _ending(out).lower()
     if ending and ending not in _FORMATS:
         *others, last = _FORMATS
@@ -46,14 +45,14 @@ def format_of(out: str) -> str:
 def plan(out: str, count: int, preview: bool) -> Plan:
     """The files for `count` images; raises `invalid_request` unless all of them can be written.
 
-    It is asked before anything is drawn, so it opens no pipe: that would wait for a reader.
+    This is called before anything is drawn, so it must not open a pipe, which would wait for a reader.
     """
     root, ending = _split(out)
     paths = [out] if count == 1 else [f"{root}-{number}{ending}" for number in range(1, count + 1)]
     names = Plan(paths, f"{root}.preview.jpg")
     if out == "-":
         raise _refused("must name a file, not -")
-    # Beside a device or a pipe nothing is to be created.
+    # No further files must be created next to a device or a pipe.
     if (count > 1 or preview) and _is_written_into(out):
         raise _refused(f"must be a file for several images or a preview, got {out}")
     for path in [names.preview, *paths] if preview else paths:
@@ -65,7 +64,7 @@ def plan(out: str, count: int, preview: bool) -> Plan:
 
 
 def check(path: str) -> None:
-    """Raises OSError where a file cannot be written, as far as that can be known without writing it."""
+    """Raises OSError if a file cannot be written, as far as that can be known without writing it."""
     path, found = _target(path)
     if found is not None:
         _writable(path)
@@ -83,7 +82,7 @@ def write(path: str, data: bytes | memoryview) -> None:
     if found is None:
         _replace(path, None, data)
     elif not stat.S_ISREG(found.st_mode):
-        # Appending: what else the standard output got in a file stays.
+        # Append: if stdout is redirected to a file, its earlier content must stay.
         _fill(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOCTTY), data, sync=False)
     else:
         _writable(path)
@@ -96,7 +95,7 @@ def write(path: str, data: bytes | memoryview) -> None:
 
 
 def is_stdout(path: str) -> bool:
-    """Whether what is written there goes where this process prints."""
+    """Whether this path leads to the standard output of this process."""
     try:
         return _is_written_into(path) and os.path.samestat(os.stat(path), os.fstat(1))
     except OSError:
@@ -111,12 +110,12 @@ def _is_written_into(path: str) -> bool:
     return found is not None and not stat.S_ISREG(found.st_mode)
 
 
-# What an open file of a process is, is not said by a name, which may be gone.
+# Stands for an open file of a process, whose own name may not exist any more; treated like a device.
 _OPEN_FILE = os.stat_result((stat.S_IFCHR,) + (0,) * 9)
 
 
 def _target(path: str) -> tuple[str, os.stat_result | None]:
-    """Where that leads, and what is there: None where nothing is."""
+    """The path at the end of all links, and the status of the file there, or None if there is none."""
     for _ in range(_LINKS):
         try:
             found = os.lstat(path)
@@ -168,7 +167,7 @@ def _replace(path: str, found: os.stat_result | None, data: bytes | memoryview) 
 
 def _make_alike(file: int, found: os.stat_result) -> None:
     own = os.fstat(file)
-    # The owner first: to change it takes some bits from the mode.
+    # The owner first, because changing it clears some bits of the mode.
     if (own.st_uid, own.st_gid) != (found.st_uid, found.st_gid):
         os.fchown(file, found.st_uid, found.st_gid)
     os.fchmod(file, stat.S_IMODE(found.st_mode))
@@ -194,8 +193,8 @@ def _fill(file: int, data: bytes | memoryview, sync: bool) -> None:
 
 
 def _create_beside(path: str) -> tuple[str, int]:
-    # A short name that nobody can guess, so that one of 255 bytes has room beside it; and a new file, so
-    # that no link which waits there is followed.
+    # The name is short, so that it is allowed even if that of the image has 255 bytes, and not guessable. The file must
+    # be new, so that no link prepared there is followed.
     part = os.path.join(os.path.dirname(path), f".{secrets.token_urlsafe(12)}.part")
     return part, os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
@@ -206,7 +205,7 @@ def _split(out: str) -> tuple[str, str]:
 
 
 def _ending(out: str) -> str:
-    """From the last dot of the name on, unless the name begins with it."""
+    """The part of the name from its last dot, unless that is its first character."""
     name = out.rpartition("/")[2]
     at = name.rfind(".")
     return name[at:] if at > 0 else ""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _CHUNK = 1024 * 1024
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _STOP_GRACE_S = 2.0
-# A write that got no further for so long, once this process is to end: nobody reads any more.
+# If a write makes no progress for this long while the process is ending, it has no reader any more.
 _UNREAD_S = 1.0
 
 _logger = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ class Port:
     def run(self) -> int:
         self._heartbeat.start()
         log.install(self.send)
-        # The handlers do nothing: the interpreter writes each signal's number to a pipe, and a thread that never
-        # waits for anything else acts on it, also when this one waits for somebody to read its answer.
+        # The handlers do nothing: the interpreter writes each signal's number to a pipe, and a thread that waits for
+        # nothing else acts on it, even while this thread is blocked on a write.
         signal.set_wakeup_fd(self._signalled, warn_on_full_buffer=False)
         for number in _STOP_SIGNALS:
             signal.signal(number, lambda *_: None)
@@ -80,7 +80,7 @@ class Port:
         return self._exit_code
 
     def send(self, message: wire.Outgoing) -> None:
-        """Write one frame whole; from any thread."""
+        """Write one complete frame; may be called from any thread."""
         buffers = wire.encode(message, self._generation)
         try:
             with self._write_lock:
@@ -93,7 +93,7 @@ class Port:
                     if written:
                         buffers[0] = memoryview(buffers[0])[written:]
         except BrokenPipeError:
-            # Nobody reads any more, and whoever works on an image must not find out one by one.
+            # The application is gone. End at once, rather than let each working thread fail on its own write.
             os._exit(exits.OK)
 
     def _finish(self, code: int) -> None:
@@ -130,7 +130,7 @@ class Port:
             message = wire.decode(body)
         except wire.InvalidMessage as error:
             self._refuse(error.id, error)
-            # There will be no other one to wait for.
+            # No other `hello` will follow.
             if error.type == "hello" and not self._generation:
                 self._finish(exits.NO_HELLO)
             return
@@ -177,7 +177,7 @@ class Port:
                 engine.unload_model(id, model)
 
     def _refuse(self, id: str | None, error: ImageError) -> None:
-        """Answer a message by an error, which ends nothing that runs by the id of that message."""
+        """Answer a message with an error that does not end the request that runs under its id."""
         self.send(
             schema.Failed(
                 id=id,
@@ -206,7 +206,7 @@ class Port:
             engine = Engine(config, self.send, self._heartbeat.beat)
             self._engine = engine
             facts = engine.start()
-            # Before the message: what the application sends in answer to it must be taken.
+            # Set before `ready` is sent: the requests that the application then sends must be accepted.
             self._ready = True
             self.send(wire.Ready(pid=os.getpid(), **msgspec.structs.asdict(facts)))
         except ImageError as error:
@@ -232,7 +232,7 @@ class Port:
         with self._drain_lock:
             again, self._draining = self._draining, True
         if engine is None or not self._ready or again:
-            # Nothing runs yet, or this is asked for the second time.
+            # Nothing runs yet, or this is the second request to stop.
             self._finish(exits.OK)
             return
         self._heartbeat.beat()
@@ -248,7 +248,7 @@ class Port:
             self._finish(exits.OK)
 
     def _leave(self, grace_s: float) -> None:
-        """End the process after its grace also when it cannot get rid of its last words."""
+        """End the process after its grace period even if its last messages cannot be written."""
         time.sleep(grace_s)
         while True:
             now = time.monotonic()

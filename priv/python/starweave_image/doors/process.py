@@ -18,7 +18,7 @@ from . import watchdog
 
 FRAMES_IN = 3
 FRAMES_OUT = 4
-# How an Elixir application calls the folder that it makes for this one socket.
+# The prefix of the folder that an Elixir application creates for this one socket.
 _SCRATCH = "starweave_image-"
 
 
@@ -52,7 +52,7 @@ def _require(fd: int, wrong_mode: int, use: str) -> None:
 
 
 def _redirect(log_socket: str | None) -> None:
-    # Before the descriptors change: a stream that began on a file asks for its position here.
+    # Done before the descriptors change: `reconfigure` may ask for the position of a stream that was opened on a file.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
@@ -75,7 +75,7 @@ def _redirect(log_socket: str | None) -> None:
 
 
 def _forget(log_socket: str) -> None:
-    # Of no use any more, and the application that made it may have been killed before it could remove it.
+    # The socket is not needed any more, and the application may be killed before it can remove it.
     folder = os.path.dirname(log_socket)
     if os.path.basename(folder).startswith(_SCRATCH):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The standard streams of a command: whoever loses what is printed loses no work by it."""
+"""The standard streams of a command: failing to print must not lose any work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _Lossy(io.RawIOBase):
-    """Writes to a descriptor until that fails, and then nowhere."""
+    """Writes to a descriptor until that fails, and then discards all output."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -36,8 +36,8 @@ class _Lossy(io.RawIOBase):
 
 
 def prepare() -> None:
-    """Let prints of this process fail unseen: to a reader that is gone, a full disk, a stream that was never open."""
-    # Else the next file that is opened would be printed into.
+    """Ignore failures of prints: to a reader that is gone, to a full disk, to a stream that was never open."""
+    # Without open descriptors 0 to 2, the next opened file would get one of them, and be printed into.
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(fd, True)
     os.close(fd)
@@ -46,14 +46,14 @@ def prepare() -> None:
 
 def _stream(old: Any, fd: int) -> io.TextIOWrapper:
     encoding = getattr(old, "encoding", None) or "utf-8"
-    # The names of files are printed as the bytes that they are.
+    # File names are printed as their original bytes.
     errors = "surrogateescape" if encoding.lower().replace("-", "") == "utf8" else "backslashreplace"
     raw = _Lossy(fd)
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=fd == 2 or raw.isatty())
 
 
 def finish() -> None:
-    """Write what is left; says on stderr what was lost, unless its reader went away, which is a reader's right."""
+    """Flush the streams. Lost output is reported on stderr, unless it was lost because the reader closed the pipe."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, AttributeError):
             stream.flush()

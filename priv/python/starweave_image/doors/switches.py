@@ -1,4 +1,4 @@
-"""Switches of the command line, made from the fields of the schema."""
+"""Command line switches, generated from the fields of the schema."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _METAVARS = {"integer": "N", "number": "X", "image": "FILE", "images": "FILE", "
 def add(
     parser: argparse.ArgumentParser, fields: Iterable[schema.Field], helps: Mapping[str, str] | None = None
 ) -> None:
-    """A switch for each field; `helps` has what a field is for on the command line where that is more than its own help.
-    What was not given is None."""
+    """Add a switch for each field; `helps` has help texts that replace those of the fields. A switch that is not given
+    is None."""
     for field in fields:
         name = field.name.replace("_", "-")
         help = (helps or {}).get(field.name)
@@ -45,7 +45,7 @@ def add(
 
 
 def given(args: argparse.Namespace, fields: Iterable[schema.Field]) -> dict[str, Any]:
-    """The fields that were given, as the command line has them: of an image its file's name."""
+    """The given fields with their values from the command line; for an image that is its file's name."""
     values = {field.name: getattr(args, field.name, None) for field in fields}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -65,7 +65,7 @@ def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             return kind(text)
         except ValueError:
-            # No number: the field refuses it in words of its own.
+            # Not a number: validating the field then gives its own error.
             return text
 
     return read

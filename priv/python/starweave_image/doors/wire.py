@@ -1,7 +1,7 @@
 """Frames and messages of docs/protocol.md, without any I/O.
 
-A frame is a 4-byte big-endian length and one msgpack map. What is in it stands in schema.py; what makes a message of
-it (its type `t`, its generation `g`, and messages that are about the process alone) stands here.
+A frame is a 4-byte big-endian length and one msgpack map. Its content is defined in schema.py; the envelope (the type
+`t`, the generation `g`) and the messages about the process itself are defined here.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ _HEADER = 4
 
 
 class FramingError(Exception):
-    """A frame length of 0 or above the limit: what follows cannot be told apart any more."""
+    """A frame length of 0 or above the limit: the beginning of the next frame is then unknown."""
 
 
 class InvalidMessage(ImageError):
-    """A frame whose body is no acceptable message; `id` is its request id and `type` its type where these could be
-    read."""
+    """A frame whose body is not a valid message; `id` is its request id and `type` its type, if these could be read."""
 
     def __init__(
         self,
@@ -46,14 +45,14 @@ class InvalidMessage(ImageError):
 
 
 class FrameDecoder:
-    """Cuts a stream of bytes into frame bodies, however the stream is divided."""
+    """Cuts a stream of bytes, received in pieces of any size, into frame bodies."""
 
     def __init__(self, limit: int = MAX_FRAME) -> None:
         self._limit = limit
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Take `data` and iterate over the bodies complete by now; raises `FramingError` after the last good one."""
+        """Take `data` and iterate over the complete bodies; raises `FramingError` after the last valid one."""
         self._buffer += data
         return self._bodies()
 
@@ -70,7 +69,7 @@ class FrameDecoder:
             yield body
 
 
-# Messages to the sidecar. That of a `generate` is a `schema.Request`.
+# Messages to the sidecar. The content of a `generate` is a `schema.Request`.
 
 
 class Hello(Struct, kw_only=True):
@@ -114,7 +113,7 @@ INCOMING: dict[str, type[Incoming]] = {
 
 
 class Message(NamedTuple):
-    """What was read of a frame. `generation` is None where the sender does not care."""
+    """A decoded frame. `generation` is None if the sender did not give one."""
 
     generation: int | None
     content: Incoming
@@ -161,16 +160,16 @@ OUTGOING: dict[type[Outgoing], str] = {
 
 
 def encode(content: Outgoing, generation: int) -> list[bytes | memoryview]:
-    """One whole frame as buffers to be written in order; the data of an image is not copied."""
+    """One complete frame as buffers to write in order; the data of an image is not copied."""
     fields = {"t": OUTGOING[type(content)], "g": generation, **msgspec.structs.asdict(content)}
     data = fields.pop("data", None)
     if data is not None:
         fields["data"] = b""
-    # A name of the file system may be no UTF-8, and what is said of it is to be told all the same.
+    # File names may be invalid UTF-8; messages that contain them must be sent all the same.
     head: bytes = msgpack.packb(fields, default=msgspec.structs.asdict, unicode_errors="replace")
     parts: list[bytes | memoryview] = [head]
     if data is not None:
-        # The empty bin at the end (2 bytes) gives way to the header of a bin32 and the data itself.
+        # The empty bin at the end (2 bytes) is replaced by the header of a bin32 and the data itself.
         parts = [head[:-2] + b"\xc6" + len(data).to_bytes(4, "big"), data]
     length = sum(map(len, parts))
     if length > MAX_FRAME:
@@ -189,7 +188,7 @@ def decode(body: bytes) -> Message:
 
 
 def _map(pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
-    """A map without its null fields, which count as absent."""
+    """The map without null fields, which count as absent."""
     if not all(isinstance(key, str) for key, _ in pairs):
         raise InvalidMessage("invalid_frame", "the keys of a map must be strings")
     return {key: value for key, value in dict(pairs).items() if value is not None}
@@ -200,8 +199,8 @@ def _malformed() -> InvalidMessage:
 
 
 def _shapes() -> list[tuple[int, int, int]]:
-    """Of each first byte of a msgpack value: how many bytes of it are fixed, how many of these at its end are a length, and
-    how much that counts: 0 for bytes, 1 for a list's values, 2 for a map's."""
+    """For each first byte of a msgpack value: the number of its fixed bytes, how many of these, at the end, are a
+    length, and what one unit of that length means: 0 for a byte, 1 for a list's value, 2 for a map's key and value."""
     shapes = [(1, 0, 0)] * 256
     for first, sizes, counts in (
         (0xC4, (1, 2, 4), 0),
@@ -221,10 +220,11 @@ _EXTENSIONS = {*range(0xC7, 0xCA), *range(0xD4, 0xD9)}
 
 
 def _measure(body: bytes) -> None:
-    """Refuse what is cut short, nests too deep, holds too many values or an extension before anything becomes an object:
-    an object takes up to a hundred times its byte, and msgpack itself bounds each list, but not all of them together."""
+    """Refuse a body that is truncated, too deeply nested, or contains too many values or an extension, before any
+    object is made: an object takes up to a hundred times its bytes, and msgpack limits each list, but not all of them
+    together."""
     at, room = 0, MAX_VALUES - 1
-    # Of each open container, how many values it still lacks.
+    # For each open container, the number of values still missing.
     lacking = [1]
     try:
         while lacking:
@@ -260,7 +260,7 @@ def _measure(body: bytes) -> None:
 
 
 def _parse(fields: Any) -> Message:
-    """The message in an unpacked map; raises `InvalidMessage` with the first field at fault."""
+    """The message in an unpacked map; raises `InvalidMessage` for the first invalid field."""
     if not isinstance(fields, dict):
         raise _malformed()
     id = fields.get("id")
@@ -276,7 +276,7 @@ def _parse(fields: Any) -> Message:
     if kind is None:
         raise InvalidMessage("unknown_message", f"the message type {schema.shown(tag)} is not known", "t", id)
     if kind is Hello and type(fields.get("v")) is int and fields["v"] != VERSION:
-        # Before anything else: the rest of another version's hello means nothing here.
+        # Checked first: the rest of a `hello` of another version has no meaning here.
         message = f"the protocol version must be {VERSION}, got {schema.shown(fields['v'])}"
         raise InvalidMessage("unsupported_version", message, "v", type=tag)
 

@@ -1,1 +1,1 @@
-"""The life of the engine, and the run of one request."""
+"""The engine: its start and end, and the run of one request."""

@@ -1,4 +1,4 @@
-"""The engine: requests in, pictures and other results out. Here is its life; run.py has the run of one request."""
+"""The engine: requests in, pictures and other results out. This module starts and ends it; run.py runs one request."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ Outcome = Literal["done", "failed", "cancelled"]
 
 
 class Engine:
-    """Runs requests. `emit` gets every message, from many threads; `changed` is called when the phase, the running
-    or the resident set has changed. The constructor is light; `start` imports torch."""
+    """Runs requests. `emit` is called with every message, from many threads; `changed` is called when the phase, the
+    running requests or the resident models have changed. The constructor is cheap; `start` imports torch."""
 
     def __init__(
         self, config: schema.Config, emit: Callable[[schema.Event], None], changed: Callable[[], None]
@@ -54,11 +54,11 @@ class Engine:
         self._draining = False
 
     def start(self) -> schema.Facts:
-        """Import the libraries and choose the device; raises `unavailable`, and `model_not_found` or `model_load_failed`
-        when the default model is missing."""
-        # OpenMP threads that spin while they wait for each other lose tenfold when anyone else wants a core.
+        """Import the libraries and choose the device; raises `unavailable`, and `model_not_found` or
+        `model_load_failed` when the default model is missing."""
+        # OpenMP threads that spin while waiting for each other slow down tenfold when another process needs a core.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # Measuring memory on a CPU would write lines of its own to the log.
+        # Without this, the profiler that measures memory on a CPU writes to the log.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         try:
             import diffusers
@@ -82,7 +82,8 @@ class Engine:
         self._models.start(choice, self._changed)
         weights = self._models.weights
         default = weights.card(self._config.default_model)
-        # A sidecar whose requests would all fail is better not started: so its application learns of it now.
+        # Check the default model now: if it cannot be used, its requests would all fail, and the application should
+        # know.
         if default.source in ("local", "embedded"):
             weights.require(default)
         for entry in self._config.models:
@@ -105,7 +106,7 @@ class Engine:
         )
 
     def generate(self, request: schema.Request) -> None:
-        """Run a request, or answer it with an error at once; never blocks."""
+        """Start a request, or answer it with an error at once; never blocks."""
         job = Job(request.id, request.timeout_ms)
         with self._lock:
             refusal = self._refusal(job.id)
@@ -139,7 +140,7 @@ class Engine:
         self._operate(id, unload)
 
     def is_open(self, id: str) -> bool:
-        """Whether a request or an operation of this id runs."""
+        """Whether a request or an operation with this id runs."""
         with self._lock:
             return self._is_open(id)
 
@@ -148,7 +149,7 @@ class Engine:
         return self._models.told()
 
     def snapshot(self) -> schema.Snapshot:
-        """What a heartbeat tells; from any thread, never blocks."""
+        """The content of a heartbeat; may be called from any thread, never blocks."""
         cache, executor, choice = self._models.cache, self._models.executor, self._models.choice
         with self._lock:
             running = [job.stand() for job in self._running.values()]
@@ -180,7 +181,7 @@ class Engine:
         )
 
     def drain(self, grace_s: float) -> None:
-        """Take no more work, wait for what runs, and cancel what is left after `grace_s` seconds."""
+        """Accept no more work, wait for running work, and cancel what still runs after `grace_s` seconds."""
         with self._lock:
             self._draining = True
         self._preloading.cancel()
@@ -190,13 +191,13 @@ class Engine:
             return
         with self._lock:
             left = [*self._running.values(), *self._operations.values()]
-        # Another sidecar can do what this one cannot any more.
+        # Retryable, since another sidecar can run the request.
         stopped = ImageError("cancelled", "the image service is shutting down", retryable=True)
         for job in left:
             job.cancel(stopped.message, stopped.retryable)
         if self._settled(_CANCEL_WAIT_S):
             return
-        # A step that does not end in time cannot be broken off; its caller need not wait for it.
+        # A step cannot be interrupted, so answer the caller without waiting for the end of the step.
         for job in left:
             self._end(job, "cancelled", _error(job.id, stopped))
 
@@ -216,8 +217,8 @@ class Engine:
         )
 
     def _preload(self) -> None:
-        """Load the configured models one by one, and let each make a step: the first pass of a shape is slow on most
-        devices. One that fails is told in the log and in its state."""
+        """Load the configured models one by one, and run one step of each, since the first pass of a shape is slow on
+        most devices. A failure is logged and shown in the model's state."""
         job = self._preloading
         for name in self._config.preload:
             try:
@@ -250,14 +251,14 @@ class Engine:
                 try:
                     work(job)
                 finally:
-                    # Before the answer, so that whoever has it finds the model's new state.
+                    # Sent before the answer, so that a caller who has the answer sees the model's new state.
                     self._tell(job, schema.Models(id=id, models=self.models()))
                 self._end(job, "done", schema.Done(id=id))
 
         threading.Thread(target=run, name=f"operation {id}", daemon=True).start()
 
     def _in_company(self, job: Job) -> bool:
-        """Whether others run that take memory."""
+        """Whether other jobs run that use memory."""
         with self._lock:
             others = [other for other in self._running.values() if other is not job]
         return bool(others) or self._models.loaded().loading()
@@ -279,12 +280,12 @@ class Engine:
 
     @contextmanager
     def _answered(self, job: Job) -> Iterator[None]:
-        """Whatever is raised inside becomes the one error that ends the request."""
+        """A context in which any exception becomes the one error that ends the request."""
         request_id.set(job.id)
         try:
             yield
         except ImageError as error:
-            # A fresh one: with its traceback it would keep this frame, and all that it passed through.
+            # A new error, because the old one's traceback keeps this frame and all others it passed through alive.
             known = ImageError(error.kind, error.message, error.field, error.retryable)
         except Exception:
             _logger.exception("request %s failed", job.id)
@@ -297,8 +298,8 @@ class Engine:
         self._end(job, outcome, _error(job.id, known))
 
     def _end(self, job: Job, outcome: Outcome, last: schema.Event) -> None:
-        """End a request, once. It is off the books *before* its last message, for its reader may send the next one;
-        the engine counts as settled only *after* it, for whoever drains ends the process then."""
+        """End a request, once. It is removed from the running ones *before* its last message, because the application
+        may then send the next request; the engine counts as drained only *after* it, because the process ends then."""
         with job.speaking:
             with self._lock:
                 if job.ended:

@@ -1,4 +1,4 @@
-"""The models of this machine: their cards, and those of them that are loaded onto the device."""
+"""The models of this machine: their cards, and the loaded ones."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _MEMORY_SHARE = 0.85
 
 
 class Models:
-    """What is known of models before `start`, and what is loaded of them after it: `choice`, `cache` and `executor` are
-    None until then. From any thread."""
+    """The cards of the models and, after `start`, the loaded models: `choice`, `cache` and `executor` are None until
+    then. Methods may be called from any thread."""
 
     def __init__(self, config: schema.Config, make_room: Callable[[Plan], None]) -> None:
-        """`make_room` is called before the weights of a model travel."""
+        """`make_room` is called before the weights of a model are downloaded."""
         self._config = config
         self.weights = Weights(config.models, config.offline, registry.offered, make_room)
         self.choice: Choice | None = None
@@ -53,7 +53,7 @@ class Models:
             self._load,
             int(choice.device.total_bytes * _MEMORY_SHARE) if budget is None else budget,
             changed,
-            # A CPU computes where it would park.
+            # On a CPU there is no other memory to park a model in.
             0 if choice.device.kind == "cpu" else config.ram_budget,
             [self.weights.card(name, fetch=False).id for name in config.pinned],
         )
@@ -63,18 +63,18 @@ class Models:
         self.cache = cache
 
     def loaded(self) -> ModelCache:
-        """What is loaded; raises `unavailable` before `start`."""
+        """The cache of loaded models; raises `unavailable` before `start`."""
         if self.cache is None:
             raise ImageError("unavailable", "the image service is still starting", retryable=True)
         return self.cache
 
     def told(self) -> list[schema.Card]:
-        """All cards, with the state of each."""
+        """All cards, with their states."""
         return [card.told(*self._state(card), **self._loaded_fields(card)) for card in self.weights.cards()]
 
     def card(self, name: str, job: Job) -> ModelCard:
-        """The card of an id or alias. One that is not known yet may have to come from the hub, for which a cancel or the
-        deadline of the job does not wait."""
+        """The card of an id or alias. An unknown one may have to be fetched from the hub; a cancel or the deadline of
+        the job interrupts that wait."""
         card = self.weights.card(name, fetch=False)
         if card.pipeline:
             return card
@@ -93,7 +93,7 @@ class Models:
 
     @contextmanager
     def use(self, card: ModelCard, job: Job, tell: Callable[[schema.Event], None]) -> Iterator[Model]:
-        """The card's model, loaded if need be, which the job waits for."""
+        """A context with the card's model; if it is not loaded, the job waits for its load."""
 
         def patiently(model: Future[Model]) -> None:
             if not model.done():
@@ -126,9 +126,9 @@ class Models:
             if pipeline is None:
                 cache.make_room()
                 pipeline = load()
-            # Nothing that is not what it should be has drawn anything by now.
+            # The weights' checksums are verified here, before the model draws anything.
             whole = check.wait()
-            # A hub revision names its files; a folder on this machine may have been changed.
+            # A hub revision identifies its files; a local folder may have been changed, so it needs the digest.
             digest = whole if source.revision is None else None
             model = Model(card, pipeline, source.folder, source.revision, digest, choice)
             model.divided = divide(

@@ -1,4 +1,4 @@
-"""What all results of one request have in common: what is drawn, in which size, and what the record says of it."""
+"""What all results of one request have in common: what is drawn, in which size, and the record of its parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..weights.catalog import ModelCard, rendered_size
 
 @dataclass(frozen=True)
 class Result:
-    """One result as a file; `told` are the fields of the message that only its kind has."""
+    """One result as a file; `told` has the message fields that are specific to its kind."""
 
     data: bytes
     record: dict[str, Any]
@@ -32,7 +32,7 @@ class Result:
     told: dict[str, Any]
 
     def parts(self, id: str, index: int) -> Iterator[schema.ImagePart | schema.ResultPart]:
-        """What is told of it, in order."""
+        """The messages with the file's parts, in order."""
         whole, digest = memoryview(self.data), hashlib.sha256(self.data).hexdigest()
         seed = self.record.get("variation_seed", self.record["seed"])
         for offset in range(0, len(self.data), schema.MAX_PART):
@@ -49,8 +49,8 @@ class Result:
 
 
 class Plan:
-    """`base_seed` is that of the first picture, or of the one that variations go from; `scheduler` is the resolved name, and
-    `environment` what besides the request decides the picture."""
+    """`base_seed` is the seed of the first picture, or of the picture that variations start from; `scheduler` is the
+    resolved name; `environment` has everything besides the request that determines the picture."""
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class Plan:
         self._pictures, self._mask = pictures, mask
 
     def _read(self, field: str, typed: str, known: reading.Vocabulary | None) -> str:
-        """What the model is given of a text. The record keeps what was typed."""
-        # Letters and their marks as one, as in what models were trained on.
+        """The text as the model reads it. The record keeps the text as typed."""
+        # Compose letters and their accents, as in the models' training data.
         text = unicodedata.normalize("NFC", typed)
         if known is None or not text.strip():
             return text
@@ -112,7 +112,7 @@ class Plan:
         return read.text
 
     def prepare(self, pipeline: Any) -> tuple[Any, Call]:
-        """The pipeline of this task, over the parts of `pipeline`, and its call."""
+        """The pipeline for this task, over the parts of `pipeline`, and its call."""
         text = Text(
             self._said,
             self._unwanted,
@@ -123,7 +123,7 @@ class Plan:
             self.request.guidance_scale is not None,
         )
         rendered = self.width, self.height
-        # The first becomes the picture; further ones keep their shape.
+        # The first picture gets the size to draw in; further ones keep their proportions.
         sizes = [rendered, *(fitted(image.size, self.card.limits) for image in self._pictures[1:])]
         given = Given(
             text,
@@ -135,7 +135,7 @@ class Plan:
         return pipeline, registry.prepare(pipeline, self.settings.task, given)
 
     def result(self, made: Image | File, seed: int, scheduler: str) -> Result:
-        """What was made with this seed, as a file with its record."""
+        """The result made with this seed, as a file with its record."""
         record = self._record(seed, scheduler)
         if isinstance(made, File):
             told = {"kind": self.settings.task.kind, "media_type": made.media_type, "facts": made.facts}
@@ -147,7 +147,7 @@ class Plan:
         return Result(data, record, schema.ImagePart, {"format": request.format, **size})
 
     def _finished(self, picture: Image) -> Image:
-        """The picture in the size asked for; where a mask is black, the original to the pixel."""
+        """The picture in the requested size; where a mask is black, it has exactly the original's pixels."""
         size = self.settings.width, self.settings.height
         picture = images.resize(picture, *size)
         if self._mask is not None:
@@ -174,7 +174,7 @@ class Plan:
         }
 
     def _seeded(self, seed: int) -> dict[str, Any]:
-        """What the record says of the noise, given its own seed."""
+        """The record's entries about the noise, given the picture's own seed."""
         if self.request.variation_strength is None:
             return {"seed": seed}
         return {
@@ -184,7 +184,7 @@ class Plan:
         }
 
     def _origin(self) -> dict[str, Any]:
-        """What the record says of the pictures that it was made from."""
+        """The record's entries about the input pictures."""
         digests = [hashlib.sha256(data).hexdigest() for data in self.request.pictures]
         if not digests:
             return {}

@@ -1,8 +1,8 @@
-"""The run of one request: from what was asked to the files of its results.
+"""The run of one request: from the request to the files of its results.
 
-Each result is made by a thread that runs the *stock* pipeline call on a copy of the loaded pipeline. What these ask of
-their networks is run by the executor, together where it can be (executor.py): so all of them advance together, and each
-notices a cancel or its deadline before its next step.
+Each result is made by a thread that runs the *stock* pipeline call on a copy of the loaded pipeline. The executor runs
+the networks' calls of all these threads, in common passes where possible (executor.py): so all pictures advance
+together, and each thread notices a cancel or its deadline before its next step.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from .plan import Plan, Result
 
 _logger = logging.getLogger(__name__)
 
-# What arguments and tensors raise that do not fit together.
+# The exceptions that arguments or tensors raise if they do not fit together.
 _MISFITS = (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
-# So many results of one request are made at a time.
+# How many results of one request are made at the same time.
 _ABREAST = 8
-# Seeds that are drawn leave room for those of sixteen pictures below 2⁵³: JavaScript, JSON and spreadsheets keep them.
+# Drawn seeds leave room for those of sixteen pictures below 2⁵³, which JavaScript, JSON and spreadsheets keep exact.
 _DRAWN = 2**53 - 16
 
 
 class Run:
-    """`tell` gets each event but the last, and `in_company` says whether others run that take memory."""
+    """`tell` is called with each event except the last; `in_company` tells whether other jobs run that use memory."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Run:
         self._in_company = in_company
 
     def serve(self) -> schema.Done:
-        """Do all of it but to tell its end; raises the error that is its end."""
+        """Run the request and return its last event, which the caller sends; raises the error that ends it."""
         job, request, models = self._job, self._request, self._models
         models.loaded()
         card = models.card(request.model or self._default_model, job)
@@ -71,7 +71,7 @@ class Run:
         pictures = [images.decode(data, named.format(at)) for at, data in enumerate(request.pictures)]
         settings = settle(request, card, pictures[0].size if pictures else None)
         mask = None if request.mask is None else images.decode_mask(request.mask, pictures[0].size)
-        # Where the model's files are not here yet, what is wanted is looked up once they are.
+        # If the model's files are not on this machine yet, its scheduler is looked up once they are.
         own, config = models.weights.scheduler(card)
         wanted = request.scheduler or card.defaults.scheduler
         scheduler = own and schedulers.resolve(wanted, own, config, settings.steps, card.id)
@@ -114,7 +114,7 @@ class Run:
         return done
 
     def _environment(self, model: Model) -> dict[str, Any]:
-        """What besides the request decides the picture: the packages, the machine and the model."""
+        """Everything besides the request that determines the picture: the packages, the machine and the model."""
         choice = self._models.choice
         assert choice is not None
         return {
@@ -158,7 +158,7 @@ class Run:
             try:
                 raise failure
             finally:
-                # It keeps this frame, and with it the other results.
+                # The exception keeps this frame alive, and with it the other results.
                 del failure
         return [result.result() for result in results]
 
@@ -173,7 +173,7 @@ class Run:
             self._tell(lane.progress())
             return plan.result(made, seed, scheduler)
         finally:
-            # Also one that failed: else the request would seem to stand still while its other pictures are drawn.
+            # Needed after a failure too: the request would seem stuck while its other pictures are drawn.
             lane.finish()
 
     def _make(self, lane: Lane, plan: Plan, seed: int) -> tuple[Image | File, str]:
@@ -210,12 +210,12 @@ class Run:
                     if not is_out_of_memory(error):
                         _blame(plan, error)
                 plan.note(*plan.model.notices)
-            # Outside of `except`: an error that remembered the other one would keep all its tensors.
+            # Raised outside of `except`: as the context of the new error, the old one would keep all its tensors alive.
             if output is None:
                 raise ImageError(
                     "out_of_memory",
                     f"{plan.width}x{plan.height} pixels with {plan.card.id} need more device memory than is free",
-                    # What has the device for itself will not fit later either.
+                    # A request that had the device to itself will not fit later either.
                     retryable=self._in_company(),
                 )
         if any(getattr(output, "nsfw_content_detected", None) or []):
@@ -225,15 +225,15 @@ class Run:
 
     @contextmanager
     def _hooked(self, lane: Lane, pipeline: Any, noise: Any) -> Iterator[None]:
-        """Have the scheduler's `step` report the step.
+        """Make the scheduler's `step` report each step.
 
-        Every pipeline steps its scheduler once a step, while only some take a callback; and the hook may raise,
-        which ends the call and leaves the weights usable.
+        Every pipeline calls its scheduler once per step, while only some take a callback. The hook may raise, which
+        ends the call and leaves the weights usable.
         """
         scheduler = pipeline.scheduler
         step = scheduler.step
         draws = "generator" in inspect.signature(step).parameters
-        # What starts from an image leaves the first steps out.
+        # Pipelines that start from an image skip the first steps.
         chosen: list[int] = []
         if choose := getattr(pipeline, "get_timesteps", None):
 
@@ -248,7 +248,8 @@ class Run:
         @functools.wraps(step)
         def hooked(*args: Any, **kwargs: Any) -> Any:
             if draws and kwargs.get("generator") is None:
-                # Not every pipeline passes its generator on, and without one the noise would be that of all requests.
+                # Not every pipeline passes its generator on. Without one, the noise would come from the generator that
+                # all requests share.
                 kwargs["generator"] = noise
             result = step(*args, **kwargs)
             lane.stepped(chosen[0] if chosen else len(scheduler.timesteps))
@@ -263,14 +264,14 @@ class Run:
         try:
             yield
         finally:
-            # Each refers to what it hangs on, and that to latents: a circle, which would live on for long.
+            # The hooks form reference cycles with the objects they are set on, which would keep latents alive for long.
             del scheduler.step
             vars(pipeline).pop("get_timesteps", None)
 
 
 def _blame(plan: Plan, error: Exception) -> NoReturn:
-    """Raise what an error of a stock pipeline is for the request: a model that has never done this task does not do it,
-    since its parts do not fit together; one that has is not to blame."""
+    """Raise the request's error for an error of a stock pipeline. If the model has never done this task, its parts do
+    not fit together and it cannot do the task; if it has, the model is not to blame."""
     task = plan.settings.task.name
     if task in plan.model.proven or not isinstance(error, _MISFITS) or is_device_lost(error):
         raise error

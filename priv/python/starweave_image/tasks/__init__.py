@@ -1,1 +1,1 @@
-"""One module a task: how a request of that task is said to a stock pipeline."""
+"""One module per task: how a request for that task becomes the call of a stock pipeline."""

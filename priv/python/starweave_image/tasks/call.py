@@ -1,7 +1,7 @@
-"""What a request becomes as arguments of a stock pipeline's `__call__`, as far as all tasks have it in common.
+"""The arguments of a stock pipeline's `__call__` that all tasks have in common.
 
-Families differ in what they take; the pipeline's own signature says what, and what it does not take is told to
-the caller in a notice.
+Families take different arguments, as their pipelines' signatures say. For a setting that a pipeline does not take, the
+caller gets a notice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MOST_QUOTED = 120
 
 @dataclass(frozen=True)
 class Text:
-    """What of a request is common to all tasks. Sizes are in pixels."""
+    """The fields of a request that all tasks have in common. Sizes are in pixels."""
 
     prompt: str
     negative_prompt: str
@@ -34,8 +34,8 @@ class Text:
 
 @dataclass(frozen=True)
 class Given:
-    """What of a request a task is given: pictures in RGB, in the size to draw in but for further ones beside the first, a
-    gray mask of that size, and how far to go from the picture, 0 to 1."""
+    """The input of a task: RGB pictures, the first in the size to draw in, further ones in sizes of their own; a gray
+    mask in the size to draw in; and how far to go from the picture, 0 to 1."""
 
     text: Text
     images: list[Image] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments for the pipeline, and sentences for the caller about what of the request has no effect."""
+    """Arguments for the pipeline, and sentences for the caller about settings that have no effect."""
 
     arguments: dict[str, Any]
     notices: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Call:
 
 
 def prepare(pipeline: Any, text: Text) -> Call:
-    """The call for one result, without its generator; `pipeline` is of any task."""
+    """The call for one result, without its generator; `pipeline` may be of any task."""
     takes = inspect.signature(pipeline.__call__).parameters
     notices: list[str] = []
     prompt, negative_prompt, guidance_scale = text.prompt, text.negative_prompt, text.guidance_scale
@@ -65,15 +65,15 @@ def prepare(pipeline: Any, text: Text) -> Call:
         "height": text.height,
         "num_inference_steps": text.steps,
     }
-    # Else some families draw in the nearest of a few sizes of their own, and scale that.
+    # Without this, some families draw in the nearest of a few sizes of their own, and scale the result.
     arguments |= {
         "use_resolution_binning": False,
         "_auto_resize": False,
         "max_area": text.width * text.height,
     }
-    # Some that start from an image take the size from it alone.
+    # Some pipelines that start from an image take the size only from it.
     arguments = {name: value for name, value in arguments.items() if name in takes}
-    # Where both exist, the one that is above 1 by default is the classifier-free guidance of that family.
+    # If a family has both scales, its classifier-free guidance is the one that is above 1 by default.
     true_guidance = takes.get("true_cfg_scale")
     guided_by = "true_cfg_scale" if true_guidance and (true_guidance.default or 0) > 1 else "guidance_scale"
     if guided_by in takes:
@@ -85,7 +85,7 @@ def prepare(pipeline: Any, text: Text) -> Call:
 
     contrasted = contrasted and "negative_prompt" in takes
     if contrasted and _contrasts(pipeline, guidance_scale):
-        # Such a pipeline turns guidance off without a negative prompt, even an empty one must be said.
+        # Such a pipeline turns guidance off without a negative prompt, so even an empty one must be passed.
         if negative_prompt or guided_by == "true_cfg_scale":
             arguments["negative_prompt"] = negative_prompt or " "
     elif negative_prompt:
@@ -102,22 +102,22 @@ def prepare(pipeline: Any, text: Text) -> Call:
 
 
 def _contrasts(pipeline: Any, guidance_scale: float) -> bool:
-    """Whether the pipeline, which is the caller's own, draws away from the negative prompt at this guidance: most do above
-    1, some above 0, and some of few steps never."""
-    # The call itself sets it so, and what it then finds depends on the networks too.
+    """Whether the pipeline uses classifier-free guidance at this scale: most do above 1, some above 0, and some
+    few-step models never. Changes the pipeline, which must be the caller's own copy."""
+    # The pipeline's call sets this attribute too; the property that is read then also depends on the networks.
     pipeline._guidance_scale = guidance_scale
     return bool(getattr(pipeline, "do_classifier_free_guidance", guidance_scale > 1))
 
 
 def _is_told(pipeline: Any) -> bool:
-    """Whether the denoiser itself takes the guidance as an input, as some that were distilled do."""
+    """Whether the denoiser takes the guidance scale as an input, as some distilled ones do."""
     denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     told = ("guidance_embeds", "time_cond_proj_dim")
     return any(getattr(denoiser, "config", {}).get(name) for name in told)
 
 
 def _unread(pipeline: Any, text: str, takes: Any) -> str:
-    """The end of `text` that the most patient of the pipeline's tokenizers cuts off, from its first word on."""
+    """The end of `text` that even the pipeline's tokenizer with the longest limit cuts off, from a whole word on."""
     ends = []
     for tokenizer in _tokenizers(pipeline):
         limit = tokenizer.model_max_length
@@ -133,7 +133,7 @@ def _unread(pipeline: Any, text: str, takes: Any) -> str:
 
 
 def _end(tokenizer: Any, text: str, kept: int) -> str:
-    """What `text` goes on with after `kept` tokens, markers not counted."""
+    """The rest of `text` after `kept` tokens, special tokens not counted."""
     plain = {"add_special_tokens": False, "truncation": False, "verbose": False}
     if not tokenizer.is_fast:
         return str(tokenizer.decode(tokenizer(text, **plain)["input_ids"][kept:])).strip()
@@ -141,13 +141,13 @@ def _end(tokenizer: Any, text: str, kept: int) -> str:
     if kept >= len(offsets):
         return ""
     at: int = offsets[kept][0]
-    # A word of which it reads a part is not read as that word.
+    # A word that is cut in two counts as cut off.
     begun = re.search(r"[A-Za-z]+$", text[:at]) if text[at : at + 1].isalpha() else None
     return text[begun.start() if begun else at :].strip()
 
 
 def _is_noise(pipeline: Any, text: str) -> bool:
-    """Whether each of the pipeline's tokenizers makes nothing but markers of `text`."""
+    """Whether all of the pipeline's tokenizers turn `text` into nothing but special tokens."""
     read = [
         set(tokenizer(text, truncation=False, verbose=False)["input_ids"]) <= set(tokenizer.all_special_ids)
         for tokenizer in _tokenizers(pipeline)

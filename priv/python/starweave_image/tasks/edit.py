@@ -1,4 +1,4 @@
-"""Editing: a picture is changed, or several are put together, as the prompt says, by a model that was trained to."""
+"""Editing: a model trained for it changes a picture, or combines several, as the prompt says."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ TASK = Task(
     call=prepare,
     table="AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
     derived="AutoPipelineForImage2Image",
-    # The image's latents are given beside those of the picture.
+    # The input image's latents are concatenated with those of the picture.
     channels=lambda latents: (2 * latents,),
 )

@@ -1,4 +1,4 @@
-"""Image to image: a picture is taken part of the way to noise, and from there as the prompt says."""
+"""Image to image: noise is added to a picture, which is then denoised as the prompt says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def offered(pipeline: Signature, listed: bool) -> bool:
 
 
 def prepare(pipeline: Any, given: Given) -> Call:
-    """`strength` is from 0, the picture as it is, to 1, anything: that part of the steps is made."""
+    """`strength` is the share of the steps that is made, from 0 (the picture stays as it is) to 1 (anything)."""
     [image] = given.images
     return call.prepare(pipeline, given.text).also(image=image, strength=given.strength)
 

@@ -1,4 +1,4 @@
-"""Inpainting: image to image where a mask is white, and the picture as it was elsewhere."""
+"""Inpainting: image to image where a mask is white; elsewhere the picture stays as it is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TASK = Task(
     call=prepare,
     table="AUTO_INPAINT_PIPELINES_MAPPING",
     derived="AutoPipelineForInpainting",
-    # Some are given the masked image and the mask beside the latents.
+    # Some UNets take the masked image and the mask in addition to the latents.
     channels=lambda latents: (latents, 2 * latents + 1),
     takes_strength=True,
 )

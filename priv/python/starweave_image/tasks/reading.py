@@ -1,8 +1,8 @@
-"""What a model of few words reads of a prompt.
+"""How a prompt is read for a model with a small vocabulary.
 
-The folder of such a model has a `vocabulary.json` with its `words`. Any other word would fall apart into pieces that
-mean something else to it: so what it does not know is left out, and what it knows by another name is said by that. A
-prompt all of whose words it knows is read as it stands.
+The folder of such a model has a `vocabulary.json` with its `words`. The tokenizer would split any other word into
+pieces with other meanings. So unknown words are left out, or replaced by synonyms that the model knows. A prompt of
+known words only stays as it is.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..weights.outside import Unreadable, read_json
 from .synonyms import COLOURS_AND_SIZES, IRREGULAR, READ_AS
 
 _ARTICLES = frozenset({"a", "an", "the"})
-# What stands before a thing, and says nothing without one.
+# Words that have no meaning without a thing after them.
 _LINKS = _ARTICLES | {"of", "in", "on", "at", "with", "and", "by", "to", "under", "above", "below", "during"}
 _BARE = _LINKS | set(COLOURS_AND_SIZES) | {"picture"}
-# What a prompt may not begin with.
+# Words that a prompt must not begin with.
 _TIES = frozenset({"of", "with", "and", "by", "to"})
 _LONGEST = 4
 _MOST_TOLD = 8
@@ -31,8 +31,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9\s,'-]*")
 
 @dataclass(frozen=True)
 class Reading:
-    """`text` is what the model is given. `dropped` are the words left out of it, in order, and `replaced` those that were
-    read as others: (typed, read)."""
+    """`text` is the prompt for the model. `dropped` are the words left out of it, in order, and `replaced` the replaced
+    words: (typed, read)."""
 
     text: str
     dropped: list[str] = field(default_factory=list)
@@ -40,11 +40,11 @@ class Reading:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing was understood."""
+        """Whether no word was understood."""
         return not self.text
 
     def notices(self, model: str, field: str) -> list[str]:
-        """Sentences for the caller about what was made of a `field` by a `model`."""
+        """Sentences for the caller about the words of a `field` that a `model` does not know."""
         text = f"the {field.replace('_', ' ')}"
         if self.is_empty:
             why = f": it does not know {_listed(self.dropped)}" if self.dropped else ""
@@ -72,14 +72,15 @@ def _more(items: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The `words` that a model knows, and the `subjects` among them that it draws: words joined by single spaces."""
+    """The `words` that a model knows, and the `subjects` that it draws: known words joined by single spaces."""
 
     words: frozenset[str]
     subjects: frozenset[str] = frozenset()
 
 
 def vocabulary(folder: Path) -> Vocabulary | None:
-    """What a model's `vocabulary.json` lists; None where it has no such file, and then it reads everything."""
+    """The content of a model's `vocabulary.json`; None without that file, which means that the model reads all
+    words."""
     try:
         listed: Any = read_json(folder / "vocabulary.json", Any)
         listed = listed if isinstance(listed, dict) else {"words": listed}
@@ -93,12 +94,13 @@ def vocabulary(folder: Path) -> Vocabulary | None:
 
 
 def read(prompt: str, known: Vocabulary) -> Reading:
-    """The prompt as a model of this vocabulary reads it."""
+    """The prompt as a model with this vocabulary reads it."""
     tokens = _tokens(prompt)
     spans = {
         " ".join(tokens[at : at + n]) for n in range(1, _LONGEST + 1) for at in range(len(tokens) - n + 1)
     }
-    # A word that it knows may be no more than a tag of what it draws: if it is all that is said, it stands for that.
+    # A known word may be only a tag of things that the model draws. If the prompt has no other word, it stands for
+    # these.
     content = [token for token in tokens if token in known.words and token not in _BARE]
     named = len(content) != 1 or bool(spans & known.subjects)
     said: list[str] = []
@@ -120,7 +122,7 @@ def read(prompt: str, known: Vocabulary) -> Reading:
 
 
 def _tokens(text: str) -> list[str]:
-    """Words in small letters, other signs one by one, and commas for whatever else parts one thing from the next."""
+    """Words in lower case, other characters one by one, and commas for anything else that separates things."""
     text = re.sub(r"[’']s\b", "", text.lower())
     parts = re.finditer(
         r"(?P<word>[^\W_]+)|(?P<pause>[,.;:!?()\[\]{}|\n—…]+)|(?P<sign>[^\s\x00-\x7f’‘“”–])", text
@@ -129,7 +131,7 @@ def _tokens(text: str) -> list[str]:
 
 
 def _at(tokens: list[str], at: int, known: Vocabulary, named: bool) -> tuple[list[str], list[str]]:
-    """The words at this place that belong together, and those of the model for them."""
+    """The words at this position that belong together, and the model's words for them."""
     for count in range(min(_LONGEST, len(tokens) - at), 1, -1):
         typed = tokens[at : at + count]
         for last in _bases(typed[-1]):
@@ -151,7 +153,7 @@ def _at(tokens: list[str], at: int, known: Vocabulary, named: bool) -> tuple[lis
 
 
 def _bases(word: str) -> Iterator[str]:
-    """The word, what it is the plural of, its plural, and it without accents: what the model may know it by."""
+    """Forms of the word that the model may know: itself, its singular, its plural, and itself without accents."""
     yield word
     if word in IRREGULAR:
         yield IRREGULAR[word]
@@ -166,7 +168,7 @@ def _bases(word: str) -> Iterator[str]:
 
 
 def _tidy(said: list[str]) -> str:
-    """The words without what hangs in the air between those that were left out, and each article as it should be."""
+    """The words without links and commas that have lost their neighbours, and with the right form of each article."""
     kept: list[str] = []
     for token in said:
         while kept and kept[-1] in _LINKS and (token == "," or (kept[-1] in _ARTICLES and token in _LINKS)):
@@ -185,7 +187,7 @@ def _tidy(said: list[str]) -> str:
 
 @functools.cache
 def _spellings() -> dict[str, tuple[str, ...]]:
-    """What each spelling may be read as, the likeliest first."""
+    """For each spelling, what it may be read as, the likeliest first."""
     found: dict[str, tuple[str, ...]] = {}
     for target, spellings in READ_AS.items():
         for spelling in spellings.split(", "):

@@ -1,4 +1,4 @@
-"""All tasks: which of them a model is for, which of them a request asks for, and how it is said to a pipeline."""
+"""All tasks: which of them a model can do, which one a request needs, and how a pipeline is called for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TASKS: dict[schema.Task, Task] = {
 }
 
 _GIVEN = {"prompt", "image", "mask_image"}
-# What is drawn after such a thing, or is no single picture.
+# Pipelines with these inputs or results are for none of the tasks.
 _OTHER_INPUTS = ("controlnet", "control_image", "control_guidance", "adapter")
 _OTHER_RESULTS = {"num_frames", "video_length", "layers"}
 
@@ -27,14 +27,14 @@ _OTHER_RESULTS = {"num_frames", "video_length", "layers"}
 
 
 def offered(kind: type, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[schema.Task, ...]:
-    """The tasks of a model whose pipeline is `kind`, given the configurations of its UNet and autoencoder, empty where it
-    has none. Imports diffusers."""
+    """The tasks of a model whose pipeline is `kind`, given the configurations of its UNet and autoencoder, each empty
+    if it has none. Imports diffusers."""
     return tuple(name for name, task in TASKS.items() if class_for(kind, name) and _fits(task, unet, vae))
 
 
 @functools.lru_cache(maxsize=1024)
 def class_for(kind: type, name: schema.Task) -> type | None:
-    """The stock pipeline that does a task over the parts of `kind`: itself, or its relative in diffusers' own tables."""
+    """The stock pipeline class that does a task with the parts of `kind`: itself, or one from diffusers' own tables."""
     from diffusers.pipelines import auto_pipeline
 
     task = TASKS[name]
@@ -57,7 +57,7 @@ def _does(kind: type, task: Task) -> bool:
 
 
 def _fits(task: Task, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> bool:
-    """Whether the UNet takes what the task gives it."""
+    """Whether the UNet has the input channels that the task needs."""
     channels, latents = unet.get("in_channels"), vae.get("latent_channels", 4)
     if not vae or not isinstance(channels, int) or not isinstance(latents, int):
         return True
@@ -68,15 +68,15 @@ def _fits(task: Task, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> bool:
 
 
 def asked(request: schema.Request, model: str, tasks: Collection[schema.Task]) -> Task:
-    """The task of a request to a model that is for `tasks`: the one that it names, or the first that takes what it brings.
-    Raises `invalid_request` where the model does not do it, or where what it brings does not go with it."""
+    """The task of a request to a model that can do `tasks`: the one that the request names, or the first one for its
+    pictures. Raises `invalid_request` if the model cannot do the task, or if the pictures do not fit the task."""
     brings = {"image"} if request.pictures else set()
     brings |= {"mask"} if request.mask is not None else set()
     offers = [TASKS[name] for name in TASKS if name in tasks]
     draws = f"it draws {' or '.join(dict.fromkeys(task.said for task in offers))}"
     if request.task is not None:
         return _named(TASKS[request.task], brings, model, offers)
-    # A model that is for edits changes an image; one that is not leaves it as far as the strength says.
+    # With an image, an editing model edits it; another model starts from it, as far away as `strength` says.
     if (found := next((task for task in offers if task.fields == brings), None)) is not None:
         return found
     field = "mask" if "mask" in brings else "image"
@@ -99,7 +99,7 @@ def _named(task: Task, brings: set[str], model: str, offers: list[Task]) -> Task
 
 
 def takes_several(pipeline: str, task: Task) -> bool:
-    """Whether a model with this class of pipeline makes one picture of several. Imports diffusers."""
+    """Whether a model with this class of pipeline can combine several pictures into one. Imports diffusers."""
     import diffusers
 
     kind = class_for(getattr(diffusers, pipeline), task.name)
@@ -110,7 +110,8 @@ def takes_several(pipeline: str, task: Task) -> bool:
 
 
 def derive(pipeline: Any, task: Task) -> Any:
-    """The stock pipeline of a task over the parts of `pipeline`; milliseconds, the same weights."""
+    """The stock pipeline of a task over the parts of `pipeline`. It shares the weights, so this takes only
+    milliseconds."""
     import diffusers
 
     kind: type = type(pipeline)
@@ -122,7 +123,7 @@ def derive(pipeline: Any, task: Task) -> Any:
 
 
 def prepare(pipeline: Any, task: Task, given: Given) -> Call:
-    """The call of a pipeline as `derive` gives it for the task, of what it accepts alone."""
+    """The call of a pipeline that `derive` gave for the task, with only the arguments that it accepts."""
     call = task.call(pipeline, given)
     takes = inspect.signature(pipeline.__call__).parameters
     notices = list(call.notices)

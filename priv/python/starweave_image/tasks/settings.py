@@ -1,4 +1,5 @@
-"""What a request asks of a model: its task, and its numbers with the defaults of the model's card, within its limits."""
+"""The settings of a request for its model: the task, and all numbers, with defaults and limits from the model's
+card."""
 
 from __future__ import annotations
 
@@ -11,28 +12,27 @@ from ..weights.catalog import ModelCard
 from . import registry
 from .task import Task
 
-# Models that were distilled to so few steps get worse by fewer, and by more.
+# Models distilled to at most this many steps get worse with fewer steps, and with more.
 _FEW_STEPS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a request asks for once the card's defaults have filled the gaps."""
+    """The settings of a request, completed by the card's defaults."""
 
     task: Task
     width: int
     height: int
     steps: int
     guidance_scale: float
-    # Sentences for the caller about what became of what was asked.
+    # Sentences for the caller about changes to the requested settings.
     notices: list[str]
 
 
 def settle(request: schema.Request, card: ModelCard, image_size: tuple[int, int] | None = None) -> Settings:
     """The request's settings within the card's limits; raises `invalid_request` naming the field.
 
-    `image_size` is the size in pixels of the request's first image, which is then what it is made in unless it says
-    otherwise.
+    `image_size` is the size in pixels of the request's first image, which is the default for the size to draw in.
     """
     task = registry.asked(request, card.id, card.tasks)
     if len(request.pictures) > 1 and not registry.takes_several(card.pipeline, task):
@@ -82,7 +82,7 @@ def settle(request: schema.Request, card: ModelCard, image_size: tuple[int, int]
             "guidance_scale",
         )
     if task.takes_strength and int(settings.steps * request.strength) < 1:
-        # Rounded up: what is told is accepted.
+        # Rounded up, so that the value in the message is accepted.
         least = math.ceil(1000 / settings.steps) / 1000
         raise ImageError(
             "invalid_request",
@@ -106,12 +106,13 @@ def _steps(request: schema.Request, card: ModelCard) -> tuple[int, list[str]]:
 
 
 def fitted(size: tuple[int, int], limits: schema.Limits) -> tuple[int, int]:
-    """The size in pixels, (width, height), within the limits that is nearest to an image's, its shape kept."""
+    """The size in pixels, (width, height), within the limits that is nearest to an image's and keeps its
+    proportions."""
     longer, shorter = max(size), min(size)
     scale = min(1.0, limits.max_size / longer, math.sqrt(limits.max_pixels / (longer * shorter)))
     scale = max(scale, limits.min_size / shorter)
     unit = limits.multiple_of
     least, most = -(-limits.min_size // unit), limits.max_size // unit
-    # A hair over a multiple is one: the scale is rounded.
+    # The small addition corrects the rounding of the scale: just below a multiple counts as that multiple.
     width, height = (unit * min(max(int(side * scale / unit + 1e-6), least), most) for side in size)
     return width, height

@@ -1,7 +1,7 @@
-"""Common English words for what a model of few words may know by another one.
+"""Synonyms of common English words, for models with small vocabularies.
 
-What is read as what, if the model knows it: `READ_AS` gives to each target its spellings in the singular, separated by
-commas. A spelling under several targets is read as the first that the model knows; under "" it says nothing.
+`READ_AS` maps each target word to its spellings in the singular, separated by commas. A spelling with several targets
+is read as the first one that the model knows; with the target "" it is left out as meaningless.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ READ_AS: dict[str, str] = {
         "close up, close up of, depth of field, bird's eye view, front view, top view, full body, white fur, at home, "
         "drawn by, painted by, made of, made out of, looking at, in a photo"
     ),
-    # How a picture is asked for
+    # Phrases that ask for a picture
     "picture of": (
         "photo of, photograph of, image of, drawing of, painting of, illustration of, sketch of, portrait of, rendering of, "
         "render of, cartoon of, icon of, logo of, close up photo of, watercolor of, watercolour of, sticker of, "
         "snapshot of, shot of, view of, depiction of, artwork of, print of, photo"
     ),
-    # Places of one thing beside another
+    # Positions of one thing relative to another
     "beside": "next to, near, close to, alongside, by the side of, besides",
     "to the left of": "next to, near, close to, alongside, beside, by the side of, left to, besides",
     "to the right of": "right to",
@@ -290,7 +290,7 @@ COLOURS_AND_SIZES = (
     ),
     *("large", "big", "small"),
 )
-"""Words that say how a thing is and not what."""
+"""Words that describe a thing but do not name one."""
 
 IRREGULAR: dict[str, str] = {
     "mice": "mouse",
@@ -306,4 +306,4 @@ IRREGULAR: dict[str, str] = {
     "feet": "foot",
     "people": "person",
 }
-"""Plurals that no rule gives, and their singulars."""
+"""Irregular plurals and their singulars."""

@@ -1,4 +1,4 @@
-"""What a task is. Each has a file beside this one, and registry.py knows them all."""
+"""The description of a task. Each task has a file in this folder, and registry.py lists them all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .call import Call, Given
 
 
 class Signature:
-    """What a stock pipeline of this class takes and gives, as its `__call__` says."""
+    """The arguments and results of a stock pipeline class, as its `__call__` declares them."""
 
     def __init__(self, kind: type) -> None:
         self.kind = kind
@@ -29,14 +29,14 @@ class Signature:
             if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
         ) - {"self"}
         self.made_with = frozenset(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
-        # A list of tensors is a batch wherever there are tensors; one of pictures alone belongs together.
+        # A type that allows lists of tensors means a batch; one with lists of pictures only means several inputs.
         image = parameters["image"].annotation if "image" in parameters else None
         listed = {typing.get_args(choice) for choice in typing.get_args(image) if _is_list(choice)}
         self.takes_several = listed == {(Image,)}
 
     @functools.cached_property
     def gives(self) -> frozenset[str]:
-        """The names of what it gives: `images`, `frames`, …"""
+        """The names of its results: `images`, `frames`, …"""
         from diffusers.utils import BaseOutput
 
         results = [
@@ -53,7 +53,7 @@ def _is_list(annotation: Any) -> bool:
 
 @dataclass(frozen=True)
 class File:
-    """A result that is no picture, and what besides is known of it, as JSON has it."""
+    """A result that is not a picture, and further facts about it, as JSON values."""
 
     media_type: str
     data: bytes
@@ -67,13 +67,14 @@ def _picture(output: Any) -> Image:
 
 @dataclass(frozen=True)
 class Task:
-    """`fields` are the pictures of a request that it is for, `said` what it draws from, as a person says it, and `kind`
-    what its result is. `offered` tells from its signature whether a pipeline does it; the second argument is whether
-    diffusers lists that class among those for the task. `table` is the name of that list, and `derived` of what derives
-    one of them from another pipeline of its family; where they are empty, a pipeline of another class never does.
-    With `takes_strength` only a part of the steps is made, as the request's `strength` says.
-    `channels` are those of the inputs that a UNet may take for the task, given those of the latents. `call` makes the
-    call of a pipeline, and `result` takes from what that gave the one thing that was asked for.
+    """`fields` are the request's picture fields that the task needs, `said` says in words what it draws from, and
+    `kind` is the kind of its result. `offered` tells from a pipeline's signature whether it does the task; the second
+    argument is whether diffusers lists that class for the task. `table` is the name of that list in diffusers, and
+    `derived` that of the class that derives one of its pipelines from another pipeline of the family; if they are
+    empty, a pipeline of another class cannot do the task. With `takes_strength`, the request's `strength` sets which
+    part of the steps is made. `channels` gives the numbers of input channels that a UNet may have for the task, given
+    those of the latents. `call` makes the call of a pipeline, and `result` extracts the one requested result from the
+    pipeline's output.
     """
 
     name: schema.Task

@@ -1,4 +1,4 @@
-"""Text to image: a picture of what the prompt says, from noise."""
+"""Text to image: a picture of the prompt, from noise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .task import Signature, Task
 
 
 def offered(pipeline: Signature, listed: bool) -> bool:
-    # Whether an image that may be left out is what is edited, or what all is about, the signature does not say.
+    # The signature does not say what an optional image is for, so then diffusers' list decides.
     return not pipeline.takes & {"mask_image", "strength"} and ("image" not in pipeline.takes or listed)
 
 

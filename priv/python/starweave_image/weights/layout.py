@@ -1,7 +1,7 @@
-"""The layout of a diffusers model, and which of its files are wanted: safetensors and the configuration beside them.
+"""The layout of a diffusers model, and which of its files are needed: safetensors and the configuration beside them.
 
-What is told here needs names and sizes alone, no contents and no torch: it holds for a model on the hub as for a folder.
-What the libraries may be given of a folder is screening.py's.
+This module needs only file names, sizes and `model_index.json`, and no torch, so it works for a model on the hub as
+well as for a folder. screening.py decides which files of a folder the libraries get.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ INDEX = "model_index.json"
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dylib")
 _CONFIGURATION = (".json", ".txt", ".model", ".jinja")
-# A variant, such as fp16, stands before or behind the number of a shard.
+# A variant, such as fp16, is written before or after the number of a shard.
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_)?model(?:\.(?P<first>\w+))?(?P<shard>-\d+-of-\d+)?(?:\.(?P<last>\w+))?\.safetensors"
 )
 _SHARDS = re.compile(r"(?:diffusion_pytorch_)?model\.safetensors\.index(?:\.(?P<variant>\w+))?\.json")
-# The best first; any other comes behind these.
+# The best first; any other variant comes after these.
 _VARIANTS = (None, "fp16", "bf16")
-# Nobody's network has more files, and a folder without end is not read to its end.
+# No network has more files, and a folder with endlessly many is not read to its end.
 _MOST_FILES = 10_000
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What `model_index.json` says: the pipeline class, the library and class of each component, and what else the
-    pipeline is made with."""
+    """The content of `model_index.json`: the pipeline class, the library and class of each component, and the
+    pipeline's other arguments."""
 
     pipeline: str
     components: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -46,8 +46,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Part:
-    """The files of a component that are wanted: its weights in one file or in shards with their index, of a `variant`
-    where there are no plain ones; and its configuration."""
+    """The needed files of a component: its weights in one file or in shards with their index, of a `variant` if there
+    are no plain ones; and its configuration."""
 
     weights: tuple[str, ...]
     index: str | None
@@ -60,7 +60,7 @@ class Part:
 
 
 def read_layout(folder: Path, id: str) -> Layout:
-    """The layout of a folder; raises `model_load_failed` where it is none of diffusers or brings code."""
+    """The layout of a folder; raises `model_load_failed` if it is not a diffusers model or brings code."""
     try:
         index = outside.read_json(folder / INDEX, dict[str, Any])
     except Unreadable as error:
@@ -71,14 +71,14 @@ def read_layout(folder: Path, id: str) -> Layout:
 def _parse_layout(index: dict[str, Any], id: str) -> Layout:
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or not pipeline.isidentifier():
-        # A list of two names is diffusers' form for a pipeline with code of its own.
+        # In diffusers, a list of two names means a pipeline with code of its own.
         raise unfit(id, "needs a pipeline with code of its own, which is never run")
     components: dict[str, tuple[str, str]] = {}
     options: dict[str, Any] = {}
     for name, value in index.items():
         if name.startswith("_"):
             continue
-        # Some pipelines are made with lists of numbers, or of options.
+        # Some pipelines have lists of numbers, or of options, as arguments.
         if not isinstance(value, list) or not any(isinstance(word, str) for word in value):
             if not (isinstance(value, list) and value[:2] == [None, None]):
                 options[name] = value
@@ -94,7 +94,7 @@ def _parse_layout(index: dict[str, Any], id: str) -> Layout:
 
 
 def spellings(kind: str) -> Iterator[str]:
-    """A class of transformers under this and the other names that it had or has by now."""
+    """The names of a class of transformers: this one, and its older and newer ones."""
     yield kind
     slow = kind.removesuffix("Fast")
     yield slow
@@ -105,7 +105,7 @@ def spellings(kind: str) -> Iterator[str]:
 
 
 def check_names(layout: Layout, id: str) -> None:
-    """Raise `model_load_failed` for a class that the libraries do not know by name. Imports transformers, but no torch,
+    """Raise `model_load_failed` for a class whose name the libraries do not know. Imports transformers, but not torch,
     which takes seconds."""
     if not _knows("diffusers", layout.pipeline):
         raise no_pipeline(layout, id)
@@ -128,10 +128,11 @@ def _knows(library: str, kind: str) -> bool:
     if library == "transformers":
         import transformers
 
-        # To ask for what is listed would import it, and torch with it; what is not may be another name of a tokenizer.
+        # `getattr` for a listed name would import it, and torch with it. An unlisted name may be an alias of a
+        # tokenizer.
         names = set(dir(transformers))
         return any(name in names for name in spellings(kind)) or hasattr(transformers, kind)
-    # diffusers imports torch with itself, but its sources name what it has.
+    # Importing diffusers imports torch, so look for the names in its source instead.
     spec = importlib.util.find_spec("diffusers")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(name="diffusers")
@@ -144,9 +145,9 @@ def _knows(library: str, kind: str) -> bool:
 
 
 def parts_of(layout: Layout, files: Collection[str], id: str) -> dict[str, Part]:
-    """What is wanted of each component, given all files that the model has, as `component/file`.
+    """The needed files of each component, given all files of the model, as `component/file`.
 
-    Raises `model_load_failed` where a component brings code or a model of its own, has pickled weights only, or lacks
+    Raises `model_load_failed` if a component brings code or a model of its own, has only pickled weights, or lacks
     weights.
     """
     within: dict[str, list[str]] = {name: [] for name in layout.components}
@@ -160,7 +161,7 @@ def parts_of(layout: Layout, files: Collection[str], id: str) -> dict[str, Part]
 def _part(name: str, files: list[str], id: str) -> Part:
     if any(file.lower().endswith(_CODE) for file in files):
         raise unfit(id, f"has a {name} with code of its own, which is never run")
-    # What begins with a dot is what systems leave behind; what lies deeper is for nobody.
+    # Operating systems leave files behind whose names begin with a dot; files in deeper folders are not used.
     names = sorted(file for file in files if "/" not in file and not file.startswith("."))
     for file, what in ((INDEX, "a pipeline"), ("adapter_config.json", "an adapter")):
         if file in names:
@@ -169,7 +170,7 @@ def _part(name: str, files: list[str], id: str) -> Part:
     none = not weights and index is None
     if none and any(file.lower().endswith(_PICKLES) for file in names):
         raise unfit(id, f"has its {name} as pickled weights only; only safetensors are loaded")
-    # What has a config.json is a network, and needs weights; the rest are tokenizers, schedulers and the like.
+    # A component with a config.json is a network, and needs weights; others are tokenizers, schedulers and the like.
     if not names or ("config.json" in names and none):
         raise incomplete(id, name)
     configuration = [
@@ -179,7 +180,7 @@ def _part(name: str, files: list[str], id: str) -> Part:
 
 
 def _weights_among(names: Iterable[str]) -> tuple[tuple[str, ...], str | None, str | None]:
-    """The plain weights, else those of the best variant: their files, the index of shards, and the variant."""
+    """The plain weights, or else those of the best variant: their files, the index of the shards, and the variant."""
     whole: dict[str | None, str] = {}
     shards: dict[str | None, list[str]] = {}
     indexes: dict[str | None, str] = {}
@@ -196,9 +197,9 @@ def _weights_among(names: Iterable[str]) -> tuple[tuple[str, ...], str | None, s
     def rank(variant: str | None) -> tuple[int, str]:
         return (_VARIANTS.index(variant) if variant in _VARIANTS else len(_VARIANTS), variant or "")
 
-    # An index may name its shards as it likes: what it names is looked for when it is read.
+    # An index may give its shards any names, so these are checked only when the index is read.
     for variant in sorted({*whole, *indexes}, key=rank):
-        # Where both are there, the libraries go by the index too.
+        # If there is both an index and a single file, the libraries prefer the index too.
         if variant in indexes:
             return tuple(shards.get(variant, [])), indexes[variant], variant
         return (whole[variant],), None, variant
@@ -206,7 +207,7 @@ def _weights_among(names: Iterable[str]) -> tuple[tuple[str, ...], str | None, s
 
 
 def wanted(layout: Layout, parts: dict[str, Part], files: Iterable[str]) -> set[str]:
-    """Those of a repository's files that are needed: weights and configuration, and what states the licence."""
+    """The needed files of a repository: weights, configuration, and those that state the licence."""
     own = {file for file in files if file in (INDEX, "README.md") or _is_licence(file)}
     return own | {f"{name}/{file}" for name, part in parts.items() for file in part.files}
 
@@ -216,7 +217,7 @@ def _is_licence(file: str) -> bool:
 
 
 def files_in(folder: Path, layout: Layout) -> list[str]:
-    """The files of the components in a folder, as `component/file`; what is no regular file is none."""
+    """The files of the components in a folder, as `component/file`; only regular files are included."""
     found: list[str] = []
     for name in layout.components:
         for place, folders, files in os.walk(folder / name):
@@ -229,8 +230,8 @@ def files_in(folder: Path, layout: Layout) -> list[str]:
 
 
 def check_complete(folder: Path, layout: Layout, id: str) -> dict[str, Part]:
-    """The parts of a folder, all of whose files are there; raises as `parts_of`, and where a shard is missing or is named
-    as what is not loaded."""
+    """The parts of a folder that has all needed files; raises as `parts_of`, and if a shard is missing or its name is
+    that of a file that is never loaded."""
     parts = parts_of(layout, files_in(folder, layout), id)
     return {name: _with_shards(folder, name, part, id) for name, part in parts.items()}
 

@@ -1,4 +1,4 @@
-"""Loading: from a model's checked files to a stock pipeline on its device."""
+"""Loading a model's checked files into a stock pipeline on its device."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _logger = logging.getLogger(__name__)
 
 
 def import_libraries() -> None:
-    """Import what diffusers and transformers would import piece by piece, when it is first asked for: the classes of all
-    families, for all tasks.
+    """Import the classes of all families, for all tasks, which diffusers and transformers would else import on first
+    use.
 
-    So that the first request finds all of it, and because several threads that import at once, as loads and requests
-    would, may see each other's modules half done.
+    This makes the first request faster. It is also needed because loads and requests in several threads would import at
+    the same time, and could see each other's half-initialised modules.
     """
     import diffusers
     import PIL.Image
@@ -39,13 +39,14 @@ def import_libraries() -> None:
         try:
             getattr(diffusers, name)
         except Exception:
-            # Those that need it will fail, and say so.
+            # Models that need it will fail with an error of their own.
             _logger.warning("%s cannot be imported", name, exc_info=True)
     PIL.Image.init()
 
 
 def quiet_libraries() -> None:
-    """No progress bars of diffusers and transformers, and no warnings at each load about what nothing here needs."""
+    """Turn off the progress bars of diffusers and transformers, and their warnings at each load about unused
+    features."""
     import diffusers
     import transformers
 
@@ -66,7 +67,7 @@ def load_pipeline(
     """The stock pipeline with its weights on the chosen device, or offloaded as `devices.placement` says; raises
     `model_load_failed`.
 
-    What `alone` gives is held while a network is constructed: nothing may compute then.
+    The context from `alone` is held while a network is constructed, because nothing may compute then.
     """
     import torch
     from diffusers import DiffusionPipeline
@@ -83,17 +84,18 @@ def load_pipeline(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        # What a damaged or mismatched folder raises is anything at all; the log has it.
+        # A damaged or mismatched folder can raise any exception; the log has the details.
         _logger.exception("loading %s failed", id)
         raise unfit(id, "could not be loaded: its files are damaged or do not belong together") from None
     _check_words(pipeline, id)
-    # Copies of the pipeline share them. Some tokenizers read their file again when they are copied.
+    # Kept as attributes, so that copies of the pipeline keep them too: some tokenizers read their file again when
+    # copied.
     pipeline.lease, pipeline.view = source.lease, view
     pipeline.set_progress_bar_config(disable=True)
     if choice.device.kind == "cpu" and choice.dtype == "bfloat16":
         for name in ("unet", "vae"):
             network = getattr(pipeline, name, None)
-            # There is no such format for the weights of what sees in three dimensions, as Qwen-Image's decoder does.
+            # There is no such format for the weights of 3D convolutions, as in Qwen-Image's decoder.
             if network is not None and all(weight.ndim < 5 for weight in network.parameters()):
                 network.to(memory_format=torch.channels_last)
     if compiled:
@@ -102,7 +104,7 @@ def load_pipeline(
 
 
 def _check_words(pipeline: Any, id: str) -> None:
-    """Raise `model_load_failed` where a tokenizer gives its encoder words that this has no place for."""
+    """Raise `model_load_failed` if a tokenizer has token ids beyond its encoder's embeddings."""
     for name, tokenizer in pipeline.components.items():
         encoder = pipeline.components.get(name.replace("tokenizer", "text_encoder"))
         if "tokenizer" not in name or not hasattr(encoder, "get_input_embeddings"):
@@ -113,10 +115,10 @@ def _check_words(pipeline: Any, id: str) -> None:
 
 
 def _compile(pipeline: Any, id: str) -> None:
-    """Compile the blocks that a denoiser repeats, each kind once, when it is first used."""
+    """Have the repeated blocks of a denoiser compiled, each kind once, on first use."""
     import torch._dynamo
 
-    # What cannot be compiled runs as it is.
+    # Blocks that cannot be compiled run uncompiled.
     torch._dynamo.config.suppress_errors = True
     for name in ("unet", "transformer"):
         if (denoiser := getattr(pipeline, name, None)) is not None:
@@ -134,10 +136,12 @@ _DECODE_FACTOR = 8
 def divide(
     pipeline: Any, attention: str, vae: str, device: devices.Device, weights: int, pixels: int
 ) -> dict[str, str]:
-    """Have networks of a loaded pipeline of `weights` bytes work part by part, `attention` head by head and `vae` tile by
-    tile, as asked or, with "auto", as `devices.division` says of a picture of so many pixels; what was done, by option.
+    """Make the networks of a loaded pipeline of `weights` bytes work in parts: attention in slices and decoding in
+    tiles, as the options `attention` and `vae` say or, with "auto", as `devices.division` decides for a picture of
+    `pixels`. Returns what was set, by option.
 
-    It changes bits, and the networks are everybody's: so it is for the whole of a model's life.
+    This changes the bits of the results, and all requests share the networks, so it is set once, when a model is
+    loaded.
     """
     done: dict[str, str] = {}
     decoder = getattr(pipeline, "vae", None)
@@ -171,21 +175,23 @@ def _place(pipeline: Any, choice: Choice, how: str) -> None:
         pipeline.enable_sequential_cpu_offload(device=choice.device.id)
     if how != "none" and choice.device.kind != "cpu":
         _logger.info("offloading by %s: the weights do not fit on the device at once", how)
-    # In half precision this decoder overflows; its pipelines widen it for each decode, which others would see.
+    # In half precision this decoder overflows. Its pipelines would widen the shared network for each decode, which
+    # would affect other requests.
     if choice.dtype == "float16" and hasattr(pipeline, "upcast_vae") and pipeline.vae.config.force_upcast:
         pipeline.upcast_vae()
 
 
-# accelerate swaps a method of torch.nn.Module while it loads: two loads that overlap leave the wrong one behind.
+# accelerate replaces a method of torch.nn.Module while it loads: of two overlapping loads, one would restore the wrong
+# one.
 _LOADING = threading.Lock()
 
 
 @contextmanager
 def _constructing(torch: Any, alone: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Hold what `alone` gives whenever the calling thread has changed torch's default dtype.
+    """Hold the context from `alone` whenever the calling thread has changed torch's default dtype.
 
-    The libraries do so while they construct a network, for the whole process: a scheduler that works at that moment
-    would compute in the wrong precision. And a construction that fails leaves the default changed.
+    The libraries change it for the whole process while they construct a network: a scheduler that runs at that moment
+    would compute in the wrong precision. After a failed construction, the changed default would also remain.
     """
     original, usual = torch.set_default_dtype, torch.get_default_dtype()
     loader = threading.get_ident()

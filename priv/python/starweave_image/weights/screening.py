@@ -1,9 +1,9 @@
-"""What of a model's folder the libraries are given, and what is refused before they open anything.
+"""Which files of a model's folder the libraries get, and what is refused before they open anything.
 
-diffusers and transformers follow what a folder says: they run code that lies in it, unpickle weights, load adapters and
-attention kernels from the hub by a name in a configuration. How well they ask first changes from version to version. So
-they never see the folder. They see a view of it: links to the weights and word lists that were checked, copies of the
-configurations that were checked, and an index of our own.
+diffusers and transformers do what a folder says: they run code in it, unpickle weights, and load adapters and attention
+kernels from the hub by names in a configuration. Their safeguards differ between versions. So they never get the folder
+itself, but a view of it: links to checked weights and word lists, copies of checked configurations, and an index that
+this module writes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .outside import Unreadable
 
 _logger = logging.getLogger(__name__)
 
-# What the libraries read beside weights: settings, which are copied, and lists of words, which are linked.
+# The files that the libraries read besides weights: settings, which are copied, and word lists, which are linked.
 _SETTINGS = frozenset(
     {
         "chat_template.json",
@@ -49,7 +49,7 @@ _SETTINGS = frozenset(
 _WORDS = frozenset({"added_tokens.json", "tokenizer.json", "vocab.json"})
 _WORD_ENDINGS = (".txt", ".model", ".jinja")
 
-# Settings by which code of others is found, and what they may be without naming any.
+# Settings that can name foreign code, and the values with which they name none.
 _CODE_KEYS: dict[str, tuple[Any, ...]] = {
     "auto_map": (None, {}),
     "custom_pipelines": (None, {}),
@@ -60,7 +60,7 @@ _CODE_KEYS: dict[str, tuple[Any, ...]] = {
 _ATTENTION_KEYS = ("attn_implementation", "experts_implementation", "attention_backend")
 _ATTENTION = (None, "eager", "sdpa", "native")
 
-# Beyond that a tokenizer's length is a stand-in for "no limit", which nothing can be padded to.
+# A tokenizer's length above this means "no limit", and texts cannot be padded to it.
 _LONGEST = 10**6
 
 
@@ -70,8 +70,8 @@ Offered = Callable[[type, Mapping[str, Any], Mapping[str, Any]], tuple[schema.Ta
 
 @dataclass(frozen=True)
 class Screened:
-    """A model's folder that has passed: `kind` is its pipeline's class, `weights` its weight files by their names within
-    the model; `links` and `texts` make up the view, by their names in it."""
+    """A model's folder that has passed all checks: `kind` is its pipeline's class, `weights` its weight files by their
+    names within the model; `links` and `texts` are the content of the view, by their names in it."""
 
     layout: Layout
     kind: type
@@ -81,7 +81,7 @@ class Screened:
 
 
 def screen(folder: Path, id: str, offered: Offered) -> Screened:
-    """Check a folder as far as that goes without loading it; raises `model_load_failed` with the reason. Imports
+    """Check a folder as far as possible without loading the model; raises `model_load_failed` with the reason. Imports
     diffusers."""
     layout = read_layout(folder, id)
     kind, classes = _classes(layout, id)
@@ -105,7 +105,7 @@ _Count = Annotated[int, Meta(ge=1, le=2**16)]
 
 
 class Network(msgspec.Struct, frozen=True):
-    """What the configurations of denoisers and autoencoders say of sizes, in latents and in halvings."""
+    """The sizes in the configurations of denoisers and autoencoders, in latents, and their numbers of halvings."""
 
     sample_size: _Count | list[_Count] | None = None
     patch_size: _Count | list[_Count] | None = None
@@ -115,8 +115,8 @@ class Network(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Survey:
-    """What a folder says of itself: `weights` are the names of its weight files within the model, and `networks` what
-    denoisers and autoencoders say, by component."""
+    """The description of a model by its folder: `weights` are the names of its weight files within the model, and
+    `networks` the sizes of its denoisers and autoencoders, by component."""
 
     layout: Layout
     kind: type
@@ -126,8 +126,8 @@ class Survey:
 
 
 def survey(folder: Path, id: str, offered: Offered, whole: bool = True) -> Survey:
-    """Look at a folder without opening its weights; raises `model_load_failed` for a model that is not sound on the
-    surface, and, if it has to be `whole`, for one that is not all there. Imports diffusers."""
+    """Examine a folder without opening its weights; raises `model_load_failed` for an invalid model and, with `whole`,
+    for an incomplete one. Imports diffusers."""
     layout = read_layout(folder, id)
     kind, classes = _classes(layout, id)
     parts = check_complete(folder, _only(layout, classes), id) if whole else {}
@@ -196,7 +196,7 @@ def _classes(layout: Layout, id: str) -> tuple[type, dict[str, type]]:
         if found is not None and _loads(found):
             classes[name] = found
         elif name not in may_lack or name == "safety_checker":
-            # A checker that the model names is never left out in silence.
+            # A safety checker that the model names must never be left out silently.
             raise no_class(layout, name, id)
     for name, parameter in takes.items():
         required = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
@@ -210,7 +210,7 @@ def _class(library: str, kind: str) -> type | None:
     import diffusers.pipelines
     import transformers
 
-    # Parts that belong to one pipeline family, such as its safety checker, name that family's module.
+    # For a part that belongs to one pipeline family, such as a safety checker, the index names that family's module.
     home = {"diffusers": diffusers, "transformers": transformers}.get(library) or getattr(
         diffusers.pipelines, library, None
     )
@@ -220,7 +220,7 @@ def _class(library: str, kind: str) -> type | None:
 
 
 def _loads(kind: type) -> bool:
-    """Whether it is a part of a pipeline, and none that is a pipeline itself."""
+    """Whether the class is a part of a pipeline, and not a pipeline itself."""
     import diffusers
 
     return hasattr(kind, "from_pretrained") and not issubclass(kind, diffusers.DiffusionPipeline)
@@ -280,7 +280,7 @@ def _settings(folder: Path, path: str, id: str) -> dict[str, Any]:
 
 
 def _refuse_code(settings: Mapping[str, Any], path: str, id: str) -> None:
-    """Raise for settings that name code, a kernel or a quantization of others, however deep."""
+    """Raise for settings that name foreign code, a kernel or a quantization, at any depth."""
     left: list[Any] = [settings]
     while left:
         value = left.pop()
@@ -327,7 +327,7 @@ def _take_weights(
         weights[path] = folder / path
     stem = "diffusion_pytorch_model" if issubclass(kind, diffusers.ModelMixin) else "model"
     if part.index is None:
-        # The libraries would have to be asked for a variant, each part for its own: under the plain name they need not.
+        # Linked under the plain name, because the libraries would else need the variant of each part as an argument.
         links |= {f"{name}/{stem}.safetensors": folder / name / file for file in part.weights}
         return
     index = outside.read_json(folder / name / part.index, dict[str, Any], outside.LARGE)
@@ -336,7 +336,7 @@ def _take_weights(
 
 
 def check_safetensors(path: Path) -> None:
-    """Whether a file is safetensors, and whole, by its header; raises `Unreadable` with what it is instead."""
+    """Check by its header that a file is safetensors and complete; raises `Unreadable` with what it is instead."""
     size = outside.size_of(path)
     head = outside.read_start(path, 200)
     for begin, what in (
@@ -349,7 +349,7 @@ def check_safetensors(path: Path) -> None:
         (b"GGUF", "is a GGUF file under another name"),
     ):
         if head.startswith(begin):
-            # The length of a header may begin so too.
+            # The length of a safetensors header may begin with this byte too.
             if begin != b"\x80" or head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and head[8:9] != b"{":
                 raise Unreadable(what)
     if not head:
@@ -384,7 +384,7 @@ def check_safetensors(path: Path) -> None:
 
 
 def _bound_tokenizer(name: str, settings: Mapping[str, dict[str, Any]], texts: dict[str, bytes]) -> None:
-    """Say how long a text may be where a tokenizer does not: as long as its encoder reads. Pipelines pad to it."""
+    """Set a tokenizer's maximum length if it has none, to what its encoder reads. Pipelines pad to this length."""
     path = f"{name}/tokenizer_config.json"
     own = settings.get(path, {})
     encoder = settings.get(f"{name.replace('tokenizer', 'text_encoder')}/config.json", {})
@@ -395,7 +395,8 @@ def _bound_tokenizer(name: str, settings: Mapping[str, dict[str, Any]], texts: d
     if not isinstance(reads, int) or reads <= 0:
         return
     given = own.get("model_max_length")
-    # One of CLIP's kind has no place for more than it was made with; others may be asked to read less than they can.
+    # A CLIP encoder cannot read more positions than it was made with; other tokenizers may have a smaller limit of
+    # their own.
     longest = reads if "CLIP" in str(own.get("tokenizer_class", "CLIP")) else _LONGEST
     if not isinstance(given, int) or not 0 < given <= longest:
         texts[path] = json.dumps({**own, "model_max_length": reads}).encode()
@@ -409,19 +410,19 @@ def _faulty(id: str, path: str, error: Unreadable) -> ImageError:
 
 
 class View:
-    """A folder that holds what passed and nothing else; it is there for as long as this object is."""
+    """A temporary folder with only the files that passed; it exists as long as this object."""
 
     def __init__(self, screened: Screened) -> None:
         base = paths.views()
         try:
             base.mkdir(parents=True, exist_ok=True)
             with open(base / "lock", "a") as lock:
-                # Nobody sweeps between the making of a folder and the hold on it.
+                # Locked, so that no other process sweeps a folder between its creation and the lock on it.
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 _sweep(base)
                 self.folder, held = _held_folder(base)
         except OSError:
-            # A cache folder that cannot be written, or a file system without locks.
+            # The cache folder cannot be written, or its file system has no locks.
             self.folder, held = _held_folder(None)
         self.release = weakref.finalize(self, _remove, self.folder, held)
         for path in {*screened.links, *screened.texts}:
@@ -441,7 +442,7 @@ def _held_folder(base: Path | None) -> tuple[Path, int]:
 
 
 def _sweep(base: Path) -> None:
-    """Remove the views of processes that were killed."""
+    """Remove the views that killed processes left behind."""
     for folder in base.glob("view-*"):
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)
