@@ -71,7 +71,7 @@ defmodule StarweaveImage.Request do
   @typedoc "One option of a request."
   @type option :: unquote(Options.given_spec(Schema.options()))
 
-  # Not written down of a request, since whoever reads it knows that himself.
+  # Not written to the journal: whoever reads the record knows these already.
   @not_recorded [:instance]
   # What may be long.
   @long for {name, type} <- Schema.fields(),
