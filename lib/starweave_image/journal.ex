@@ -48,7 +48,7 @@ defmodule StarweaveImage.Journal do
   ]
 
   @type operation :: :accept | :attempt | :finish | :forget
-  @type result :: {:ok, [Image.t()]} | {:error, Error.t()}
+  @type result :: {:ok, [Result.any_kind()]} | {:error, Error.t()}
   @type unfinished :: %{id: String.t(), job: map, attempts: non_neg_integer}
   @type finished :: %{id: String.t(), finished_at: integer, outcome: :ok | :error}
 

@@ -100,13 +100,19 @@ defmodule Mix.Tasks.Image.Gen do
   @tick_ms 200
 
   @impl true
-  def run(argv), do: CommandLine.run(argv, &generate/1)
+  def run(argv), do: CommandLine.run(argv, &(&1 |> generate() |> ended()))
 
   defp generate(argv) do
     case parse(argv) do
-      {:ok, %{help: true}} -> Mix.Task.run("help", ["image.gen"])
-      {:ok, opts} -> generate_with(opts)
-      error -> ended(error)
+      {:ok, %{help: true}} ->
+        Mix.Task.run("help", ["image.gen"])
+        :ok
+
+      {:ok, opts} ->
+        generate_with(opts)
+
+      error ->
+        error
     end
   end
 
@@ -118,7 +124,6 @@ defmodule Mix.Tasks.Image.Gen do
       unless opts[:verbose], do: Logger.configure(level: :warning)
       CommandLine.trap_signals(fn -> with_instance(job, opts, &perform(job, &1, opts)) end)
     end
-    |> ended()
   end
 
   defp ended(:ok), do: :ok
